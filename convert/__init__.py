@@ -1,0 +1,1 @@
+"""Conversion between published checkpoints (Hugging Face, GGUF) and this library's parameters."""

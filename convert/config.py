@@ -1,0 +1,327 @@
+"""Hugging Face configurations -> `ModelConfig`, strictly: no value is ever silently ignored.
+
+Every key of a `config.json` is read, or is listed here as irrelevant with the reason, or is an
+error that names it. (GGUF metadata: `gguf_config.py`.)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxneurons.config import ModelConfig, RopeConfig
+from jaxneurons.errors import ConfigError
+
+# What transformers' LlamaConfig and MistralConfig fill in for an absent key.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+    },
+}
+
+# Keys that select behaviour this library has in one form only; any other value is an error.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False, None),
+    "pruned_heads": ({}, None),
+    "per_layer_config": ({}, None),
+}
+
+
+def _because(reason: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), reason)
+
+
+# Keys that cannot change the logits, and why.
+IRRELEVANT: dict[str, str] = {
+    **_because(
+        "provenance",
+        "_name_or_path name_or_path _commit_hash transformers_version transformers.js_config "
+        "is_llama_config unsloth_fixed unsloth_version",
+    ),
+    **_because("names a Python class; model_type decides", "architectures tokenizer_class"),
+    **_because("each stored tensor says its own dtype", "torch_dtype dtype use_bfloat16"),
+    **_because("training only", "initializer_range attention_dropout hidden_dropout resid_pdrop"),
+    **_because(
+        "how a computation is carried out, not what it computes",
+        "pretraining_tp use_cache chunk_size_feed_forward attn_implementation torchscript "
+        "_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled",
+    ),
+    **_because(
+        "the tokenizer's business",
+        "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id",
+    ),
+    **_because(
+        "which outputs transformers returns, and in what container",
+        "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate",
+    ),
+    **_because(
+        "heads of other tasks",
+        "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix "
+        "tf_legacy_loss is_decoder",
+    ),
+    **_because(
+        "decoding strategy",
+        "max_length min_length do_sample early_stopping num_beams num_beam_groups "
+        "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
+        "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
+        "forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens "
+        "exponential_decay_length_penalty begin_suppress_tokens",
+    ),
+}
+
+
+class Keys:
+    """A dict that is consumed key by key, so that what nobody asked for can be reported."""
+
+    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        self.left = dict(values)
+        self.where = where
+        self.prefix = prefix
+
+    def error(self, key: str, value: Any, why: str) -> ConfigError:
+        """An error about a key: where, key, value and why."""
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
+        return ConfigError(f"{self.where}: {self.prefix}{key} = {shown}: {why}")
+
+    def integer(self, key: str, default: Any = None) -> Any:
+        """Consume an integer; None where the value is null or absent without a default."""
+        value = self.left.pop(key, default)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise self.error(key, value, "an integer is needed")
+        return value
+
+    def number(self, key: str, default: Any = None) -> Any:
+        """Consume a number, as a float; None as for `integer`."""
+        value = self.left.pop(key, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, value, "a number is needed")
+        return float(value)
+
+    def need(self, key: str, value: Any) -> Any:
+        """The value, which must not be None."""
+        if value is None:
+            raise ConfigError(f"{self.where}: {self.prefix}{key} is missing")
+        return value
+
+    def done(self, why: str) -> None:
+        """Raise if any key has not been consumed."""
+        for key, value in self.left.items():
+            raise self.error(key, value, why)
+
+
+def _rope_dict(
+    values: Any, key: str, *, theta: float | None, keys: Keys, max_position: int, default: float
+) -> RopeConfig:
+    """Read one `rope_parameters` or `rope_scaling` dictionary."""
+    if not isinstance(values, dict):
+        raise keys.error(key, values, "a dictionary is needed")
+    rope = Keys(values, keys.where, prefix=f"{key}.")
+    kinds = {rope.left.pop(name) for name in ("rope_type", "type") if name in rope.left}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{keys.where}: {key} names several rope types: {sorted(map(str, kinds))}"
+        )
+    kind = kinds.pop() if kinds else "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise ConfigError(
+            f"{keys.where}: {key}: rope type {kind!r} is not supported in this release "
+            "(supported: default, linear, llama3)"
+        )
+    inner = rope.number("rope_theta")
+    if inner is not None and theta is not None and inner != theta:
+        raise rope.error("rope_theta", inner, f"contradicts rope_theta = {theta} beside it")
+    base = inner if inner is not None else theta if theta is not None else default
+    partial = rope.number("partial_rotary_factor", 1.0)
+    if partial not in (1.0, None):
+        raise rope.error("partial_rotary_factor", partial, "only full rotary heads are supported")
+    outer = keys.integer("original_max_position_embeddings")
+    if kind == "default":
+        factor = rope.number("factor", 1.0)
+        if factor not in (1.0, None):
+            raise rope.error("factor", factor, "the rope type 'default' has no factor")
+        parsed = RopeConfig(theta=base)
+    elif kind == "linear":
+        factor = rope.need("factor", rope.number("factor"))
+        parsed = RopeConfig(theta=base, rope_type="linear", factor=factor)
+    else:
+        original = rope.integer("original_max_position_embeddings")
+        if None not in (original, outer) and original != outer:
+            raise rope.error(
+                "original_max_position_embeddings", original, f"contradicts {outer} beside it"
+            )
+        length = original if original is not None else outer if outer is not None else max_position
+        if length <= 0:
+            raise rope.error("original_max_position_embeddings", length, "must be positive")
+        parsed = RopeConfig(
+            theta=base,
+            rope_type="llama3",
+            factor=rope.need("factor", rope.number("factor")),
+            low_freq_factor=rope.need("low_freq_factor", rope.number("low_freq_factor")),
+            high_freq_factor=rope.need("high_freq_factor", rope.number("high_freq_factor")),
+            original_max_position=length,
+        )
+    rope.done(f"not a key of rope type {kind!r} that this library handles")
+    return parsed
+
+
+def _hf_rope(keys: Keys, max_position: int, default: float) -> RopeConfig:
+    """Rotary embedding in the spelling of transformers 4 or 5, or both if they agree."""
+    theta = keys.number("rope_theta")
+    outer = keys.left.get("original_max_position_embeddings")
+    found: dict[str, RopeConfig] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        values = keys.left.pop(key, None)
+        if values is None or values == {}:
+            continue
+        if outer is not None:
+            keys.left["original_max_position_embeddings"] = outer
+        found[key] = _rope_dict(
+            values, key, theta=theta, keys=keys, max_position=max_position, default=default
+        )
+    keys.left.pop("original_max_position_embeddings", None)
+    if len(set(found.values())) > 1:
+        raise ConfigError(f"{keys.where}: rope_parameters and rope_scaling contradict each other")
+    if found:
+        return next(iter(found.values()))
+    return RopeConfig(theta=default if theta is None else theta)
+
+
+def _hf_window(keys: Keys, family: str, layers: int) -> int | None:
+    """Sliding window in positions, checked against `layer_types` where that is present."""
+    window = keys.integer("sliding_window", DEFAULTS[family]["sliding_window"])
+    if family == "llama" and window is not None:
+        raise keys.error("sliding_window", window, "model_type 'llama' has no sliding window")
+    types = keys.left.pop("layer_types", None)
+    if types is None:
+        return window
+    if not isinstance(types, list) or len(types) != layers:
+        raise keys.error("layer_types", types, f"a list of {layers} entries is needed")
+    expected = "full_attention" if window is None else "sliding_attention"
+    if set(types) != {expected}:
+        raise keys.error(
+            "layer_types",
+            sorted(set(map(str, types))),
+            f"sliding_window = {window} goes with {expected!r} in every layer; "
+            "layers that differ are not supported",
+        )
+    return window
+
+
+def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
+    """Read the dictionary of a Llama or Mistral `config.json`; absent keys as transformers does.
+
+    Raises:
+      ConfigError: a key or value that this library does not handle, with key, value and `where`.
+    """
+    keys = Keys(config, where)
+    family = keys.left.pop("model_type", None)
+    if family not in DEFAULTS:
+        raise ConfigError(
+            f"{where}: model_type = {family!r} is not supported (supported: llama, mistral)"
+        )
+    defaults = DEFAULTS[family]
+    if keys.left.get("quantization_config") is not None:
+        method = keys.left["quantization_config"]
+        method = method.get("quant_method", method) if isinstance(method, dict) else method
+        raise ConfigError(
+            f"{where}: quantization_config ({method}): quantised Hugging Face weights are not "
+            "read; use the unquantised repository, or a GGUF file"
+        )
+    keys.left.pop("quantization_config", None)
+    for key, allowed in FIXED.items():
+        value = keys.left.pop(key, allowed[0])
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+            raise keys.error(key, value, f"only {allowed[0]!r} is supported")
+
+    sizes = {}
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    ):
+        value = keys.integer(key, defaults[key])
+        if value is None or value <= 0:
+            raise keys.error(key, value, "a positive integer is needed")
+        sizes[key] = value
+    heads = sizes["num_attention_heads"]
+    kv_heads = keys.integer("num_key_value_heads", defaults["num_key_value_heads"])
+    head_dim = keys.integer("head_dim")
+    if head_dim is None:
+        if sizes["hidden_size"] % heads:
+            raise ConfigError(
+                f"{where}: hidden_size = {sizes['hidden_size']} is not a multiple of "
+                f"num_attention_heads = {heads}, and head_dim is not given"
+            )
+        head_dim = sizes["hidden_size"] // heads
+    tied = keys.left.pop("tie_word_embeddings", defaults["tie_word_embeddings"])
+    if not isinstance(tied, bool):
+        raise keys.error("tie_word_embeddings", tied, "true or false is needed")
+    eps = keys.number("rms_norm_eps", defaults["rms_norm_eps"])
+    window = _hf_window(keys, family, sizes["num_hidden_layers"])
+    try:
+        rope = _hf_rope(keys, sizes["max_position_embeddings"], defaults["rope_theta"])
+        for key in IRRELEVANT:
+            keys.left.pop(key, None)
+        keys.done(
+            "this key is not known, so it is not known whether it changes the model; "
+            "remove it if it does not"
+        )
+        return ModelConfig(
+            vocab_size=sizes["vocab_size"],
+            hidden_size=sizes["hidden_size"],
+            intermediate_size=sizes["intermediate_size"],
+            num_layers=sizes["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=heads if kv_heads is None else kv_heads,
+            head_dim=head_dim,
+            max_position=sizes["max_position_embeddings"],
+            norm_eps=keys.need("rms_norm_eps", eps),
+            rope=rope,
+            tied=tied,
+            sliding_window=window,
+            family=family,
+        )
+    except ConfigError as error:
+        raise at(error, where) from None
+
+
+def at(error: ConfigError, where: str) -> ConfigError:
+    """The same error with its place in front, unless it is there."""
+    text = str(error)
+    return error if text.startswith(where) else ConfigError(f"{where}: {text}")

@@ -1,0 +1,304 @@
+"""GGUF files of architecture "llama" -> configuration and parameters.
+
+The header is parsed here, because the `gguf` package makes an array object of every token and
+merge (2 s for a vocabulary of 49,152); de-quantisation is the `gguf` package's.
+"""
+
+import dataclasses
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxneurons.config import ModelConfig
+from jaxneurons.convert.gguf_config import config_from_gguf
+from jaxneurons.convert.rules import Stored, fill
+from jaxneurons.errors import SourceError
+
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFTensor:
+    """Where a tensor lies in a GGUF file.
+
+    Attributes:
+      name: its name.
+      shape: slowest axis first (GGUF stores them the other way round).
+      kind: the ggml type's number.
+      offset: of its data, in bytes from the start of the file.
+      nbytes: of its data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile:
+    """The header of a GGUF file: everything but the weights.
+
+    Attributes:
+      path: the file.
+      metadata: key -> Python value.
+      tensors: name -> location.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+class _Cursor:
+    """Reads little-endian values off a buffer; every read past the end is a truncated file."""
+
+    def __init__(self, data: mmap.mmap, where: str) -> None:
+        self.data = data
+        self.size = len(data)
+        self.where = where
+        self.at = 0
+
+    def take(self, form: str) -> Any:
+        end = self.at + struct.calcsize(form)
+        self.check(end)
+        values = struct.unpack_from(form, self.data, self.at)
+        self.at = end
+        return values[0] if len(values) == 1 else values
+
+    def check(self, end: int) -> None:
+        if end > self.size:
+            raise SourceError(f"{self.where}: truncated GGUF file ({self.size} bytes)")
+
+    def string(self) -> str:
+        length = self.take("<Q")
+        return self._text(length)
+
+    def _text(self, length: int) -> str:
+        end = self.at + length
+        self.check(end)
+        raw = self.data[self.at : end]
+        self.at = end
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise SourceError(f"{self.where}: corrupt GGUF file: a string is not UTF-8") from None
+
+    def strings(self, count: int) -> list[str]:
+        # The vocabulary: a hundred thousand strings, so the loop is spelled out.
+        unpack, data, size, at = struct.Struct("<Q").unpack_from, self.data, self.size, self.at
+        found: list[str] = []
+        try:
+            for _ in range(count):
+                end = at + 8 + unpack(data, at)[0]
+                if end > size:
+                    self.check(end)
+                found.append(data[at + 8 : end].decode("utf-8"))
+                at = end
+        except struct.error:
+            self.check(self.size + 1)
+        except UnicodeDecodeError:
+            raise SourceError(f"{self.where}: corrupt GGUF file: a string is not UTF-8") from None
+        self.at = at
+        return found
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind in _SCALARS:
+            return self.take(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY or depth > 3:
+            raise SourceError(f"{self.where}: corrupt GGUF file: unknown value type {kind}")
+        inner, count = self.take("<IQ")
+        self.check(self.at + count)  # every element takes a byte or more
+        if inner == _STRING:
+            return self.strings(count)
+        if inner in _SCALARS:
+            code = _SCALARS[inner][1]
+            self.check(self.at + count * struct.calcsize(_SCALARS[inner]))
+            values = self.take(f"<{count}{code}") if count else ()
+            return list(values) if isinstance(values, tuple) else [values]
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+    """Read the header of a GGUF file (versions 2 and 3, little-endian).
+
+    Raises:
+      SourceError: no such file, not GGUF, truncated or corrupt.
+    """
+    path = Path(path)
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise SourceError(f"{where}: not a GGUF file (it does not begin with 'GGUF')")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise SourceError(f"{where}: cannot be read: {error.strerror or error}") from None
+    with data:
+        cursor = _Cursor(data, where)
+        cursor.at = 4
+        version = cursor.take("<I")
+        if version not in (2, 3):
+            kind = "big-endian GGUF" if version and version & 0xFFFF == 0 else f"version {version}"
+            raise SourceError(f"{where}: {kind} is not supported (only versions 2 and 3)")
+        tensor_count, key_count = cursor.take("<QQ")
+        metadata: dict[str, Any] = {}
+        for _ in range(key_count):
+            key = cursor.string()
+            if key in metadata:
+                raise SourceError(f"{where}: corrupt GGUF file: the key {key} appears twice")
+            metadata[key] = cursor.value(cursor.take("<I"))
+        infos: list[tuple[str, tuple[int, ...], int, int]] = []
+        for _ in range(tensor_count):
+            name = cursor.string()
+            rank = cursor.take("<I")
+            if rank > _MAX_DIMS:
+                raise SourceError(f"{where}: corrupt GGUF file: tensor {name} has {rank} axes")
+            shape = tuple(cursor.take("<Q") for _ in range(rank))[::-1]
+            infos.append((name, shape, *cursor.take("<IQ")))
+        alignment = metadata.get("general.alignment", 32)
+        if not (isinstance(alignment, int) and alignment > 0):
+            raise SourceError(f"{where}: corrupt GGUF file: general.alignment = {alignment!r}")
+        start = -(-cursor.at // alignment) * alignment
+        size = len(data)
+    tensors: dict[str, GGUFTensor] = {}
+    for name, shape, kind, offset in infos:
+        if name in tensors:
+            raise SourceError(f"{where}: tensor {name} is stored twice")
+        nbytes = _byte_count(shape, kind, name, where)
+        if start + offset + nbytes > size:
+            raise SourceError(
+                f"{where}: truncated GGUF file: tensor {name} ends at byte "
+                f"{start + offset + nbytes}, the file at {size}"
+            )
+        tensors[name] = GGUFTensor(name, shape, kind, start + offset, nbytes)
+    return GGUFFile(path, metadata, tensors)
+
+
+def _byte_count(shape: tuple[int, ...], kind: int, name: str, where: str) -> int:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError):
+        raise SourceError(f"{where}: tensor {name} has the unknown ggml type {kind}") from None
+    if not math.prod(shape) or not shape:
+        raise SourceError(f"{where}: corrupt GGUF file: tensor {name} has shape {shape}")
+    if shape[-1] % block:
+        raise SourceError(
+            f"{where}: corrupt GGUF file: rows of tensor {name} ({shape[-1]}) are not a "
+            f"multiple of its block size ({block})"
+        )
+    return math.prod(shape) // block * nbytes
+
+
+def read_tensor(file: GGUFFile, name: str, rows: slice = slice(None)) -> np.ndarray:
+    """De-quantise a tensor, or some of its rows, to float32 (float64 stays).
+
+    Args:
+      file: the header.
+      name: of the tensor.
+      rows: which of axis 0 (the slowest) to read; without a step.
+
+    Raises:
+      SourceError: a ggml type that the `gguf` package cannot de-quantise.
+    """
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    info = file.tensors[name]
+    kind = GGMLQuantizationType(info.kind)
+    first, last, _ = rows.indices(info.shape[0])
+    row_bytes = info.nbytes // info.shape[0]
+    nbytes = (last - first) * row_bytes
+    with file.path.open("rb") as handle:
+        handle.seek(info.offset + first * row_bytes)
+        raw = np.fromfile(handle, dtype=np.uint8, count=nbytes)
+    if raw.size != nbytes:
+        raise SourceError(f"{file.path}: truncated GGUF file: tensor {name} is cut off")
+    shape = (last - first, *info.shape[1:])
+    if kind == GGMLQuantizationType.F64:
+        return raw.view(np.float64).reshape(shape)
+    # `dequantize` works on sixteen rows at a time: with 256 blocks to a row its temporaries fill
+    # the cache just about (measured: three times as fast as on the tensor's own rows).
+    width = GGML_QUANT_SIZES[kind][1]
+    try:
+        return dequantize(raw.reshape(-1, width * math.gcd(nbytes // width, 256)), kind).reshape(
+            shape
+        )
+    except NotImplementedError:
+        raise SourceError(
+            f"{file.path}: tensor {name} has the ggml type {kind.name}, which the gguf package "
+            "cannot de-quantise"
+        ) from None
+
+
+def _reader(file: GGUFFile, name: str) -> Callable[[slice], np.ndarray]:
+    return lambda rows: read_tensor(file, name, rows)
+
+
+def config_of(file: GGUFFile) -> ModelConfig:
+    """The configuration that a GGUF file's metadata and tensors state.
+
+    Raises:
+      SourceError: another architecture than llama.
+      ConfigError: a key or value that this library does not handle.
+    """
+    embedding = file.tensors.get("token_embd.weight")
+    divisors = None
+    if file.metadata.get("general.architecture") == "llama" and "rope_freqs.weight" in file.tensors:
+        divisors = tuple(float(v) for v in read_tensor(file, "rope_freqs.weight").ravel())
+    return config_from_gguf(
+        file.metadata,
+        where=str(file.path),
+        vocab_size=embedding.shape[0] if embedding is not None and embedding.shape else None,
+        tied="output.weight" not in file.tensors,
+        inv_freq_divisors=divisors,
+    )
+
+
+def read_gguf(
+    path: str | os.PathLike[str] | GGUFFile, *, dtype: DTypeLike = jnp.float32
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Load a GGUF model, de-quantised to `dtype`.
+
+    Rows of q and k are put back into Hugging Face order (with the number of query and of
+    key/value heads); without `output.weight` the model is tied.
+
+    Args:
+      path: the file, or its header from `open_gguf`.
+      dtype: of the parameters.
+
+    Raises:
+      SourceError: not GGUF, truncated, another architecture, or tensors that do not fit.
+      ConfigError: a configuration that this library does not handle.
+    """
+    file = path if isinstance(path, GGUFFile) else open_gguf(path)
+    config = config_of(file)
+    stored = [Stored(name, info.shape, _reader(file, name)) for name, info in file.tensors.items()]
+    return config, fill(config, stored, naming="gguf", dtype=dtype, where=str(file.path))

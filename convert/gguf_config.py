@@ -1,0 +1,177 @@
+"""GGUF metadata -> `ModelConfig`, with the strictness of `config.py`.
+
+Every `llama.*` key is read, or is listed as irrelevant with the reason, or is an error.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxneurons.config import ModelConfig, RopeConfig
+from jaxneurons.convert.config import Keys, at
+from jaxneurons.errors import ConfigError, SourceError
+
+# `llama.*` keys of GGUF files that this library has in one form only.
+GGUF_FIXED: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "tensor_data_layout": ("Meta AI original pth",),  # the interleaved rows that `rules` undoes
+    "use_parallel_residual": (False,),
+}
+
+# `llama.*` keys that cannot change the logits, and why.
+GGUF_IRRELEVANT: dict[str, str] = {
+    "rope.scaling.finetuned": "provenance",
+    "rope.scaling.original_context_length": "used by yarn only, which is refused",
+}
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that rounds to the same float32: 9.999999747378752e-06 -> 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _uniform(keys: Keys, key: str) -> int | None:
+    """An integer that may be stored as one value per layer, if they are all the same."""
+    value = keys.left.get(key)
+    if isinstance(value, list) and value:
+        if any(entry != value[0] for entry in value):
+            raise keys.error(key, value, "layers that differ are not supported")
+        keys.left[key] = value[0]
+    return keys.integer(key)
+
+
+def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None) -> RopeConfig:
+    theta = _decimal(keys.number("rope.freq_base", 10000.0))
+    kind = keys.left.pop("rope.scaling.type", None)
+    factor = _decimal(keys.number("rope.scaling.factor", 0.0))
+    old_factor = _decimal(keys.number("rope.scale_linear", 0.0))
+    if factor and old_factor and factor != old_factor:
+        raise keys.error("rope.scale_linear", old_factor, f"contradicts scaling.factor = {factor}")
+    factor = factor or old_factor
+    if kind not in (None, "none", "linear"):
+        raise keys.error("rope.scaling.type", kind, "only none and linear are supported")
+    # Without a type, a factor means linear scaling (as in llama.cpp); 0 and 1 mean none.
+    linear = kind != "none" and factor not in (0.0, 1.0)
+    if kind == "linear" and not factor:
+        raise ConfigError(f"{keys.where}: llama.rope.scaling.factor is missing")
+    if divisors is not None:
+        if linear:
+            raise keys.error("rope.scaling.factor", factor, "cannot be combined with rope_freqs")
+        return RopeConfig(theta=theta, rope_type="llama3", inv_freq_divisors=divisors)
+    if linear:
+        return RopeConfig(theta=theta, rope_type="linear", factor=factor)
+    return RopeConfig(theta=theta)
+
+
+def config_from_gguf(
+    fields: Mapping[str, Any],
+    *,
+    where: str,
+    vocab_size: int | None = None,
+    tied: bool = False,
+    inv_freq_divisors: tuple[float, ...] | None = None,
+) -> ModelConfig:
+    """Read the metadata of a GGUF file of architecture "llama".
+
+    Keys outside `llama.` belong to the file (`general.`, `quantize.`), to the tokenizer
+    (`tokenizer.`) or to whoever uploaded it, and cannot change the model.
+
+    Args:
+      fields: metadata, as Python values.
+      where: the file, for messages.
+      vocab_size: rows of the embedding tensor; taken from the metadata when None.
+      tied: the file has no `output.weight`.
+      inv_freq_divisors: the values of the tensor `rope_freqs.weight`.
+
+    Raises:
+      SourceError: another architecture, or not a model.
+      ConfigError: a key or value that this library does not handle.
+    """
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise SourceError(
+            f"{where}: GGUF architecture {architecture!r} is not supported (supported: 'llama', "
+            "which Mistral files use too)"
+        )
+    kind = fields.get("general.type", "model")
+    if kind != "model":
+        raise SourceError(f"{where}: this GGUF is of type {kind!r}, not a model")
+    if fields.get("split.count", 0) not in (0, 1):
+        raise SourceError(
+            f"{where}: one of {fields['split.count']} parts of a split GGUF; join them first "
+            "with llama-gguf-split --merge"
+        )
+    prefix = "llama."
+    own = {key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)}
+    keys = Keys(own, where, prefix=prefix)
+    for key, allowed in GGUF_FIXED.items():
+        value = keys.left.pop(key, allowed[0])
+        if value not in allowed:
+            raise keys.error(key, value, f"only {allowed[0]!r} is supported")
+
+    layers = keys.need("block_count", keys.integer("block_count"))
+    hidden = keys.need("embedding_length", keys.integer("embedding_length"))
+    inner = keys.need("feed_forward_length", _uniform(keys, "feed_forward_length"))
+    heads = keys.need("attention.head_count", _uniform(keys, "attention.head_count"))
+    kv_heads = _uniform(keys, "attention.head_count_kv")
+    context = keys.need("context_length", keys.integer("context_length"))
+    eps = keys.number("attention.layer_norm_rms_epsilon")
+    eps = keys.need("attention.layer_norm_rms_epsilon", eps)
+    head_dim = keys.integer("attention.key_length")
+    value_dim = keys.integer("attention.value_length")
+    if head_dim is None:
+        if heads <= 0 or hidden % heads:
+            raise ConfigError(
+                f"{where}: llama.embedding_length = {hidden} is not a multiple of "
+                f"llama.attention.head_count = {heads}, and attention.key_length is not given"
+            )
+        head_dim = hidden // heads
+    if value_dim not in (None, head_dim):
+        raise keys.error("attention.value_length", value_dim, f"must equal head_dim = {head_dim}")
+    rotary = keys.integer("rope.dimension_count")
+    if rotary not in (None, head_dim):
+        raise keys.error("rope.dimension_count", rotary, f"must equal head_dim = {head_dim}")
+    scale = keys.number("attention.scale", 0.0)
+    if scale and not np.isclose(scale, head_dim**-0.5, rtol=1e-6):
+        raise keys.error(
+            "attention.scale", scale, f"only 1/sqrt(head_dim = {head_dim}) is supported"
+        )
+    window = keys.integer("attention.sliding_window")
+    stated = keys.integer("vocab_size")
+    tokens = fields.get("tokenizer.ggml.tokens")
+    vocab = vocab_size or stated or (len(tokens) if tokens is not None else None)
+    if stated not in (None, vocab):
+        raise keys.error("vocab_size", stated, f"the embedding has {vocab} rows")
+    if tokens is not None and vocab is not None and len(tokens) > vocab:
+        raise ConfigError(f"{where}: {len(tokens)} tokens, but the embedding has {vocab} rows")
+    try:
+        rope = _gguf_rope(keys, inv_freq_divisors)
+        for key in GGUF_IRRELEVANT:
+            keys.left.pop(key, None)
+        keys.done("this key is not known, so it is not known whether it changes the model")
+        return ModelConfig(
+            vocab_size=keys.need("vocab_size", vocab),
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=heads if kv_heads is None else kv_heads,
+            head_dim=head_dim,
+            max_position=context,
+            norm_eps=_decimal(eps),
+            rope=rope,
+            tied=tied,
+            sliding_window=window or None,
+            family="llama",
+        )
+    except ConfigError as error:
+        raise at(error, where) from None

@@ -1,0 +1,165 @@
+"""Hugging Face directories (config.json and safetensors) -> configuration and parameters.
+
+Torch is never imported: pickled weights are refused.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy, which safetensors looks up
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from jaxneurons.config import ModelConfig
+from jaxneurons.convert.config import config_from_hf
+from jaxneurons.convert.rules import Stored, fill
+from jaxneurons.errors import SourceError
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED = (".bin", ".pth", ".pt", ".ckpt")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+      SourceError: no such file, or not a JSON object; names the file and the line.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise SourceError(f"{path}: not valid JSON") from None
+    if not isinstance(values, dict):
+        raise SourceError(f"{path}: a JSON object is needed, this is a {type(values).__name__}")
+    return values
+
+
+def weight_files(directory: Path) -> dict[str, tuple[str, ...] | None]:
+    """The weight files a directory names -> the tensors each is said to hold (None: not said).
+
+    `model.safetensors`, or else what the index lists. Names are never globbed: repositories also
+    hold `consolidated.*` duplicates.
+
+    Raises:
+      SourceError: no weights, pickled weights only, or a malformed or malicious index.
+    """
+    if (directory / SINGLE).is_file():
+        return {SINGLE: None}
+    if not (directory / INDEX).is_file():
+        raise _no_weights(directory)
+    where = directory / INDEX
+    weight_map = read_json(where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{where}: no weight_map (tensor name -> file name)")
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_inside(shard):
+            raise SourceError(f"{where}: tensor {tensor}: {shard!r} is not a file in the directory")
+        shards.setdefault(shard, []).append(tensor)
+    return {shard: tuple(tensors) for shard, tensors in sorted(shards.items())}
+
+
+def _is_inside(name: str) -> bool:
+    """Judge the name, not where it leads: files of the hub's cache are links out of the folder."""
+    parts = PurePosixPath(name).parts
+    return (
+        bool(parts)
+        and ".." not in parts
+        and not PurePosixPath(name).is_absolute()
+        and not PureWindowsPath(name).is_absolute()
+        and not PureWindowsPath(name).drive
+        and "\\" not in name
+        and "\0" not in name
+        and name.endswith(".safetensors")
+    )
+
+
+def _no_weights(directory: Path) -> SourceError:
+    try:
+        names = sorted(entry.name for entry in directory.iterdir())
+    except OSError as error:
+        return SourceError(f"{directory}: cannot be read: {error.strerror or error}")
+    pickled = [name for name in names if name.endswith(_PICKLED)]
+    if pickled:
+        return SourceError(
+            f"{directory}: only pickled weights ({pickled[0]}), which run code when they are "
+            "loaded and are therefore refused; write safetensors once with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        return SourceError(
+            f"{directory}: no {SINGLE}; to load {ggufs[0]} give the path of the file"
+        )
+    return SourceError(f"{directory}: neither {SINGLE} nor {INDEX}")
+
+
+def read_hf(
+    directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Load a Llama or Mistral model from a Hugging Face directory.
+
+    Args:
+      directory: holds config.json, and model.safetensors or its index and shards.
+      dtype: of the parameters; stored dtypes may be mixed.
+
+    Raises:
+      SourceError: files that are missing, damaged or pickled, or tensors that do not fit.
+      ConfigError: a configuration that this library does not handle.
+    """
+    directory = Path(directory)
+    where = directory / CONFIG
+    if not where.is_file():
+        raise SourceError(f"{directory}: no {CONFIG}")
+    config = config_from_hf(read_json(where), where=str(where))
+    tensors: list[Stored] = []
+    with ExitStack() as stack:
+        for shard, listed in weight_files(directory).items():
+            path = directory / shard
+            if not path.is_file():
+                raise SourceError(f"{path}: no such file, but {INDEX} lists it")
+            try:
+                handle = stack.enter_context(safe_open(path, framework="np"))
+                names = list(handle.keys())
+            except (SafetensorError, OSError, ValueError) as error:
+                raise _damaged(path, error) from None
+            if listed is not None:
+                for name in sorted(set(listed) ^ set(names)):
+                    holder, other = (INDEX, shard) if name in listed else (shard, INDEX)
+                    raise SourceError(
+                        f"{directory}: tensor {name} is in {holder} but not in {other}"
+                    )
+            for name in names:
+                shape = tuple(handle.get_slice(name).get_shape())
+                tensors.append(Stored(name, shape, _reader(handle, name, path)))
+        return config, fill(config, tensors, naming="hf", dtype=dtype, where=str(directory))
+
+
+def _reader(handle: Any, name: str, path: Path) -> Callable[[slice], np.ndarray]:
+    def read(rows: slice) -> np.ndarray:
+        try:
+            return handle.get_slice(name)[rows]
+        except (SafetensorError, OSError, TypeError, AttributeError) as error:
+            raise SourceError(f"{path}: tensor {name} cannot be read: {_line(error)}") from None
+
+    return read
+
+
+def _damaged(path: Path, error: Exception) -> SourceError:
+    return SourceError(f"{path}: damaged or truncated safetensors file ({_line(error)})")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,33 @@
+"""Which neurons of this LLM know that, and what happens if I change them?"""
+
+from jaxneurons.attribution import Attribution, integrated_gradients
+from jaxneurons.config import ModelConfig, RopeConfig
+from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
+from jaxneurons.load import LM, load
+from jaxneurons.neurons import SITES, Neuron
+from jaxneurons.quadrature import Quadrature
+from jaxneurons.transformer import Cache, Output, Transformer, forward, init_cache
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LM",
+    "SITES",
+    "Attribution",
+    "Cache",
+    "ConfigError",
+    "DataError",
+    "JaxneuronsError",
+    "ModelConfig",
+    "Neuron",
+    "Output",
+    "Quadrature",
+    "RopeConfig",
+    "SourceError",
+    "Transformer",
+    "__version__",
+    "forward",
+    "init_cache",
+    "integrated_gradients",
+    "load",
+]

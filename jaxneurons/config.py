@@ -1,0 +1,114 @@
+"""The shape of a Llama-family model: one frozen, validated dataclass."""
+
+import dataclasses
+import math
+
+from jaxneurons.errors import ConfigError, near_matches
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+      theta: base of the geometric progression of wavelengths.
+      rope_type: `default`, `linear` (positions divided by `factor`) or `llama3` (Llama 3.1 and
+        later: long wavelengths divided by `factor`, short ones kept, a ramp between).
+      factor: context extension factor (`linear`, `llama3`).
+      low_freq_factor: `llama3`: wavelengths above original/low are fully scaled.
+      high_freq_factor: `llama3`: wavelengths below original/high are untouched.
+      original_max_position: `llama3`: context length before extension, in tokens.
+      inv_freq_divisors: a divisor for each of the head_dim / 2 inverse frequencies, as GGUF files
+        carry it (`rope_freqs.weight`); replaces the three `llama3` values when given.
+    """
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+    inv_freq_divisors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise ConfigError(
+                f"rope type {self.rope_type!r} is not supported; "
+                + near_matches(self.rope_type, ROPE_TYPES)
+            )
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"rope {name} must be a positive number, got {value!r}")
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError("rope low_freq_factor must be below high_freq_factor")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Llama/Mistral-family transformer.
+
+    Attributes:
+      vocab_size: rows of the embedding, in tokens.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the gated feed-forward, the sites `up`, `gate` and `act`.
+      num_layers: blocks.
+      num_heads: query heads.
+      num_kv_heads: key/value heads; divides `num_heads` (1 = MQA, `num_heads` = MHA).
+      head_dim: width of a head; need not be hidden_size / num_heads.
+      max_position: longest context, in tokens.
+      norm_eps: epsilon of RMSNorm.
+      rope: rotary position embedding.
+      tied: the unembedding is the embedding.
+      sliding_window: a query sees this many positions, itself included; None = all before it.
+      family: the published architecture's name, for messages and export.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tied: bool = False
+    sliding_window: int | None = None
+    family: str = "llama"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not (isinstance(value, int) and value > 0):
+                raise ConfigError(f"{field.name} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads ({self.num_heads}) must be a multiple of "
+                f"num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(f"norm_eps must be a positive number, got {self.norm_eps!r}")
+        if self.sliding_window is not None and self.sliding_window <= 0:
+            raise ConfigError(f"sliding_window must be positive, got {self.sliding_window!r}")
+        divisors = self.rope.inv_freq_divisors
+        if divisors is not None and len(divisors) != self.head_dim // 2:
+            raise ConfigError(
+                f"rope inv_freq_divisors has {len(divisors)} values, "
+                f"head_dim / 2 = {self.head_dim // 2} are needed"
+            )
+
+    @property
+    def query_width(self) -> int:
+        """Outputs of the query projection: heads times head_dim."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Outputs of the key and of the value projection."""
+        return self.num_kv_heads * self.head_dim

