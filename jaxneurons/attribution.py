@@ -68,6 +68,7 @@ class Prefill(NamedTuple):
       positions: the position before each answer token.
       targets: the answer tokens.
       probability: of each answer token, model untouched.
+      logits: at the answer positions, float32.
     """
 
     cache: transformer.Cache
@@ -75,6 +76,7 @@ class Prefill(NamedTuple):
     positions: Int[Array, "batch answer"]
     targets: Int[Array, "batch answer"]
     probability: Float[Array, "batch answer"]
+    logits: Float[Array, "batch answer vocab"]
 
 
 def integrated_gradients(
@@ -119,12 +121,37 @@ def integrated_gradients(
             f"got {tokens.shape} and {targets.shape}"
         )
     targets = targets if targets.ndim == 2 else targets[:, None]
-    batch, answers = targets.shape
     if lengths is None:
-        lengths = jnp.full((batch,), tokens.shape[1], jnp.int32)
+        lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    pre = prefill(params, tokens, targets, config=config, lengths=lengths)
+    return attribute(
+        params,
+        pre,
+        config=config,
+        answer_lengths=answer_lengths,
+        site=site,
+        quadrature=quadrature,
+        chunk_rows=chunk_rows,
+        memory_budget=memory_budget,
+    )
+
+
+def attribute(
+    params: transformer.Params,
+    pre: Prefill,
+    *,
+    config: ModelConfig,
+    answer_lengths: Int[Array, " batch"] | None = None,
+    site: str = "up",
+    quadrature: Quadrature = Quadrature(),
+    chunk_rows: int | None = None,
+    memory_budget: int = 1 << 30,
+) -> Attribution:
+    """`integrated_gradients` of prompts that `prefill` has run, with the same arguments."""
+    check_site(site)
+    batch, answers = pre.targets.shape
     if answer_lengths is None:
         answer_lengths = jnp.full((batch,), answers, jnp.int32)
-    pre = prefill(params, tokens, targets, config=config, lengths=lengths)
     rows = chunk_rows or rows_in_budget(config, pre.cache.k.shape[2], memory_budget)
     rows = max(1, rows // (batch * answers))
 
@@ -185,7 +212,8 @@ def prefill(
     )
     probability = layers.token_probability(params, out.final, targets, config)
     assert out.cache is not None
-    return Prefill(out.cache, out.activations["residual"], positions, targets, probability)
+    residual = out.activations["residual"]
+    return Prefill(out.cache, residual, positions, targets, probability, out.logits)
 
 
 def row_probabilities(

@@ -1,6 +1,17 @@
+"""Two CPU devices and full float32 matmuls for every test; the real model, loaded once."""
+
+import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+# Before JAX initialises its backends. Rank promotion stays allowed: norms, biases of the mask and
+# rotary angles are written as broadcasts.
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="session")
@@ -9,3 +20,32 @@ def smollm2_path() -> Path:
     from jaxneurons.load import fetch_smollm2
 
     return fetch_smollm2()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path):
+    """SmolLM2-135M-Instruct as this library loads it."""
+    import jaxneurons
+
+    return jaxneurons.load("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def published():
+    """The PyTorch baseline and oracle, `benchmarks/published.py`."""
+    pytest.importorskip("torch")
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    import published  # pyright: ignore[reportMissingImports]
+
+    return published
+
+
+@pytest.fixture(scope="session")
+def torch_smollm2(published, smollm2_path):
+    """The same file as transformers reads it: (model, tokenizer), float32.
+
+    Its tokenizer splits digits after whitespace otherwise than the model's own: feed it ids from
+    `smollm2.tokenizer`.
+    """
+    return published.load_torch(smollm2_path)

@@ -1,0 +1,76 @@
+"""Prompts of mixed lengths in batches of few shapes, so that few programs are compiled."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxneurons.answers import TokenPrompt
+
+
+class Batch(NamedTuple):
+    """Prompts padded to one shape.
+
+    Attributes:
+      index: which prompt of the plan each row is, [batch]; -1 for a row that only fills the shape.
+      tokens: right-padded ids, [batch, seq].
+      lengths: real tokens, [batch].
+      targets: right-padded answers, [batch, answer].
+      answer_lengths: real tokens of the answers, [batch].
+      options: first tokens of the options, [batch, option]; -1 where there is none.
+    """
+
+    index: np.ndarray
+    tokens: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+    answer_lengths: np.ndarray
+    options: np.ndarray
+
+
+def bucket(length: int) -> int:
+    """The padded length: four sizes to every doubling, 32 at least."""
+    step = 32
+    while step * 4 < length:
+        step *= 2
+    return -(-length // step) * step
+
+
+def default_batch_size() -> int:
+    """Prompts per batch that keep the platform busy."""
+    return 8 if jax.default_backend() == "cpu" else 32
+
+
+def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[Batch]:
+    """Group prompts into batches of equal padded shape; the same prompts give the same batches.
+
+    Within a shape, batches are full but for the last, which is filled up to a power of two.
+    """
+    size = batch_size or default_batch_size()
+    shapes: dict[tuple[int, int, int], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        key = (bucket(len(prompt.prompt)), len(prompt.answer), len(prompt.options))
+        shapes.setdefault(key, []).append(i)
+    return [
+        _pad(prompts, members[start : start + size], key)
+        for key, members in sorted(shapes.items())
+        for start in range(0, len(members), size)
+    ]
+
+
+def _pad(prompts: Sequence[TokenPrompt], members: list[int], shape: tuple[int, int, int]) -> Batch:
+    length, answers, options = shape
+    rows = 1 << (len(members) - 1).bit_length()
+    padded = members + [members[0]] * (rows - len(members))
+    tokens = np.zeros((rows, length), np.int32)
+    for row, i in enumerate(padded):
+        tokens[row, : len(prompts[i].prompt)] = prompts[i].prompt
+    return Batch(
+        index=np.array(members + [-1] * (rows - len(members))),
+        tokens=tokens,
+        lengths=np.array([len(prompts[i].prompt) for i in padded], np.int32),
+        targets=np.array([prompts[i].answer for i in padded], np.int32).reshape(rows, answers),
+        answer_lengths=np.full(rows, answers, np.int32),
+        options=np.array([prompts[i].options for i in padded], np.int32).reshape(rows, options),
+    )

@@ -1,0 +1,298 @@
+"""Locating query-relevant neurons for a file of queries, resumable, into a run directory.
+
+Writes `neurons.jsonl` (a line per query), `common_neurons.json` and `run.json` (where everything
+came from and how exact it is); `parts/` holds what a killed run had finished.
+"""
+
+import dataclasses
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from jaxneurons import batches, qrnca
+from jaxneurons.answers import LOW_OPTION_MASS, TokenPrompt, encode_query
+from jaxneurons.errors import DataError
+from jaxneurons.load import LM
+from jaxneurons.neurons import Neuron, site_width
+from jaxneurons.qrnca import PromptScores, QRNCAConfig, QueryNeurons
+from jaxneurons.queries import Query
+from jaxneurons.store import RunDirectory, digest, write_json, write_json_lines
+
+Progress = Callable[[int, int], None]
+"""Called with (prompts done, prompts in all)."""
+
+
+class LowOptionMassWarning(UserWarning):
+    """The options hold little probability: the model would rather say something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """Query-relevant neurons of every query, as they were written to disk.
+
+    Attributes:
+      neurons: by query id.
+      common: common neurons with the number of clusters each is in, most frequent first.
+      prompts: by query id, what is known of each of its prompts.
+      run: the contents of run.json.
+    """
+
+    neurons: dict[str, QueryNeurons]
+    common: list[tuple[Neuron, int]]
+    prompts: dict[str, list[PromptScores]]
+    run: dict[str, Any]
+
+
+def encode_queries(lm: LM, queries: Sequence[Query], settings: QRNCAConfig) -> list[TokenPrompt]:
+    """Token prompts of all queries, `settings.prompts` of each, in order.
+
+    Raises:
+      DataError: a prompt that is empty or longer than the context; says which query.
+    """
+    encoded = []
+    for query in queries:
+        for i in range(prompt_count(query, settings)):
+            try:
+                encoded.append(
+                    encode_query(
+                        lm.tokenizer,
+                        query.prompts[i],
+                        query.answers[i],
+                        options=query.options[i],
+                        form=settings.form,  # type: ignore[arg-type]
+                        max_length=lm.config.max_position,
+                    )
+                )
+            except DataError as error:
+                raise DataError(f"query {query.id!r}, prompt {i + 1}: {error}") from None
+    return encoded
+
+
+def prompt_count(query: Query, settings: QRNCAConfig) -> int:
+    """Prompts of a query that are used."""
+    return min(len(query.prompts), settings.prompts)
+
+
+def locate(
+    lm: LM,
+    queries: Sequence[Query],
+    out: str | os.PathLike[str],
+    *,
+    settings: QRNCAConfig = QRNCAConfig(),
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Located:
+    """Find the query-relevant neurons of every query and write them to `out`.
+
+    Batches are planned before anything runs and saved as they finish; the same call after a stop
+    does the rest and writes the same files. (Timings in run.json aside.)
+
+    Args:
+      lm: the model.
+      queries: at least two; see `queries.read_queries`.
+      out: the run directory.
+      settings: hyper-parameters.
+      batch_size: prompts per batch; default: what suits the platform.
+      progress: told how many prompts are done.
+
+    Raises:
+      DataError: unusable queries or directory, before anything is computed.
+    """
+    qrnca.check_count(len(queries))
+    prompts = encode_queries(lm, queries, settings)
+    plan = batches.plan(prompts, batch_size)
+    identity = {
+        "model": lm.hash,
+        "tokenizer": lm.tokenizer_hash,
+        "dtype": str(lm.params["embed"]["embedding"].dtype),
+        "settings": dataclasses.asdict(settings),
+        "queries": digest([[q.id, q.group] for q in queries]),
+        "prompts": digest(prompts),
+        "batch size": batch_size or batches.default_batch_size(),
+    }
+    run = RunDirectory(out, identity)
+
+    done = 0
+    results: dict[int, PromptScores] = {}
+    seconds: list[float] = []
+    for number, batch in enumerate(plan):
+        part = run.load(number)
+        if part is None:
+            start = time.perf_counter()
+            found = qrnca.attribute_batch(lm.params, batch, config=lm.config, settings=settings)
+            run.save(number, _pack(found, time.perf_counter() - start))
+            part = run.load(number)
+            assert part is not None
+        results.update(_unpack(part))
+        seconds.append(float(part["seconds"]))
+        done += int((batch.index >= 0).sum())
+        if progress is not None:
+            progress(done, len(prompts))
+
+    order = iter(range(len(prompts)))
+    by_query = {
+        query.id: [results[next(order)] for _ in range(prompt_count(query, settings))]
+        for query in queries
+    }
+    clusters = {name: qrnca.merge(found, settings) for name, found in by_query.items()}
+    neurons, common = qrnca.rank(
+        clusters, width=site_width(lm.config, settings.site), settings=settings
+    )
+    facts = _facts(lm, queries, settings, by_query, neurons, seconds)
+    _write(run, queries, neurons, common, by_query, facts, len(clusters))
+    if facts["answers"]["option_mass_mean"] is not None:
+        mass = facts["answers"]["option_mass_mean"]
+        if mass < LOW_OPTION_MASS:
+            warnings.warn(
+                f"the options hold only {mass:.1%} of the probability on average: the model would "
+                "rather say something else, so these neurons may not be about the answer",
+                LowOptionMassWarning,
+                stacklevel=2,
+            )
+    return Located(neurons, common, by_query, facts)
+
+
+def _pack(found: dict[int, PromptScores], seconds: float) -> dict[str, np.ndarray]:
+    values = list(found.values())
+    return {
+        "index": np.array(list(found)),
+        "sizes": np.array([len(v.neurons) for v in values]),
+        "neurons": np.concatenate([v.neurons for v in values]),
+        "scores": np.concatenate([v.scores for v in values]),
+        **{
+            name: np.array([getattr(v, name) for v in values])
+            for name in PromptScores._fields
+            if name not in ("neurons", "scores")
+        },
+        "seconds": np.array(seconds),
+    }
+
+
+def _unpack(part: dict[str, np.ndarray]) -> dict[int, PromptScores]:
+    cuts = np.cumsum(part["sizes"])[:-1]
+    neurons, scores = np.split(part["neurons"], cuts), np.split(part["scores"], cuts)
+    return {
+        int(index): PromptScores(
+            neurons=neurons[i],
+            scores=scores[i],
+            total=float(part["total"][i]),
+            probability=float(part["probability"][i]),
+            option_mass=float(part["option_mass"][i]),
+            correct=bool(part["correct"][i]),
+            gap=part["gap"][i],
+            error=part["error"][i],
+            nodes=int(part["nodes"][i]),
+        )
+        for i, index in enumerate(part["index"])
+    }
+
+
+def _facts(
+    lm: LM,
+    queries: Sequence[Query],
+    settings: QRNCAConfig,
+    by_query: dict[str, list[PromptScores]],
+    neurons: dict[str, QueryNeurons],
+    seconds: list[float],
+) -> dict[str, Any]:
+    """The contents of run.json."""
+    prompts = [prompt for found in by_query.values() for prompt in found]
+    gaps = np.array([prompt.gap for prompt in prompts])
+    errors = np.array([prompt.error for prompt in prompts])
+    mass = np.array([p.option_mass for p in prompts if not math.isnan(p.option_mass)])
+    counts = np.array([len(found.neurons) for found in neurons.values()])
+    packages = ("jaxneurons", "jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
+    return {
+        "method": "QRNCA (arXiv 2406.10868)",
+        "model": {
+            "source": lm.source,
+            "sha256": lm.hash,
+            "tokenizer_sha256": lm.tokenizer_hash,
+            "dtype": str(lm.params["embed"]["embedding"].dtype),
+            "config": dataclasses.asdict(lm.config),
+        },
+        "settings": dataclasses.asdict(settings),
+        "queries": len(queries),
+        "groups": {
+            group: sum(query.group == group for query in queries)
+            for group in dict.fromkeys(query.group for query in queries)
+        },
+        "prompts": len(prompts),
+        "neurons_per_query": {
+            "mean": float(counts.mean()),
+            "min": int(counts.min()),
+            "max": int(counts.max()),
+        },
+        "answers": {
+            "accuracy": float(np.mean([prompt.correct for prompt in prompts])),
+            "probability_mean": float(np.mean([prompt.probability for prompt in prompts])),
+            "option_mass_mean": float(mass.mean()) if len(mass) else None,
+            "option_mass_min": float(mass.min()) if len(mass) else None,
+            "option_mass_low_prompts": int((mass < LOW_OPTION_MASS).sum()),
+        },
+        "completeness": {
+            "gap_median": float(np.median(gaps)),
+            "gap_max": float(gaps.max()),
+            "gap_max_layer": int(gaps.max(0).argmax()),
+            "error_median": float(np.median(errors)),
+            "error_max": float(errors.max()),
+            "nodes_mean": float(np.mean([prompt.nodes for prompt in prompts])),
+        },
+        "seeds": {},
+        "seconds": {
+            "attribution": round(sum(seconds), 3),
+            "per_prompt": round(sum(seconds) / len(prompts), 4),
+        },
+        "versions": {
+            **{name: metadata.version(name) for name in packages},
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+    }
+
+
+def _write(
+    run: RunDirectory,
+    queries: Sequence[Query],
+    neurons: dict[str, QueryNeurons],
+    common: list[tuple[Neuron, int]],
+    by_query: dict[str, list[PromptScores]],
+    facts: dict[str, Any],
+    clusters: int,
+) -> None:
+    def line(query: Query) -> dict[str, Any]:
+        found, prompts = neurons[query.id], by_query[query.id]
+        mass = [prompt.option_mass for prompt in prompts]
+        return {
+            "id": query.id,
+            "group": query.group,
+            "neurons": [list(neuron) for neuron in found.neurons],
+            "naica": found.naica,
+            "na": found.na,
+            "ica": found.ica,
+            "probability": float(np.mean([prompt.probability for prompt in prompts])),
+            "probabilities": [prompt.probability for prompt in prompts],
+            "correct": [prompt.correct for prompt in prompts],
+            "option_mass": None if math.isnan(mass[0]) else mass,
+            "gap_max": float(max(prompt.gap.max() for prompt in prompts)),
+        }
+
+    write_json_lines(run.path / "neurons.jsonl", (line(query) for query in queries))
+    write_json(
+        run.path / "common_neurons.json",
+        {
+            "clusters": clusters,
+            "neurons": [
+                {"neuron": list(neuron), "clusters": count, "share": count / clusters}
+                for neuron, count in common
+            ],
+        },
+    )
+    write_json(run.path / "run.json", facts)

@@ -1,0 +1,155 @@
+"""Queries on disk: the published multi-choice format of QRNCA, and plain cloze facts.
+
+Multi-choice (one JSON object; arXiv 2406.10868, its published data)::
+
+    {"some-id": {"sentences": ["... A. x\\n B. y\\n\\nResponse:", ...],
+                 "obj_label": ["B", ...], "relation_name": "biology"}}
+
+Cloze (JSON Lines, or one JSON list), for models too small for multi-choice::
+
+    {"id": "capital-france", "group": "capital", "prompts": ["The capital of France is"],
+     "answer": "Paris"}
+
+`prompt` may stand for `prompts`, and `id` and `group` may be left out.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxneurons.answers import option_letters
+from jaxneurons.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One question in one or more wordings.
+
+    Attributes:
+      id: unique in its file.
+      group: domain, language or relation.
+      prompts: the wordings.
+      answers: the right answer of each wording: an option letter, or text.
+      options: option letters of each wording; empty for a free answer.
+    """
+
+    id: str
+    group: str
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    options: tuple[tuple[str, ...], ...]
+
+
+def read_queries(path: str | os.PathLike[str]) -> list[Query]:
+    """Read a query file, in the order it is written.
+
+    Raises:
+      DataError: the file is missing, is not JSON, or a query is unusable; says file, query and
+        what is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such query file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    queries = [_query(path, *item) for item in _records(path, text)]
+    if not queries:
+        raise DataError(f"{path}: holds no queries")
+    seen: set[str] = set()
+    for query in queries:
+        if query.id in seen:
+            raise DataError(f"{path}: query {query.id!r} is there twice; ids must be unique")
+        seen.add(query.id)
+    return queries
+
+
+def _unique(path: Path) -> Any:
+    """A JSON object hook that refuses a key written twice, which `json` would drop in silence."""
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        if len(record) != len(pairs):
+            twice = next(key for key, _ in pairs if sum(key == k for k, _ in pairs) > 1)
+            raise DataError(f"{path}: the key {twice!r} is written twice in one object")
+        return record
+
+    return check
+
+
+def _records(path: Path, text: str) -> Iterable[tuple[str, Any]]:
+    """(id, record) of each query, from one JSON value or from JSON Lines."""
+    hook = _unique(path)
+    try:
+        whole = json.loads(text, object_pairs_hook=hook)
+    except json.JSONDecodeError as error:
+        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        if len(lines) < 2 or (error.lineno == 1 and not error.msg.startswith("Extra data")):
+            raise DataError(
+                f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
+            ) from None
+        records = []
+        for n, line in lines:
+            try:
+                records.append(json.loads(line, object_pairs_hook=hook))
+            except json.JSONDecodeError as bad:
+                raise DataError(
+                    f"{path}: line {n}, column {bad.colno}: not JSON ({bad.msg})"
+                ) from None
+        whole = records
+    except RecursionError:
+        raise DataError(f"{path}: nested too deeply to be a query file") from None
+    if isinstance(whole, Mapping) and not {"prompt", "prompts"} & whole.keys():
+        return list(whole.items())
+    records = whole if isinstance(whole, list) else [whole]
+    return [
+        (str(record.get("id", n)) if isinstance(record, Mapping) else str(n), record)
+        for n, record in enumerate(records)
+    ]
+
+
+def _query(path: Path, name: str, record: Any) -> Query:
+    where = f"{path}: query {name!r}"
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: an object is needed, got {type(record).__name__}")
+    if "sentences" in record:
+        return _multi_choice(where, name, record)
+    if not {"prompt", "prompts"} & record.keys():
+        raise DataError(
+            f"{where}: neither 'sentences' (multi-choice) nor 'prompts' (cloze) is there; "
+            f"its keys are {', '.join(map(repr, record)) or 'none'}"
+        )
+    prompts = _texts(where, "prompts", record.get("prompts", record.get("prompt")))
+    answer = _texts(where, "answer", record.get("answer"))
+    if len(answer) != 1:
+        raise DataError(f"{where}: 'answer' must be one text")
+    group = str(record.get("group", "all"))
+    return Query(name, group, prompts, answer * len(prompts), ((),) * len(prompts))
+
+
+def _multi_choice(where: str, name: str, record: Mapping[str, Any]) -> Query:
+    prompts = _texts(where, "sentences", record["sentences"])
+    labels = _texts(where, "obj_label", record.get("obj_label"))
+    if len(labels) != len(prompts):
+        raise DataError(f"{where}: {len(prompts)} sentences but {len(labels)} labels (obj_label)")
+    options = tuple(option_letters(prompt) for prompt in prompts)
+    for i, (label, letters) in enumerate(zip(labels, options, strict=True)):
+        if label not in letters:
+            found = "the options " + ", ".join(letters) if letters else "no options"
+            raise DataError(f"{where}: label {label!r} is no option: sentence {i + 1} has {found}")
+    return Query(name, str(record.get("relation_name", "all")), prompts, labels, options)
+
+
+def _texts(where: str, key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: {key!r} must be a text or a list of texts")
+    for text in value:
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: {key!r} holds an empty or non-text entry")
+    return tuple(value)

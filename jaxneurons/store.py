@@ -1,0 +1,118 @@
+"""Results on disk: a run directory whose finished parts survive whatever happens next.
+
+Every file is written under another name and moved into place, so that a file that is there is
+whole. A directory belongs to one identity (model, data, settings): another one is refused.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxneurons.errors import DataError
+
+_IDENTITY = "identity.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    _write(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path, records: Iterable[Any]) -> None:
+    """Write a JSON Lines file atomically, one record a line."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def _write(path: Path, data: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-serialisable value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class RunDirectory:
+    """A directory of results with numbered parts that a later run picks up.
+
+    Args:
+      path: the directory; made if it is missing.
+      identity: what the parts depend on. A directory with parts of another identity is refused.
+
+    Raises:
+      DataError: the directory holds another run, or other files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
+        self.path = Path(path)
+        self.parts = self.path / "parts"
+        if self.path.exists() and not self.path.is_dir():
+            raise DataError(f"{self.path}: is a file; give a directory to write results to")
+        known = self.parts / _IDENTITY
+        if known.is_file():
+            self._check(known, identity)
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise DataError(
+                f"{self.path}: holds files but no run of ours; give a new or empty directory"
+            )
+        try:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            write_json(known, dict(identity))
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror})") from None
+
+    def _check(self, known: Path, identity: Mapping[str, Any]) -> None:
+        try:
+            there = json.loads(known.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise DataError(f"{known}: unreadable; give a new directory") from None
+        wanted = json.loads(json.dumps(dict(identity)))
+        other = [key for key in wanted if there.get(key) != wanted[key]]
+        if other or there.keys() != wanted.keys():
+            raise DataError(
+                f"{self.path}: holds a run with another {', '.join(other) or 'layout'}; "
+                "give a new directory, or delete this one"
+            )
+
+    def _part(self, number: int) -> Path:
+        return self.parts / f"{number:05d}.npz"
+
+    def load(self, number: int) -> dict[str, np.ndarray] | None:
+        """A finished part, or None if it is not there or cannot be read (it is then made again)."""
+        try:
+            with np.load(self._part(number), allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def save(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write a part atomically."""
+        import io
+
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        _write(self._part(number), buffer.getvalue())

@@ -1,0 +1,44 @@
+"""Tiny random models of every shape, as plain parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxneurons import ModelConfig, Transformer
+
+TINY: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "max_position": 128,
+}
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+    return ModelConfig(**{**TINY, **changes})
+
+
+def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
+    """Initialised, then made livelier: real attention patterns, weighted norms, uneven answers."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params: Any = Transformer(config).init(jax.random.key(seed), tokens)["params"]
+    rng = np.random.default_rng(seed)
+
+    def lively(path: Any, x: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if name == "scale":
+            return jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
+        return x * (20.0 if name == "embedding" else 1.5)
+
+    return jax.tree_util.tree_map_with_path(lively, params)
+
+
+def random_tokens(config: ModelConfig, shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
