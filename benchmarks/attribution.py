@@ -11,8 +11,10 @@ quadrature rule. PyTorch is needed for the baseline only (`--skip-torch` does wi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -187,6 +189,27 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def cpu_ticks() -> tuple[float, float] | None:
+    """Seconds of CPU that the whole machine spent busy, and had, so far (Linux)."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    ticks = [
+        int(x) / os.sysconf("SC_CLK_TCK") for x in stat.read_text().split("\n")[0].split()[1:9]
+    ]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def others(since: tuple[float, float] | None, own: float) -> float | None:
+    """Share of the machine's CPU time that other processes (and hypervisor) took since then."""
+    now = cpu_ticks()
+    if since is None or now is None:
+        return None
+    share = max(now[0] - since[0] - own, 0.0) / (now[1] - since[1])
+    say(f"CPU time that other processes took meanwhile: {share:.0%}")
+    return share
+
+
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -262,11 +285,12 @@ def engine(lm: jaxneurons.LM, batch: batches.Batch, repeats: int) -> dict[str, A
         }
     table(
         f"Engine, seconds per prompt (median of {repeats} runs in turns)",
-        ("rule", "seconds", "fastest", "slowest", "first call", "nodes", "most in a layer")
-        + ("median gap", "max gap"),
+        "rule|seconds|fastest|slowest|first call|nodes|most in a layer|median gap|max gap",
         [
-            (n, f["seconds"], min(f["runs"]), max(f["runs"]), f["first_call"], f["nodes"])
-            + (f["most_nodes"], f["gap_median"], f["gap_max"])
+            (
+                *(n, f["seconds"], min(f["runs"]), max(f["runs"])),
+                *(f[k] for k in ("first_call", "nodes", "most_nodes", "gap_median", "gap_max")),
+            )
             for n, f in found.items()
         ],
     )
@@ -274,52 +298,57 @@ def engine(lm: jaxneurons.LM, batch: batches.Batch, repeats: int) -> dict[str, A
 
 
 def baseline(
-    config: jaxneurons.ModelConfig, prompt: TokenPrompt, layers: Sequence[int], ours: np.ndarray
+    config: jaxneurons.ModelConfig,
+    prompt: TokenPrompt,
+    layers: Sequence[int],
+    repeats: int,
+    ours: np.ndarray,
 ) -> dict[str, Any]:
     import torch  # pyright: ignore[reportMissingImports]
     from published import lean_attribution, load_torch, published_attribution
 
-    threads = os.cpu_count() if not hasattr(os, "sched_getaffinity") else None
-    model, _ = load_torch(fetch_smollm2(), threads)
-    ids = [list(prompt.prompt)]
-    rows, times = [], {"published": [], "lean": []}
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        model, _ = load_torch(fetch_smollm2())
+    call = {"input_ids": [list(prompt.prompt)], "target_id": prompt.answer[0]}
     for function in (published_attribution, lean_attribution):  # first use of every kernel
-        function(model, ids, prompt.answer[0], layers=layers[-1:], steps=8)
+        function(model, **call, layers=layers[-1:], steps=8)
+    rows = []
     for layer in layers:
-        start = time.perf_counter()
-        theirs = published_attribution(model, ids, prompt.answer[0], layers=[layer], steps=STEPS)
-        times["published"].append(time.perf_counter() - start)
-        size = np.linalg.norm(theirs[0])
-        error = np.linalg.norm(ours[layer] - theirs[0]) / size
-        rows.append((layer, times["published"][-1], float(error)))
-        rows[-1] += (float(np.abs(ours[layer] - theirs[0]).max()), float(theirs[0].max()))
+        scores = published_attribution(model, **call, layers=[layer], steps=STEPS)[0]
+        one = functools.partial(published_attribution, model, **call, layers=[layer], steps=STEPS)
+        spent = min(seconds(one) for _ in range(repeats))
+        off = ours[layer] - scores
+        error = float(np.linalg.norm(off) / np.linalg.norm(scores))
+        rows.append((layer, spent, error, float(np.abs(off).max()), float(scores.max())))
     # All layers in one call, since they share the baseline pass.
-    start = time.perf_counter()
-    lean_attribution(model, ids, prompt.answer[0], layers=list(layers), steps=STEPS)
-    times["lean"].append(time.perf_counter() - start)
+    lean = functools.partial(lean_attribution, model, **call, layers=list(layers), steps=STEPS)
     scale = config.num_layers / len(layers)
-    totals = {name: sum(spent) * scale for name, spent in times.items()}
+    found = {
+        "layers": list(layers),
+        "threads": torch.get_num_threads(),
+        "published_per_layer": [row[1] for row in rows],
+        "relative_l2": [row[2] for row in rows],
+        "published": scale * sum(row[1] for row in rows),
+        "lean": scale * min(seconds(lean) for _ in range(repeats)),
+    }
     table(
-        f"Published procedure in PyTorch, {torch.get_num_threads()} threads, {STEPS} nodes in "
-        "batches of 8; `reference` of the engine against it",
-        ("layer", "seconds", "relative L2 difference", "largest difference", "largest score"),
+        f"Published procedure in PyTorch, {found['threads']} threads, {STEPS} nodes in batches of "
+        f"8, fastest of {repeats} runs; the engine's `reference` against it",
+        "layer|seconds|relative L2 difference|largest difference|largest score",
         rows,
     )
-    every = len(layers) == config.num_layers
-    how = "all layers timed" if every else f"scaled from {len(layers)} to {config.num_layers}"
-    say(f"mean of the timed layers: {statistics.mean(layers):.1f}; a lower layer's backward pass")
-    say(f"is longer; the middle of the model is {(config.num_layers - 1) / 2}")
-    say(f"published, {config.num_layers} layers: {totals['published']:.1f} s ({how})")
-    say(f"lean (one baseline pass, last logits), the same: {totals['lean']:.1f} s ({how})")
-    return {
-        "layers": list(layers),
-        "all_layers": every,
-        "threads": torch.get_num_threads(),
-        "published_per_layer": times["published"],
-        "relative_l2": [row[2] for row in rows],
-        "published": totals["published"],
-        "lean": totals["lean"],
-    }
+    how = "all timed" if scale == 1 else f"scaled from {len(layers)} layers"
+    say(f"published, {config.num_layers} layers: {found['published']:.1f} s ({how})")
+    say(f"lean (one baseline pass, last logits): {found['lean']:.1f} s ({how})")
+    if scale != 1:
+        say(
+            f"The lower the layer, the longer its backward pass: the timed layers' mean is "
+            f"{statistics.mean(layers):.1f}, the middle of the model {(config.num_layers - 1) / 2}."
+        )
+    slowest = max(found["published_per_layer"]) / min(found["published_per_layer"])
+    if slowest > 3:
+        say(f"NOT A QUIET MACHINE: one layer took {slowest:.1f} times as long as another.")
+    return found
 
 
 def floor(config: jaxneurons.ModelConfig, tokens: int, rows: int) -> dict[str, float]:
@@ -344,7 +373,7 @@ def shares(
     table(
         "Share of the machine's matmul rate: floor 2 N T + 2 N rows over seconds, N = "
         f"{sizes['without']:.1f} M parameters in matmuls, {sizes['with']:.1f} M with unembedding",
-        ("rule", "floor GFLOP", "floor s", "share", "with unembedding: GFLOP", "s", "share"),
+        "rule|floor GFLOP|floor s|share|with unembedding: GFLOP|s|share",
         [
             (
                 n,
@@ -383,10 +412,9 @@ def in_batches(lm: jaxneurons.LM, prompts: Sequence[TokenPrompt], repeats: int) 
     table(
         f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens (median "
         f"{statistics.median(lengths):.0f}), adaptive, median of {repeats} runs in turns",
-        ("how", "seconds per prompt", "all", "first call", "calls", "programs"),
+        "how|seconds per prompt|first call|calls|programs",
         [
-            (n, f["seconds_per_prompt"], f["seconds_per_prompt"] * len(prompts), f["first_call"])
-            + (f["batches"], f["programs"])
+            (n, *(f[k] for k in ("seconds_per_prompt", "first_call", "batches", "programs")))
             for n, f in found.items()
         ],
     )
@@ -420,8 +448,8 @@ def accuracy(lm: jaxneurons.LM, prompts: Sequence[TokenPrompt]) -> list[dict[str
     table(
         f"Accuracy: completeness gap, and relative L2 error of a layer against Gauss-"
         f"{CONVERGED.steps}",
-        ("prompt", "rule", "P(answer)", "nodes", "gap: median layer", "worst layer")
-        + ("error: median layer", "worst layer", "which"),
+        "prompt|rule|P(answer)|nodes|gap: median layer|worst layer|error: median layer|worst layer"
+        "|which layer",
         rows,
     )
     return found
@@ -447,7 +475,7 @@ def child_cold(_: Path) -> dict[str, float]:
     found = {"imported": time.time() - start}
     lm = jaxneurons.load(SMOLLM2)
     found["loaded"] = time.time() - start
-    _, text, answer = list(builtin_prompts())[3]
+    text, answer = list(builtin_prompts())[2][1:]
     (batch,) = batches.plan([encode_query(lm.tokenizer, text, answer)])
     out = run(lm, batch, RULES["adaptive"])
     np.argsort(np.asarray(out.scores[0]).reshape(-1))[-20:]
@@ -486,7 +514,7 @@ def memory(data: Path) -> dict[str, float]:
     found = child("single", data) | child("batch", data)
     table(
         "Peak resident memory of a fresh process so far, compilation included",
-        ("after", "GiB"),
+        "after|GiB",
         [(name, round(gib, 2)) for name, gib in found.items()],
     )
     return found
@@ -500,7 +528,7 @@ def cold(data: Path) -> dict[str, dict[str, float]]:
         }
     table(
         "Seconds from process start (files in the page cache)",
-        ("JAX compilation cache", "imported", "model loaded", "first neurons"),
+        "JAX compilation cache|imported|model loaded|first neurons",
         [(name, f["imported"], f["loaded"], f["neurons"]) for name, f in found.items()],
     )
     return found
@@ -516,9 +544,9 @@ def say(line: str = "") -> None:
     _printed.append(line)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    cells = [list(columns)] + [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+def table(title: str, columns: str, rows: Sequence[Sequence[Any]]) -> None:
+    cells = [columns.split("|")] + [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in cells
     ]
@@ -530,7 +558,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.1e}" if abs(value) < 1e-2 and value else f"{value:.3g}"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-2 else f"{value:.3g}"
 
 
 def write(out: Path, results: dict[str, Any]) -> None:
@@ -555,6 +585,13 @@ def main() -> None:
     add("--accuracy", type=int, default=3, metavar="N", help="prompts of the accuracy table")
     add("--cold", action="store_true", help="time a fresh process, from start to first neurons")
     add("--repeats", type=int, default=7, metavar="N", help="runs of each timing (default: 7)")
+    add(
+        "--baseline-repeats",
+        type=int,
+        default=2,
+        metavar="N",
+        help="runs of each layer of the baseline, the fastest counts (default: 2)",
+    )
     add("--data", type=Path, default=DATA, help="multi-choice prompts (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="write FILE.json and FILE.md")
     add("--child", choices=CHILDREN, help=argparse.SUPPRESS)
@@ -586,16 +623,19 @@ def main() -> None:
     say(f"prompt: {tokens} tokens from {source}, padded to {batch.tokens.shape[1]} for the engine")
     results["prompt_tokens"] = tokens
 
+    ticks, own = cpu_ticks(), time.process_time()
     results["engine"] = engine(lm, batch, args.repeats)
     ours = {name: found.pop("scores") for name, found in results["engine"].items()}
     rates = {"jax": jax_rates(lm.config)}
     if not args.skip_torch:
-        results["baseline"] = baseline(lm.config, prompts[0], layers, ours["reference"])
+        results["baseline"] = baseline(
+            lm.config, prompts[0], layers, args.baseline_repeats, ours["reference"]
+        )
         rates["torch"] = torch_rates(lm.config)
         table(
             "Times faster than PyTorch"
             + ("" if args.full else f" (baseline scaled from {len(layers)} layers)"),
-            ("rule", "than the published procedure", "than the lean one"),
+            "rule|than the published procedure|than the lean one",
             [
                 (n, *(results["baseline"][b] / f["seconds"] for b in ("published", "lean")))
                 for n, f in results["engine"].items()
@@ -604,7 +644,7 @@ def main() -> None:
     results["matmul_gflops"] = rates
     table(
         "float32 matmul, GFLOP/s",
-        ("shape", *rates),
+        "|".join(("shape", *rates)),
         [(shape, *(of[shape] for of in rates.values())) for shape in rates["jax"]],
     )
     rate = max(next(iter(of.values())) for of in rates.values())
@@ -613,6 +653,8 @@ def main() -> None:
         results["batch"] = in_batches(lm, mixed, max(3, args.repeats // 2))
     if args.accuracy > 0:
         results["accuracy"] = accuracy(lm, prompts)
+    say()
+    results["others"] = others(ticks, time.process_time() - own)
     if args.out:
         write(args.out, results)
 

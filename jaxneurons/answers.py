@@ -68,6 +68,8 @@ def separator(prompt: str) -> str:
         return ""
     if last in "\"'`" and prompt[-2:-1].isspace():
         return ""
+    if unicodedata.name(last, "").startswith("HANGUL"):
+        return " "  # wide, but Korean writes spaces
     return "" if unicodedata.east_asian_width(last) in ("W", "F") else " "
 
 
@@ -96,13 +98,23 @@ def encode_answer(
         return tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
     before = encode_prompt(tokenizer, prompt)
     for between in dict.fromkeys((separator(prompt), " ", "")):
+        if between and prompt[-1].isspace():
+            continue  # a second space
         whole = encode_prompt(tokenizer, prompt + between + answer.strip())
         if len(whole) > len(before) and whole[: len(before)] == before:
             return whole[len(before) :]
+    if prompt.endswith("\n"):  # "\n\n" may be one token at the end and two before a word
+        own = tuple(tokenizer(answer.strip(), add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        if _text(tokenizer, before + own) == _text(tokenizer, before) + answer.strip():
+            return own
     raise DataError(
         f"the answer {answer!r} has no token boundary with the end of its prompt "
         f"{prompt[-20:]!r}; end the prompt at a word, without trailing space"
     )
+
+
+def _text(tokenizer: "PreTrainedTokenizerBase", ids: tuple[int, ...]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def encode_query(
@@ -117,8 +129,8 @@ def encode_query(
     """A prompt, its answer and its options as token ids.
 
     Raises:
-      DataError: an empty text, an answer that cannot be tokenised in its place, or more tokens
-        than `max_length`.
+      DataError: an empty text, an answer that cannot be tokenised in its place, options that
+        begin with the same token, or more tokens than `max_length`.
     """
     ids = encode_prompt(tokenizer, prompt)
     target = encode_answer(tokenizer, prompt, answer, form=form)
@@ -128,18 +140,26 @@ def encode_query(
             f"holds {max_length}; shorten the prompt"
         )
     firsts = [encode_answer(tokenizer, prompt, option, form=form)[0] for option in options]
+    if len(set(firsts)) < len(firsts):
+        raise DataError(
+            f"the options {', '.join(options)} do not differ in their first token: this tokenizer "
+            "cannot tell them apart there; ask with a free answer instead"
+        )
     return TokenPrompt(ids, target, tuple(firsts))
 
 
-_OPTION = re.compile(r"^\s*([A-Z])\s*[.):]\s*\S", re.MULTILINE)
+_OPTION = re.compile(r"^\s*([A-Z])[^\S\n]*[.):](?=\s*\S)", re.MULTILINE)
 
 
 def option_letters(prompt: str) -> tuple[str, ...]:
     """Option letters of a multi-choice prompt: the last run of lines that start "A.", "B.", ..."""
     letters: list[str] = []
+    found: list[str] = []
     for letter in _OPTION.findall(prompt):
         if letter == "A":
             letters = ["A"]
         elif letters and ord(letter) == ord(letters[-1]) + 1:
             letters.append(letter)
-    return tuple(letters)
+        if len(letters) > 1 or not found:  # a lone "A:" after the options is no run
+            found = letters
+    return tuple(found)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxneurons.answers import TokenPrompt
+from jaxneurons.errors import ConfigError
 
 
 class Batch(NamedTuple):
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
 
 
 def bucket(length: int) -> int:
-    """The padded length: four sizes to every doubling, 32 at least."""
+    """The padded length: two sizes to every doubling, multiples of 32 up to 128."""
     step = 32
     while step * 4 < length:
         step *= 2
@@ -46,7 +47,12 @@ def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[
     """Group prompts into batches of equal padded shape; the same prompts give the same batches.
 
     Within a shape, batches are full but for the last, which is filled up to a power of two.
+
+    Raises:
+      ConfigError: a batch size below 1.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch size must be at least 1, got {batch_size!r}")
     size = batch_size or default_batch_size()
     shapes: dict[tuple[int, int, int], list[int]] = {}
     for i, prompt in enumerate(prompts):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -145,7 +146,11 @@ class _bar:
 def _show_located(located: "Located", out: Path) -> None:
     run = located.run
     answers, exact, counts = run["answers"], run["completeness"], run["neurons_per_query"]
-    table = Table(title=f"{run['queries']} queries, {run['prompts']} prompts", title_justify="left")
+    table = Table(
+        title=f"{run['queries']} queries, {run['prompts']} prompts",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("what")
     table.add_column("found", justify="right")
     rows = [
@@ -183,14 +188,15 @@ def _show_demo(result: "Demo", out: Path) -> None:
     if result.unknown:
         console.print(f"Not known in every wording, left out: {', '.join(result.unknown)}.")
     table = Table(
-        title="The answer's probability, its neurons turned off at the last prompt position",
+        title="The answer's probability, with neurons turned off at the last prompt position",
         title_justify="left",
         caption="lost: share of prompts whose answer is no longer the model's first choice",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("facts")
-    for name in ("number", "neurons each", "before", "its own off", "random off", "lost", "random"):
-        table.add_column(name, justify="right")
+    for name in ("n", "neurons", "before", "own off", "lost", "random off", "lost"):
+        table.add_column(name, justify="right", no_wrap=True)
     for effect in result.effects:
         if effect.group == "all":
             table.add_section()
@@ -200,8 +206,8 @@ def _show_demo(result: "Demo", out: Path) -> None:
             f"{effect.neurons:.1f}",
             f"{effect.before:.3f}",
             f"{effect.suppressed:.3f}",
-            f"{effect.random:.3f} ± {effect.random_spread:.3f}",
             f"{effect.lost:.0%}",
+            f"{effect.random:.3f} ± {effect.random_spread:.3f}",
             f"{effect.random_lost:.0%}",
         )
     console.print(table)

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons import batches
-from jaxneurons.attribution import prefill
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
 from jaxneurons.evaluate import matched_random, scale_array, scaled_answers
@@ -27,6 +26,7 @@ from jaxneurons.plots import neuron_map
 from jaxneurons.qrnca import QRNCAConfig
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import Query, read_queries
+from jaxneurons.rows import prefill
 from jaxneurons.store import write_json
 
 SETTINGS = QRNCAConfig(quadrature=Quadrature())

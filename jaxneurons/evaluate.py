@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxneurons import layers, transformer
-from jaxneurons.attribution import Prefill
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
 from jaxneurons.neurons import Neuron
+from jaxneurons.rows import Prefill
 
 
 def scale_array(

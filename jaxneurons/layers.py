@@ -120,7 +120,7 @@ def _scores(q: Array, k: Array, mask: Array) -> Array:
 
 
 def _mix(weights: Array, v: Array) -> Array:
-    """Values mixed by weights: [batch, kv_heads, group, query, key] -> [batch, query, heads, dim]."""
+    """Values [batch, key, ...] mixed by the weights: [batch, query, heads, dim]."""
     batch, kv_heads, group, queries, _ = weights.shape
     mixed = jnp.einsum("bkgqs,bskd->bqkgd", weights, v)
     return mixed.reshape(batch, queries, kv_heads * group, v.shape[-1])

@@ -96,7 +96,7 @@ def locate(
 
     Args:
       lm: the model.
-      queries: at least two; see `queries.read_queries`.
+      queries: at least four with the default settings; see `queries.read_queries`.
       out: the run directory.
       settings: hyper-parameters.
       batch_size: prompts per batch; default: what suits the platform.
@@ -105,7 +105,7 @@ def locate(
     Raises:
       DataError: unusable queries or directory, before anything is computed.
     """
-    qrnca.check_count(len(queries))
+    qrnca.check_count(len(queries), settings.common)
     prompts = encode_queries(lm, queries, settings)
     plan = batches.plan(prompts, batch_size)
     identity = {

@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons import attribution
+from jaxneurons.attribution import Attribution, attribute
 from jaxneurons.batches import Batch
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons import Neuron, check_site
 from jaxneurons.quadrature import Quadrature
+from jaxneurons.rows import prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +125,11 @@ class QueryNeurons(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def _run_batch(
     params: Any, batch: Batch, *, config: ModelConfig, settings: QRNCAConfig
-) -> tuple[attribution.Attribution, jax.Array, jax.Array]:
-    pre = attribution.prefill(
+) -> tuple[Attribution, jax.Array, jax.Array]:
+    pre = prefill(
         params, batch.tokens, jnp.asarray(batch.targets), config=config, lengths=batch.lengths
     )
-    found = attribution.attribute(
+    found = attribute(
         params,
         pre,
         config=config,
@@ -220,9 +221,9 @@ def rank(
       settings: hyper-parameters.
 
     Raises:
-      DataError: one query only, for which ica is log(1/2) everywhere and nothing is left.
+      DataError: too few queries, so that nothing is left whatever the clusters are.
     """
-    check_count(len(clusters))
+    check_count(len(clusters), settings.common)
     counts: dict[int, int] = {}
     for cluster in clusters.values():
         for neuron in cluster:
@@ -245,10 +246,23 @@ def rank(
     return found, [(Neuron(*divmod(n, width)), count) for count, n in shared]
 
 
-def check_count(queries: int) -> None:
-    """Raise `DataError` if there are too few queries to compare clusters."""
+def check_count(queries: int, common: float = QRNCAConfig.common) -> None:
+    """Raise `DataError` if there are too few queries to compare clusters.
+
+    With two, ica is at most log(2/2) = 0; with int(common * queries) = 0 every neuron is common.
+    """
+    if queries >= 3 and int(common * queries) >= 1:
+        return
     if queries < 2:
         raise DataError(
             "one query only: inverse cluster attribution compares clusters of several queries "
-            "(with one, ica = log(1/2) < 0 and no neuron is left); give at least two queries"
+            "(with one, ica = log(1/2) < 0 and no neuron is left); give several queries"
         )
+    why = (
+        "with two, ica is at most log(2/2) = 0"
+        if queries < 3
+        else f"a neuron of one query is already in more than {common:g} of the clusters, so common"
+    )
+    least = next((n for n in range(3, 1001) if int(common * n) >= 1), None)
+    advice = f"give at least {least} queries" if least else f"common = {common:g} is too small"
+    raise DataError(f"{queries} queries leave no neurons ({why}); {advice}")

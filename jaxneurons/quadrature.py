@@ -42,7 +42,7 @@ class Quadrature:
         still unresolved then is accepted and shows in the reported error.
     """
 
-    rule: Rule = "adaptive"
+    rule: str = "adaptive"
     steps: int = 16
     tolerance: float = 5e-4
     max_nodes: int = 16

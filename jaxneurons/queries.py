@@ -62,6 +62,12 @@ def read_queries(path: str | os.PathLike[str]) -> list[Query]:
         raise DataError(f"{path}: holds no queries")
     seen: set[str] = set()
     for query in queries:
+        try:
+            "".join((query.id, query.group, *query.prompts, *query.answers)).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{path}: query {query.id!r}: holds half a surrogate pair (\\ud800 to \\udfff)"
+            ) from None
         if query.id in seen:
             raise DataError(f"{path}: query {query.id!r} is there twice; ids must be unique")
         seen.add(query.id)
@@ -87,8 +93,11 @@ def _records(path: Path, text: str) -> Iterable[tuple[str, Any]]:
     try:
         whole = json.loads(text, object_pairs_hook=hook)
     except json.JSONDecodeError as error:
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-        if len(lines) < 2 or (error.lineno == 1 and not error.msg.startswith("Extra data")):
+        # JSON Lines: something follows a first value of one line. No splitlines(), which would cut
+        # strings at U+2028 and the like.
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        first = text[: error.pos].strip()
+        if len(lines) < 2 or not error.msg.startswith("Extra data") or "\n" in first:
             raise DataError(
                 f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
             ) from None
@@ -100,9 +109,13 @@ def _records(path: Path, text: str) -> Iterable[tuple[str, Any]]:
                 raise DataError(
                     f"{path}: line {n}, column {bad.colno}: not JSON ({bad.msg})"
                 ) from None
+            except DataError as bad:
+                raise DataError(f"{bad} (line {n})") from None
+            except (RecursionError, ValueError) as bad:
+                raise DataError(f"{path}: line {n}: {_odd(bad)}") from None
         whole = records
-    except RecursionError:
-        raise DataError(f"{path}: nested too deeply to be a query file") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: {_odd(error)}") from None
     if isinstance(whole, Mapping) and not {"prompt", "prompts"} & whole.keys():
         return list(whole.items())
     records = whole if isinstance(whole, list) else [whole]
@@ -110,6 +123,12 @@ def _records(path: Path, text: str) -> Iterable[tuple[str, Any]]:
         (str(record.get("id", n)) if isinstance(record, Mapping) else str(n), record)
         for n, record in enumerate(records)
     ]
+
+
+def _odd(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply to be a query file"
+    return f"not usable as JSON ({error})"  # a number of thousands of digits
 
 
 def _query(path: Path, name: str, record: Any) -> Query:

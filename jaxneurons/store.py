@@ -91,6 +91,8 @@ class RunDirectory:
         except (OSError, ValueError):
             raise DataError(f"{known}: unreadable; give a new directory") from None
         wanted = json.loads(json.dumps(dict(identity)))
+        if not isinstance(there, dict):
+            raise DataError(f"{known}: unreadable; give a new directory")
         other = [key for key in wanted if there.get(key) != wanted[key]]
         if other or there.keys() != wanted.keys():
             raise DataError(

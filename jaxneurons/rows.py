@@ -1,0 +1,232 @@
+"""Rows: one token for each (layer, alpha), run against a prompt's cached keys and values.
+
+A causal model computes the same keys and values before the last position whatever is scaled there.
+So `prefill` runs the prompt once and keeps keys, values and the residual as it enters each layer; a
+row enters at its layer with that residual, its site scaled, and runs through the layers above.
+Rows are sorted by layer and enter in a few groups, so that little work is done below a row's layer.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxneurons import layers, transformer
+from jaxneurons.config import ModelConfig
+from jaxneurons.neurons import site_width
+
+
+class Prefill(NamedTuple):
+    """A prompt, run once: all that its rows need.
+
+    Attributes:
+      cache: keys and values of every position.
+      residual: the stream as it enters each layer, at the answer positions.
+      positions: the position before each answer token.
+      targets: the answer tokens.
+      probability: of each answer token, model untouched.
+      logits: at the answer positions, float32.
+    """
+
+    cache: transformer.Cache
+    residual: Float[Array, "layer batch answer hidden"]
+    positions: Int[Array, "batch answer"]
+    targets: Int[Array, "batch answer"]
+    probability: Float[Array, "batch answer"]
+    logits: Float[Array, "batch answer vocab"]
+
+
+def prefill(
+    params: transformer.Params,
+    tokens: Int[Array, "batch seq"],
+    targets: Int[Array, "batch answer"],
+    *,
+    config: ModelConfig,
+    lengths: Int[Array, " batch"],
+) -> Prefill:
+    """Run prompts (and all but the last token of their answers) once."""
+    batch, seq = tokens.shape
+    answers = targets.shape[1]
+    positions = lengths[:, None] - 1 + jnp.arange(answers)
+    if answers > 1:
+        tokens = jnp.pad(tokens, ((0, 0), (0, answers - 1)))
+        seq += answers - 1
+        tokens = jax.vmap(
+            lambda row, answer, start: jax.lax.dynamic_update_slice_in_dim(row, answer, start, 0)
+        )(tokens, targets[:, :-1].astype(tokens.dtype), lengths)
+        lengths = lengths + answers - 1
+    dtype = params["embed"]["embedding"].dtype
+    out = transformer.forward(
+        params,
+        tokens,
+        config=config,
+        lengths=lengths,
+        at=positions,
+        cache=transformer.init_cache(config, batch, seq, dtype),
+        capture=("residual",),
+    )
+    probability = layers.token_probability(params, out.final, targets, config)
+    assert out.cache is not None
+    residual = out.activations["residual"]
+    return Prefill(out.cache, residual, positions, targets, probability, out.logits)
+
+
+def row_probabilities(
+    params: transformer.Params,
+    pre: Prefill,
+    layer: Int[Array, "batch answer row"],
+    scales: Float[Array, "batch answer row width"],
+    *,
+    config: ModelConfig,
+    site: str,
+    entries: tuple[tuple[int, int], ...] | None = None,
+) -> Float[Array, "batch answer row"]:
+    """The answer's probability in each row: its layer's site scaled, all else untouched.
+
+    Differentiate with respect to `scales`: that is the attribution.
+
+    Args:
+      params: the model's parameters.
+      pre: the prompts, run once.
+      layer: where each row enters.
+      scales: multipliers of the row's site, at its own layer.
+      config: the model's shape.
+      site: which activation is scaled.
+      entries: (first layer, rows): from that layer on, so many of the first rows take part. Rows
+        sorted by layer do no work below their group's first layer; default: all from layer 0.
+    """
+    batch, answers, rows = layer.shape
+    entries = ((0, rows),) if entries is None else entries
+    # Rows outermost, so that a group of rows is a prefix.
+    layer = layer.swapaxes(1, 2).reshape(batch, rows * answers)
+    scales = scales.swapaxes(1, 2).reshape(batch, rows * answers, -1)
+    positions = jnp.tile(pre.positions, (1, rows))
+    cos, sin = layers.rope_angles(positions, config)
+    keys = jnp.broadcast_to(jnp.arange(pre.cache.k.shape[2]), (batch, pre.cache.k.shape[2]))
+    # The row itself is not in the cache: it sees strictly earlier keys, and itself.
+    mask = layers.visible(positions, keys, config.sliding_window)
+    mask &= keys[:, None, :] < positions[..., None]
+
+    # Keep only matmul results for the backward pass: without this policy every layer's weights
+    # would be copied into the list of saved values.
+    keep = jax.checkpoint_policies.dots_saveable
+
+    @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
+    def step(x: Array, scales: Array, index: Array) -> Array:
+        def pick(stack: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+        active = x.shape[1]
+        k, v, stored = pick(pre.cache.k), pick(pre.cache.v), pick(pre.residual)
+        here = (layer[:, :active] == index)[..., None]
+        y, _ = layers.block(
+            jax.tree.map(pick, params["layers"]),
+            jnp.where(here, jnp.tile(stored, (1, active // answers, 1)), x),
+            config=config,
+            rotate=lambda heads: layers.rotate(heads, cos[:, :active], sin[:, :active]),
+            attend=lambda q, own_k, own_v: layers.row_attention(
+                q, own_k, own_v, k, v, mask[:, :active]
+            ),
+            scales={site: jnp.where(here, scales, 1)},
+        )
+        return y
+
+    x = jnp.zeros((batch, 0, config.hidden_size), pre.residual.dtype)
+    ends = [first for first, _ in entries[1:]] + [config.num_layers]
+    for (first, active), end in zip(entries, ends, strict=True):
+        x = jnp.pad(x, ((0, 0), (0, active * answers - x.shape[1]), (0, 0)))
+        inside = scales[:, : active * answers]
+        x, _ = jax.lax.scan(
+            lambda x, index, inside=inside: (step(x, inside, index), None),
+            x,
+            jnp.arange(first, end),
+        )
+    targets = jnp.tile(pre.targets, (1, rows))
+    p = layers.token_probability(params, x, targets, config)
+    return p.reshape(batch, rows, answers).swapaxes(1, 2)
+
+
+def evaluate(
+    params: transformer.Params, pre: Prefill, layer: Array, alpha: Array, **model: Any
+) -> tuple[Array, Array]:
+    """P [batch, answer, row] and dP/dscale [batch, answer, row, width] at each (layer, alpha)."""
+    width = site_width(model["config"], model["site"])
+    scales = jnp.broadcast_to(alpha[..., None].astype(jnp.float32), (*alpha.shape, width))
+
+    def total(scales: Array) -> tuple[Array, Array]:
+        p = row_probabilities(params, pre, layer, scales, **model)
+        return p.sum(), p
+
+    (_, p), gradient = jax.value_and_grad(total, has_aux=True)(scales)
+    return p, gradient
+
+
+GROUPS = 6
+"""Groups of layers that rows enter by: more groups skip more work and compile longer."""
+
+
+def sweep(
+    params: transformer.Params,
+    pre: Prefill,
+    x: np.ndarray,
+    w: np.ndarray,
+    *,
+    config: ModelConfig,
+    site: str,
+    rows: int,
+) -> tuple[Array, Array]:
+    """Every layer at nodes `x`: P [batch, answer, layer, node] and the integral [..., width]."""
+    count, steps, shape = config.num_layers, len(x), pre.targets.shape
+    passes = -(-steps // max(1, rows // count))
+    each = -(-steps // passes)  # nodes of every layer in one pass
+    pad = passes * each - steps
+    alpha = np.concatenate([x, np.zeros(pad)]).reshape(passes, each)
+    weight = np.concatenate([w, np.zeros(pad)]).reshape(passes, each)
+    bounds = np.linspace(0, count, min(GROUPS, count) + 1).astype(int).tolist()
+    entries = tuple((a, b * each) for a, b in itertools.pairwise(bounds))
+    everyone = (*shape, count * each)
+    layer = jnp.broadcast_to(jnp.repeat(jnp.arange(count), each), everyone)
+
+    def one(integral: Array, nodes: tuple[Array, Array]) -> tuple[Array, Array]:
+        alpha, weight = nodes
+        p, gradient = evaluate(
+            params,
+            pre,
+            layer,
+            jnp.broadcast_to(jnp.tile(alpha, count), everyone),
+            config=config,
+            site=site,
+            entries=entries,
+        )
+        gradient = gradient.reshape(*shape, count, each, -1)
+        p = p.reshape(*shape, count, each)
+        return integral + jnp.einsum("balmw,m->balw", gradient, weight), p
+
+    integral = jnp.zeros((*shape, count, site_width(config, site)), jnp.float32)
+    nodes = (jnp.asarray(alpha, jnp.float32), jnp.asarray(weight, jnp.float32))
+    integral, p = jax.lax.scan(one, integral, nodes)
+    p = jnp.moveaxis(p, 0, -2).reshape(*shape, count, passes * each)
+    return p[..., :steps], integral
+
+
+def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
+    """Rows that can be evaluated together within `memory_budget` bytes of activations.
+
+    Counts what the backward pass keeps for each row (the matmul results of every layer and the
+    vocabulary's logits and probabilities), in float32. More rows than keep the platform busy bring
+    nothing, and small chunks skip more layers.
+    """
+    per_layer = (
+        2 * config.intermediate_size
+        + 2 * config.hidden_size
+        + 2 * config.query_width
+        + 2 * config.kv_width
+        + config.num_heads * (keys + 1)
+    )
+    per_row = 4 * (config.num_layers * per_layer + 3 * config.vocab_size)
+    busy = 512 if jax.default_backend() == "cpu" else 1024
+    return max(1, min(memory_budget // per_row, busy))

@@ -1,0 +1,88 @@
+"""Batches: every prompt once, few shapes, always the same."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxneurons.answers import TokenPrompt
+from jaxneurons.batches import bucket, default_batch_size, plan
+from jaxneurons.errors import ConfigError
+
+
+def prompt(length, answer=1, options=0, seed=0):
+    rng = np.random.default_rng([length, answer, options, seed])
+    return TokenPrompt(
+        tuple(rng.integers(1, 99, length).tolist()),
+        tuple(rng.integers(1, 99, answer).tolist()),
+        tuple(rng.integers(1, 99, options).tolist()),
+    )
+
+
+prompts_of_any_size = st.lists(
+    st.builds(prompt, st.integers(1, 300), st.integers(1, 3), st.sampled_from([0, 4]), st.integers(0, 9)),
+    max_size=30,
+)
+
+
+@given(prompts_of_any_size, st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_every_prompt_is_there_once_and_whole(prompts, size):
+    seen = []
+    for batch in plan(prompts, size):
+        rows = len(batch.index)
+        assert rows & (rows - 1) == 0
+        real = batch.index[batch.index >= 0]
+        assert 0 < len(real) <= size
+        assert (batch.index[: len(real)] >= 0).all()  # what only fills the shape is at the end
+        assert rows < 2 * len(real)
+        for row, i in enumerate(real.tolist()):
+            seen.append(i)
+            want, length = prompts[i], len(prompts[i].prompt)
+            assert batch.tokens[row, :length].tolist() == list(want.prompt)
+            assert not batch.tokens[row, length:].any()  # padded on the right
+            assert batch.lengths[row] == length
+            assert batch.targets[row].tolist() == list(want.answer)
+            assert batch.answer_lengths[row] == len(want.answer)
+            assert batch.options[row].tolist() == list(want.options)
+    assert sorted(seen) == list(range(len(prompts)))
+
+
+@given(prompts_of_any_size)
+@settings(max_examples=20, deadline=None)
+def test_the_same_prompts_give_the_same_batches(prompts):
+    for one, two in zip(plan(prompts, 4), plan(list(prompts), 4), strict=True):
+        for a, b in zip(one, two, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_lengths_are_few_and_not_wasteful():
+    sizes = [bucket(length) for length in range(1, 2049)]
+    assert len(set(sizes)) <= 12
+    assert sizes == sorted(sizes)
+    for length, size in enumerate(sizes, 1):
+        assert length <= size < max(1.5 * length, length + 32)
+    assert bucket(32) == 32
+    assert bucket(33) == 64
+
+
+def test_few_shapes_for_prompts_of_every_length():
+    batches = plan([prompt(length) for length in range(1, 2049)], 8)
+    assert len({batch.tokens.shape for batch in batches}) <= 12 + 4
+    assert len(batches) <= 2048 / 8 + 12
+
+
+def test_batches_are_full_but_the_last_is_a_power_of_two():
+    batches = plan([prompt(10, seed=i) for i in range(21)], 8)
+    assert [len(batch.index) for batch in batches] == [8, 8, 8]
+    assert batches[-1].index.tolist() == [16, 17, 18, 19, 20, -1, -1, -1]
+    assert [len(batch.index) for batch in plan([prompt(10)] * 9, 8)] == [8, 1]
+
+
+def test_batch_size():
+    prompts = [prompt(10)] * (default_batch_size() + 1)
+    assert len(plan(prompts)) == 2
+    assert plan([]) == []
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match="batch size must be at least 1"):
+            plan(prompts, size)
