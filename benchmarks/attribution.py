@@ -42,7 +42,7 @@ LENGTH = 95  # tokens of the prompt that is timed
 STEPS = 16
 BASELINE_LAYERS = "1,8,15,22,29"
 BATCH = 32  # prompts of mixed lengths
-LONGEST = 256  # tokens of a prompt in the batch
+LONGEST = 160  # tokens of a prompt in the batch
 
 RULES = {
     "adaptive": Quadrature(),
@@ -390,7 +390,9 @@ def shares(
     return found
 
 
-def in_batches(lm: jaxneurons.LM, prompts: Sequence[TokenPrompt], repeats: int) -> dict[str, Any]:
+def in_batches(
+    lm: jaxneurons.LM, prompts: Sequence[TokenPrompt], repeats: int = 3
+) -> dict[str, Any]:
     lengths = [len(p.prompt) for p in prompts]
     together, alone = batches.plan(prompts), batches.plan(prompts, 1)
     calls = {
@@ -649,10 +651,10 @@ def main() -> None:
     )
     rate = max(next(iter(of.values())) for of in rates.values())
     results["shares"] = shares(lm.config, tokens, results["engine"], rate)
-    if not args.skip_batch:
-        results["batch"] = in_batches(lm, mixed, max(3, args.repeats // 2))
     if args.accuracy > 0:
         results["accuracy"] = accuracy(lm, prompts)
+    if not args.skip_batch:
+        results["batch"] = in_batches(lm, mixed)
     say()
     results["others"] = others(ticks, time.process_time() - own)
     if args.out:

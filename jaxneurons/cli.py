@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -29,10 +29,11 @@ qrnca_app = typer.Typer(
 )
 app.add_typer(qrnca_app, name="qrnca")
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False)
+errors = Console(stderr=True, markup=False)
 
 MODES = ("paper", "reference")
+INTERRUPTED = 130  # exit code after Ctrl-C, which typer has turned into SystemExit
 
 
 @app.callback(invoke_without_command=True)
@@ -128,6 +129,7 @@ class _bar:
             TextColumn("prompts"),
             TimeRemainingColumn(),
             console=errors,
+            disable=not errors.is_terminal,  # a log file needs no bar
         )
 
     def __enter__(self) -> Any:
@@ -229,12 +231,18 @@ def main() -> None:
     try:
         app()
     except JaxneuronsError as error:
-        message = " ".join(str(error).split())
-        errors.print(f"error: {message}", markup=False, soft_wrap=True, highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("stopped; what was finished is kept, the same command goes on from there")
-        sys.exit(130)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            errors.print("stopped; what was finished is kept, the same command goes on from there")
+        raise
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print(f"error: {' '.join(message.split())}", soft_wrap=True, highlight=False)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

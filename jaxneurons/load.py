@@ -152,6 +152,8 @@ def load(
       ConfigError: the model's configuration is not supported.
     """
     name = os.fspath(source)
+    if not name.strip():
+        raise SourceError(f"the model source is empty; give {SMOLLM2!r}, a path or a hub id")
     if name == SMOLLM2 and isinstance(source, str):
         if revision is not None:
             raise SourceError(f"{name!r} has no revisions; revision is for hub ids")

@@ -1,5 +1,6 @@
 """Tiny random models of every shape, as plain parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,3 +43,8 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
 def random_tokens(config: ModelConfig, shape: tuple[int, ...], seed: int = 0) -> jax.Array:
     rng = np.random.default_rng(seed)
     return jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """For tiny models, where compiling takes all the time: jit without LLVM's optimisations."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})

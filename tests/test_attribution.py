@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import random_tokens, tiny_config, tiny_params
+from models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import SITES, ConfigError, Quadrature, forward, integrated_gradients
 from jaxneurons.neurons import site_width
@@ -19,7 +19,8 @@ from jaxneurons.rows import rows_in_budget
 
 @functools.cache
 def attribute(config, quadrature=Quadrature(), **options):
-    return jax.jit(
+    make = jax.jit if config.num_layers > 3 else compiled
+    return make(
         functools.partial(integrated_gradients, config=config, quadrature=quadrature, **options)
     )
 
@@ -28,7 +29,6 @@ def attribute(config, quadrature=Quadrature(), **options):
 def path_gradient(config, site):
     """P and dP/dscale at one alpha, over the whole sequence, for one prompt and one layer."""
 
-    @jax.jit
     def run(params, tokens, length, target, layer, alpha):
         shape = (config.num_layers, 1, tokens.shape[0], site_width(config, site))
 
@@ -42,7 +42,7 @@ def path_gradient(config, site):
         own = jnp.full(shape[-1], alpha, jnp.float32)
         return jax.value_and_grad(probability)(own)
 
-    return jax.jit(jax.vmap(jax.vmap(run, (None,) * 5 + (0,)), (None,) * 4 + (0, None)))
+    return compiled(jax.vmap(jax.vmap(run, (None,) * 5 + (0,)), (None,) * 4 + (0, None)))
 
 
 def oracle(params, tokens, lengths, targets, *, config, site, x, w):
@@ -62,7 +62,8 @@ def oracle(params, tokens, lengths, targets, *, config, site, x, w):
 def difference(ours, theirs):
     """Relative L2 difference of every layer."""
     ours, theirs = np.asarray(ours, float), np.asarray(theirs, float)
-    return np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
+    size = np.linalg.norm(theirs, axis=-1)
+    return np.linalg.norm(ours - theirs, axis=-1) / np.maximum(size, 1e-30)
 
 
 LENGTHS = jnp.array([7, 4, 1])
@@ -95,9 +96,7 @@ def test_equals_the_plain_oracle(shape, site, rule):
         params, tokens, targets, lengths=LENGTHS
     )
     x, w = nodes_and_weights(rule, 4)
-    scores, zero, one = oracle(
-        params, tokens, LENGTHS, targets, config=config, site=site, x=x, w=w
-    )
+    scores, zero, one = oracle(params, tokens, LENGTHS, targets, config=config, site=site, x=x, w=w)
     # At the only position of a one-token prompt attention has nothing to choose from: q and k
     # score zero there, and a relative difference means nothing.
     trivial = np.linalg.norm(scores, axis=-1) < 1e-9
@@ -146,7 +145,9 @@ def test_answers_of_several_tokens(rule):
 def test_adaptive_is_converged_and_complete(site):
     config = SHAPES["gqa-untied"]
     params, tokens, targets = case(config)
-    out = attribute(config, site=site)(params, tokens, targets, lengths=LENGTHS)
+    out = attribute(config, Quadrature(max_nodes=60), site=site)(
+        params, tokens, targets, lengths=LENGTHS
+    )
     fine = attribute(config, Quadrature("gauss", steps=256), site=site)(
         params, tokens, targets, lengths=LENGTHS
     )
@@ -184,19 +185,18 @@ def test_adaptive_knows_what_it_does_not_know(factor, max_nodes):
 
 
 def test_more_nodes_are_spent_only_where_they_are_needed():
-    config = tiny_config(num_layers=3)
-    params, tokens = sharp(config, 20.0, seed=3), random_tokens(config, (1, 7))
-    targets = forward(params, tokens, config=config).logits[:, 0].argmax(-1)
+    config = tiny_config(num_layers=2)
+    params, tokens = sharp(config, 20.0, seed=3), random_tokens(config, (3, 7))
+    targets = forward(params, tokens, config=config, lengths=LENGTHS).logits[:, 0].argmax(-1)
+    run = functools.partial(attribute, config)
     spent = {}
-    for most in (PANEL_NODES, 10, 200):
-        out = attribute(config, Quadrature(max_nodes=most))(params, tokens, targets)
-        spent[most] = np.asarray(out.nodes)[0]
-        assert spent[most].sum() <= most * config.num_layers
+    for most in (PANEL_NODES, 16, 1000):
+        out = run(Quadrature(max_nodes=most))(params, tokens, targets, lengths=LENGTHS)
+        spent[most] = np.asarray(out.nodes)
+        assert (spent[most].sum(-1) <= most * config.num_layers).all()
         assert (spent[most] % PANEL_NODES == 0).all()
     assert (spent[PANEL_NODES] == PANEL_NODES).all()
-    assert spent[200][0] > spent[200][1:].max()
-    strict = attribute(config, Quadrature(tolerance=1e-6, max_nodes=200))(params, tokens, targets)
-    assert np.asarray(strict.nodes).sum() > spent[200].sum()
+    assert (spent[1000][:, 0] > spent[1000][:, 1]).all()  # the step is in layer 0
 
 
 # --- chunks, transformations, compilations --------------------------------------------------------
@@ -230,7 +230,7 @@ def test_inside_jit_and_vmap(rule):
     quadrature = Quadrature(rule, steps=4)
     plain = functools.partial(integrated_gradients, config=config, quadrature=quadrature)
     outside = plain(params, tokens, targets, lengths=LENGTHS)
-    jitted = jax.jit(lambda *args: plain(*args[:3], lengths=args[3]))(
+    jitted = compiled(lambda *args: plain(*args[:3], lengths=args[3]))(
         params, tokens, targets, LENGTHS
     )
 
@@ -238,7 +238,7 @@ def test_inside_jit_and_vmap(rule):
         out = plain(params, row[None], target[None], lengths=length[None])
         return jax.tree.map(lambda x: x[0], out)
 
-    mapped = jax.jit(jax.vmap(single))(tokens, targets, LENGTHS)
+    mapped = compiled(jax.vmap(single))(tokens, targets, LENGTHS)
     for other in (jitted, mapped):
         assert difference(other.scores, outside.scores).max() < 1e-5
         np.testing.assert_allclose(other.gap, outside.gap, atol=1e-6)
@@ -248,10 +248,8 @@ def test_inside_jit_and_vmap(rule):
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])
 def test_one_compilation_for_one_shape(rule):
     config = tiny_config(num_layers=2)
-    run = jax.jit(
-        functools.partial(
-            integrated_gradients, config=config, quadrature=Quadrature(rule, steps=3)
-        )
+    run = compiled(
+        functools.partial(integrated_gradients, config=config, quadrature=Quadrature(rule, steps=3))
     )
     for seed in range(3):
         params, tokens, targets = case(config, seed)

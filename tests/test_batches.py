@@ -20,7 +20,9 @@ def prompt(length, answer=1, options=0, seed=0):
 
 
 prompts_of_any_size = st.lists(
-    st.builds(prompt, st.integers(1, 300), st.integers(1, 3), st.sampled_from([0, 4]), st.integers(0, 9)),
+    st.builds(
+        prompt, st.integers(1, 300), st.integers(1, 3), st.sampled_from([0, 4]), st.integers(0, 9)
+    ),
     max_size=30,
 )
 

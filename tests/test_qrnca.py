@@ -30,7 +30,7 @@ def kept(scores, threshold=0.2):
 
 
 def oracle(queries, config, width):
-    """{query: [prompt scores]} -> {query: best neurons}, {query: {neuron: naica}}, {common: count}."""
+    """From {query: [prompt scores]}: {query: best}, {query: {neuron: naica}}, {common: count}."""
     na = {}
     for name, prompts in queries.items():
         total = {}
@@ -197,7 +197,7 @@ def test_common_is_more_than_the_whole_part_of_the_share(count, most):
 
 
 def test_ties_go_to_the_lower_neuron_whatever_the_order():
-    one = {n: 0.1 for n in (5, 3, 9, 1)}
+    one = dict.fromkeys((5, 3, 9, 1), 0.1)
     others = {f"q{i}": {20 + i: 1.0} for i in range(4)}
     for cluster in (one, dict(reversed(one.items()))):
         found, _ = rank({"a": cluster, **others}, width=100, settings=QRNCAConfig(top=3))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
-from models import random_tokens, tiny_config, tiny_params
+from models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import ConfigError, Quadrature, forward, integrated_gradients
 from jaxneurons.sharding import (
@@ -99,7 +99,7 @@ def test_forward_is_the_same(name, kv_heads):
     config, mesh = tiny_config(num_kv_heads=kv_heads), mesh_of(*shape)
     params, tokens = tiny_params(config), random_tokens(config, (2, 9))
     lengths = jnp.array([9, 6])
-    run = jax.jit(functools.partial(forward, config=config, at="all", capture=("act",)))
+    run = compiled(functools.partial(forward, config=config, at="all", capture=("act",)))
     expected = run(params, tokens, lengths=lengths)
     split = jax.device_put((tokens, lengths), batch_sharding(mesh, rules))
     out = run(shard_params(params, config, mesh, rules), split[0], lengths=split[1])
@@ -117,7 +117,7 @@ def test_attribution_is_the_same(name, rule):
     config, mesh = tiny_config(num_layers=2), mesh_of(*shape)
     params, tokens = tiny_params(config), random_tokens(config, (4, 7))
     targets, lengths = jnp.array([3, 5, 7, 9]), jnp.array([7, 5, 6, 7])
-    run = jax.jit(
+    run = compiled(
         functools.partial(
             integrated_gradients, config=config, quadrature=Quadrature(rule=rule, steps=4)
         )

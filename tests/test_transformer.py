@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import random_tokens, tiny_config, tiny_params
+from models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import SITES, forward, init_cache, layers
 from jaxneurons.convert.hf import read_hf
@@ -19,7 +19,8 @@ from jaxneurons.transformer import Transformer
 
 
 def apply(config, **options):
-    return jax.jit(functools.partial(forward, config=config, **options))
+    make = jax.jit if config.num_layers > 3 else compiled
+    return make(functools.partial(forward, config=config, **options))
 
 
 # --- PyTorch transformers on tiny random models ---------------------------------------------------
