@@ -568,7 +568,6 @@ def _cell(value: Any) -> str:
 def write(out: Path, results: dict[str, Any]) -> None:
     out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text("\n".join(_printed) + "\n", encoding="utf-8")
-    print(f"written: {out.with_suffix('.json')}, {out.with_suffix('.md')}")
 
 
 def main() -> None:
@@ -606,12 +605,19 @@ def main() -> None:
         parser.error("the baseline needs PyTorch: pip install -e '.[oracle]', or --skip-torch")
 
     results: dict[str, Any] = {"machine": machine()}
+
+    def save() -> None:  # after every long section: a time limit then costs only the rest
+        if args.out:
+            write(args.out, results)
+
     fetch_smollm2()
     # First, while this process is small: a child's peak starts at its parent's.
     if not args.skip_memory:
         results["memory_gib"] = memory(args.data)
     if args.cold:
         results["cold"] = cold(args.data)
+
+    save()
 
     lm = jaxneurons.load(SMOLLM2)
     count = lm.config.num_layers
@@ -651,14 +657,15 @@ def main() -> None:
     )
     rate = max(next(iter(of.values())) for of in rates.values())
     results["shares"] = shares(lm.config, tokens, results["engine"], rate)
+    save()
     if args.accuracy > 0:
         results["accuracy"] = accuracy(lm, prompts)
+        save()
     if not args.skip_batch:
         results["batch"] = in_batches(lm, mixed)
     say()
     results["others"] = others(ticks, time.process_time() - own)
-    if args.out:
-        write(args.out, results)
+    save()
 
 
 if __name__ == "__main__":

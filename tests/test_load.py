@@ -1,6 +1,7 @@
 """load(): every kind of source, and what it says when it cannot."""
 
 import hashlib
+import importlib
 import io
 import json
 import subprocess
@@ -22,9 +23,10 @@ from checkpoints import (
     write_hf,
 )
 
-from jaxneurons import load as loading
 from jaxneurons.errors import SourceError
 from jaxneurons.load import load
+
+loading = importlib.import_module("jaxneurons.load")  # `jaxneurons.load` is the function
 
 VOCABULARY = byte_level_vocabulary()
 CONFIG = tiny(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]))
