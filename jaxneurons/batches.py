@@ -22,7 +22,7 @@ class Batch(NamedTuple):
       options: first tokens of the options, [batch, option]; -1 where there is none.
     """
 
-    index: np.ndarray
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
     tokens: np.ndarray
     lengths: np.ndarray
     targets: np.ndarray

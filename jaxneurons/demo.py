@@ -209,10 +209,9 @@ def _shape(lm: LM, settings: QRNCAConfig) -> tuple[int, int]:
 def _run(
     params: Any, batch: batches.Batch, scales: jax.Array, *, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
-    pre = prefill(
-        params, batch.tokens, jnp.asarray(batch.targets), config=config, lengths=batch.lengths
-    )
-    last = jnp.take_along_axis(batch.tokens, batch.lengths[:, None] - 1, axis=1)[:, 0]
+    tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
+    pre = prefill(params, tokens, jnp.asarray(batch.targets), config=config, lengths=lengths)
+    last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     return scaled_answers(params, pre, last, scales, config=config, site=SETTINGS.site)
 
 

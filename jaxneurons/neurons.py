@@ -13,7 +13,7 @@ class Neuron(NamedTuple):
     """One coordinate of a site: layer and index, both from 0."""
 
     layer: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def check_site(site: str) -> None:

@@ -126,14 +126,13 @@ class QueryNeurons(NamedTuple):
 def _run_batch(
     params: Any, batch: Batch, *, config: ModelConfig, settings: QRNCAConfig
 ) -> tuple[Attribution, jax.Array, jax.Array]:
-    pre = prefill(
-        params, batch.tokens, jnp.asarray(batch.targets), config=config, lengths=batch.lengths
-    )
+    tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
+    pre = prefill(params, tokens, jnp.asarray(batch.targets), config=config, lengths=lengths)
     found = attribute(
         params,
         pre,
         config=config,
-        answer_lengths=batch.answer_lengths,
+        answer_lengths=jnp.asarray(batch.answer_lengths),
         site=settings.site,
         quadrature=settings.quadrature,
     )

@@ -207,7 +207,7 @@ class Transformer(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=config.num_layers,
         )(config, capture, reduce, name="layers")
         x, (store, activations) = stack(

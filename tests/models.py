@@ -26,18 +26,21 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
-    """Initialised, then made livelier: real attention patterns, weighted norms, uneven answers."""
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    params: Any = Transformer(config).init(jax.random.key(seed), tokens)["params"]
+    """Random parameters: real attention patterns, weighted norms, uneven answers."""
     rng = np.random.default_rng(seed)
 
-    def lively(path: Any, x: jax.Array) -> jax.Array:
+    def draw(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
         if name == "scale":
-            return jnp.asarray(rng.uniform(0.5, 1.5, x.shape), x.dtype)
-        return x * (20.0 if name == "embedding" else 1.5)
+            values = rng.uniform(0.5, 1.5, x.shape)
+        else:
+            spread = 0.4 if name == "embedding" else 1.5 / np.sqrt(x.shape[-2])
+            values = rng.normal(scale=spread, size=x.shape)
+        return jnp.asarray(values, x.dtype)
 
-    return jax.tree_util.tree_map_with_path(lively, params)
+    init = Transformer(config).init
+    shapes: Any = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
 
 
 def random_tokens(config: ModelConfig, shape: tuple[int, ...], seed: int = 0) -> jax.Array:

@@ -133,7 +133,7 @@ def test_answers_of_several_tokens(rule):
             mean = np.mean([np.asarray(getattr(step, name)[0]) for step in steps], axis=0)
             np.testing.assert_allclose(getattr(out, name)[row], mean, rtol=1e-4, atol=2e-6)
         expected = np.mean([np.asarray(step.scores[0]) for step in steps], axis=0)
-        assert difference(out.scores[row], expected).max() < 1e-5 if rule == "gauss" else 1e-3
+        assert difference(out.scores[row], expected).max() < (1e-5 if rule == "gauss" else 1e-3)
         nodes = np.sum([np.asarray(step.nodes[0]) for step in steps], axis=0)
         np.testing.assert_array_equal(out.nodes[row], nodes)
 
@@ -141,19 +141,31 @@ def test_answers_of_several_tokens(rule):
 # --- the adaptive rule ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["up", "act", "o"])
-def test_adaptive_is_converged_and_complete(site):
+@pytest.mark.parametrize("site", ["up", "o"])
+def test_adaptive_converges_and_is_complete(site):
     config = SHAPES["gqa-untied"]
     params, tokens, targets = case(config)
-    out = attribute(config, Quadrature(max_nodes=60), site=site)(
-        params, tokens, targets, lengths=LENGTHS
-    )
-    fine = attribute(config, Quadrature("gauss", steps=256), site=site)(
-        params, tokens, targets, lengths=LENGTHS
-    )
-    assert difference(out.scores, fine.scores).max() < 1e-3
-    assert np.asarray(out.gap).max() < 1e-4
-    np.testing.assert_allclose(out.ablated, fine.ablated, atol=1e-6)
+
+    def run(quadrature):
+        return attribute(config, quadrature, site=site)(params, tokens, targets, lengths=LENGTHS)
+
+    fine = run(Quadrature("gauss", steps=256))
+    # A panel's gap sees the sum over neurons, so a layer in a hundred of such random models is
+    # accepted with an error of several times the tolerance (up to ten times in 540 layers).
+    for tolerance, bound in ((5e-4, 5e-3), (1e-5, 2e-4)):
+        out = run(Quadrature(tolerance=tolerance, max_nodes=300))
+        assert difference(out.scores, fine.scores).max() < bound
+        size = np.linalg.norm(out.scores, axis=-1)
+        assert (np.asarray(out.gap) < tolerance * size + 1e-6).all()
+        np.testing.assert_allclose(out.ablated, fine.ablated, atol=1e-6)
+
+
+@functools.cache
+def likeliest(config):
+    def tokens(*args, **options):
+        return forward(*args, config=config, **options).logits[:, 0].argmax(-1)
+
+    return compiled(tokens)
 
 
 def sharp(config, factor, seed):
@@ -173,8 +185,7 @@ def test_adaptive_knows_what_it_does_not_know(factor, max_nodes):
     tokens = random_tokens(config, (3, 7))
     options = {"lengths": LENGTHS}
     params = sharp(config, factor, seed=3)
-    logits = forward(params, tokens, config=config, **options).logits[:, 0]
-    targets = logits.argmax(-1)
+    targets = likeliest(config)(params, tokens, **options)
     fine = attribute(config, Quadrature("gauss", steps=2048))(params, tokens, targets, **options)
     out = attribute(config, Quadrature(max_nodes=max_nodes))(params, tokens, targets, **options)
     true = difference(out.scores, fine.scores)
@@ -187,7 +198,7 @@ def test_adaptive_knows_what_it_does_not_know(factor, max_nodes):
 def test_more_nodes_are_spent_only_where_they_are_needed():
     config = tiny_config(num_layers=2)
     params, tokens = sharp(config, 20.0, seed=3), random_tokens(config, (3, 7))
-    targets = forward(params, tokens, config=config, lengths=LENGTHS).logits[:, 0].argmax(-1)
+    targets = likeliest(config)(params, tokens, lengths=LENGTHS)
     run = functools.partial(attribute, config)
     spent = {}
     for most in (PANEL_NODES, 16, 1000):
@@ -204,11 +215,11 @@ def test_more_nodes_are_spent_only_where_they_are_needed():
 
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])
 def test_chunks_change_nothing(rule):
-    config = tiny_config(num_layers=3)
+    config = tiny_config(num_layers=2)
     params, tokens, targets = case(config)
-    quadrature = Quadrature(rule, steps=5)
+    quadrature = Quadrature(rule, steps=4)
     one = attribute(config, quadrature)(params, tokens, targets, lengths=LENGTHS)
-    for options in ({"chunk_rows": 1}, {"chunk_rows": 18}, {"memory_budget": 100_000}):
+    for options in ({"chunk_rows": 1}, {"memory_budget": 100_000}):
         two = attribute(config, quadrature, **options)(params, tokens, targets, lengths=LENGTHS)
         assert difference(two.scores, one.scores).max() < 1e-5
         np.testing.assert_allclose(two.ablated, one.ablated, rtol=1e-5)
@@ -229,7 +240,10 @@ def test_inside_jit_and_vmap(rule):
     params, tokens, targets = case(config)
     quadrature = Quadrature(rule, steps=4)
     plain = functools.partial(integrated_gradients, config=config, quadrature=quadrature)
-    outside = plain(params, tokens, targets, lengths=LENGTHS)
+    # Without jit every operation is compiled by itself: once is enough.
+    outside = (plain if rule == "gauss" else attribute(config, quadrature))(
+        params, tokens, targets, lengths=LENGTHS
+    )
     jitted = compiled(lambda *args: plain(*args[:3], lengths=args[3]))(
         params, tokens, targets, LENGTHS
     )
@@ -248,13 +262,13 @@ def test_inside_jit_and_vmap(rule):
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])
 def test_one_compilation_for_one_shape(rule):
     config = tiny_config(num_layers=2)
-    run = compiled(
-        functools.partial(integrated_gradients, config=config, quadrature=Quadrature(rule, steps=3))
-    )
+    run = attribute(config, Quadrature(rule, steps=4))
+    sizes = []
     for seed in range(3):
         params, tokens, targets = case(config, seed)
         run(params, tokens, targets, lengths=jnp.array([7, 1 + seed, 3]))
-    assert run._cache_size() == 1
+        sizes.append(run._cache_size())
+    assert sizes == [sizes[0]] * 3
 
 
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])
