@@ -35,8 +35,9 @@ class Attribution(NamedTuple):
       ablated: the same with the layer's site scaled to 0 at the last position, [batch, layers].
       gap: |sum of the layer's scores - (probability - ablated)|, [batch, layers], in probability.
       error: estimate of the scores' L2 error relative to their L2 norm, [batch, layers]; `adaptive`
-        sums the gaps of the panels it accepted, a fixed rule knows only the gap.
-      nodes: quadrature nodes spent, [batch, layers] int32.
+        sums the estimates of the panels it accepted, a fixed rule knows only the gap.
+      nodes: quadrature nodes spent, [batch, layers] int32 (without alpha = 1 of `adaptive`, which
+        is one row for all layers).
     """
 
     scores: Float[Array, "batch layer width"]

@@ -9,8 +9,8 @@ A rule is chosen by a frozen `Quadrature`. Fixed rules have the same nodes in ev
   the paper's public code does. Its weights sum to 1 over an interval it covers steps / (steps - 1)
   times, so it does not converge to the integral faster than 1 / steps.
 
-`adaptive` starts every layer with one panel and splits only the panels whose completeness gap is
-too large: see `jaxneurons.attribution`.
+`adaptive` starts with few panels and splits only those that are not resolved yet: see
+`jaxneurons.adaptive`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Rule = Literal["adaptive", "gauss", "right", "reference"]
 RULES: tuple[str, ...] = get_args(Rule)
 
 PANEL_NODES = 5
-"""Nodes of an adaptive panel: a left Gauss-Radau rule, exact for polynomials of degree 8."""
+"""Nodes of an adaptive panel: a Gauss-Lobatto rule, exact for polynomials of degree 7."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Quadrature:
     Attributes:
       rule: one of `RULES`.
       steps: nodes per layer of a fixed rule; `adaptive` ignores it.
-      tolerance: `adaptive`: a panel is split while its completeness gap exceeds this share of the
-        L2 norm of its layer's attribution (or the noise of float32 probabilities, if larger).
+      tolerance: `adaptive`: a panel is split while its estimated error exceeds this share of the L2
+        norm of its layer's attribution (or the noise of float32 probabilities, if larger).
       max_nodes: `adaptive`: most nodes spent on a prompt, as a mean over its layers; what is
         still unresolved then is accepted and shows in the reported error.
     """
@@ -73,16 +73,15 @@ def nodes_and_weights(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     raise ConfigError(f"{rule!r} is not a fixed rule; {near_matches(rule, RULES[1:])}")
 
 
-def left_radau(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Radau nodes on [0, 1] that include 0, and weights; exact up to degree 2 steps - 2.
+def lobatto(steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Lobatto nodes on [0, 1], both ends included, and weights; exact to degree 2 steps - 3.
 
-    The left end is a node, so a row of panels knows the path's value at every boundary between
-    them, and each panel can check its own integral against the difference of its end values.
+    With its ends as nodes a panel can check its integral against the difference of its end values,
+    and a panel that is cut at its nodes leaves each part with both ends known.
     """
-    coefficients = np.zeros(steps + 1)
-    coefficients[steps - 1 :] = 1  # P_{n-1} + P_n vanishes at -1 and at the inner nodes
-    x = np.sort(legendre.legroots(coefficients).real)
-    x[0] = -1.0
-    top = legendre.legval(x, np.eye(steps)[steps - 1])
-    w = (1 - x) / (steps * top) ** 2
-    return (x + 1) / 2, w / 2
+    last = np.zeros(steps)
+    last[-1] = 1  # the Legendre polynomial of degree steps - 1, whose extrema are the inner nodes
+    inner = np.sort(legendre.legroots(legendre.legder(last)).real) if steps > 2 else []
+    x = np.concatenate([[-1.0], inner, [1.0]])
+    w = 1 / (steps * (steps - 1) * legendre.legval(x, last) ** 2)
+    return (x + 1) / 2, w

@@ -26,6 +26,7 @@ class Prefill(NamedTuple):
     Attributes:
       cache: keys and values of every position.
       residual: the stream as it enters each layer, at the answer positions.
+      added: what each layer adds to it there: by attention (`o`) and feed-forward (`down`).
       positions: the position before each answer token.
       targets: the answer tokens.
       probability: of each answer token, model untouched.
@@ -34,6 +35,7 @@ class Prefill(NamedTuple):
 
     cache: transformer.Cache
     residual: Float[Array, "layer batch answer hidden"]
+    added: dict[str, Float[Array, "layer batch answer hidden"]]
     positions: Int[Array, "batch answer"]
     targets: Int[Array, "batch answer"]
     probability: Float[Array, "batch answer"]
@@ -67,12 +69,13 @@ def prefill(
         lengths=lengths,
         at=positions,
         cache=transformer.init_cache(config, batch, seq, dtype),
-        capture=("residual",),
+        capture=("residual", "o", "down"),
     )
     probability = layers.token_probability(params, out.final, targets, config)
     assert out.cache is not None
-    residual = out.activations["residual"]
-    return Prefill(out.cache, residual, positions, targets, probability, out.logits)
+    added = dict(out.activations)
+    residual = added.pop("residual")
+    return Prefill(out.cache, residual, added, positions, targets, probability, out.logits)
 
 
 def row_probabilities(
@@ -84,7 +87,8 @@ def row_probabilities(
     config: ModelConfig,
     site: str,
     entries: tuple[tuple[int, int], ...] | None = None,
-) -> Float[Array, "batch answer row"]:
+    everywhere: Float[Array, "layer batch answer width"] | None = None,
+) -> Float[Array, "batch answer all_rows"]:
     """The answer's probability in each row: its layer's site scaled, all else untouched.
 
     Differentiate with respect to `scales`: that is the attribution.
@@ -98,9 +102,18 @@ def row_probabilities(
       site: which activation is scaled.
       entries: (first layer, rows): from that layer on, so many of the first rows take part. Rows
         sorted by layer do no work below their group's first layer; default: all from layer 0.
+      everywhere: one more row, which comes first: its site is scaled at every layer. All ones: the
+        untouched model, and the gradient is every layer's at scale 1, for the price of one row.
+
+    Returns:
+      Probability in each row; with `everywhere`, of that row first.
     """
     batch, answers, rows = layer.shape
     entries = ((0, rows),) if entries is None else entries
+    if everywhere is not None:
+        layer = jnp.pad(layer, ((0, 0), (0, 0), (1, 0)))
+        scales = jnp.pad(scales, ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=1)
+        rows, entries = rows + 1, tuple((first, active + 1) for first, active in entries)
     # Rows outermost, so that a group of rows is a prefix.
     layer = layer.swapaxes(1, 2).reshape(batch, rows * answers)
     scales = scales.swapaxes(1, 2).reshape(batch, rows * answers, -1)
@@ -116,13 +129,16 @@ def row_probabilities(
     keep = jax.checkpoint_policies.dots_saveable
 
     @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
-    def step(x: Array, scales: Array, index: Array) -> Array:
+    def step(x: Array, scales: Array, index: Array, everywhere: Array | None) -> Array:
         def pick(stack: Array) -> Array:
             return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
         active = x.shape[1]
         k, v, stored = pick(pre.cache.k), pick(pre.cache.v), pick(pre.residual)
         here = (layer[:, :active] == index)[..., None]
+        scales = jnp.where(here, scales, 1)
+        if everywhere is not None:
+            scales = jnp.concatenate([everywhere, scales[:, answers:]], axis=1)
         y, _ = layers.block(
             jax.tree.map(pick, params["layers"]),
             jnp.where(here, jnp.tile(stored, (1, active // answers, 1)), x),
@@ -131,7 +147,7 @@ def row_probabilities(
             attend=lambda q, own_k, own_v: layers.row_attention(
                 q, own_k, own_v, k, v, mask[:, :active]
             ),
-            scales={site: jnp.where(here, scales, 1)},
+            scales={site: scales},
         )
         return y
 
@@ -141,9 +157,9 @@ def row_probabilities(
         x = jnp.pad(x, ((0, 0), (0, active * answers - x.shape[1]), (0, 0)))
         inside = scales[:, : active * answers]
         x, _ = jax.lax.scan(
-            lambda x, index, inside=inside: (step(x, inside, index), None),
+            lambda x, per_layer, inside=inside: (step(x, inside, *per_layer), None),
             x,
-            jnp.arange(first, end),
+            (jnp.arange(first, end), None if everywhere is None else everywhere[first:end]),
         )
     targets = jnp.tile(pre.targets, (1, rows))
     p = layers.token_probability(params, x, targets, config)
@@ -165,8 +181,32 @@ def evaluate(
     return p, gradient
 
 
+def evaluate_with_untouched(
+    params: transformer.Params, pre: Prefill, layer: Array, alpha: Array, **model: Any
+) -> tuple[Array, Array, Array]:
+    """`evaluate`, and dP/dscale of every layer at alpha = 1 [batch, answer, layer, width]."""
+    config, site = model["config"], model["site"]
+    width = site_width(config, site)
+    scales = jnp.broadcast_to(alpha[..., None].astype(jnp.float32), (*alpha.shape, width))
+    ones = jnp.ones((config.num_layers, *pre.targets.shape, width), jnp.float32)
+
+    def total(scales: Array, everywhere: Array) -> tuple[Array, Array]:
+        p = row_probabilities(params, pre, layer, scales, everywhere=everywhere, **model)
+        return p.sum(), p[..., 1:]
+
+    both = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    (_, p), (gradient, untouched) = both(scales, ones)
+    return p, gradient, jnp.moveaxis(untouched, 0, 2)
+
+
 GROUPS = 6
 """Groups of layers that rows enter by: more groups skip more work and compile longer."""
+
+
+def grouped(layers: int, each: int, first: int = 0) -> tuple[tuple[int, int], ...]:
+    """`entries` for `each` rows of every layer, sorted by layer, after `first` rows of any."""
+    bounds = np.linspace(0, layers, min(GROUPS, layers) + 1).astype(int).tolist()
+    return tuple((a, first + b * each) for a, b in itertools.pairwise(bounds))
 
 
 def sweep(
@@ -186,8 +226,7 @@ def sweep(
     pad = passes * each - steps
     alpha = np.concatenate([x, np.zeros(pad)]).reshape(passes, each)
     weight = np.concatenate([w, np.zeros(pad)]).reshape(passes, each)
-    bounds = np.linspace(0, count, min(GROUPS, count) + 1).astype(int).tolist()
-    entries = tuple((a, b * each) for a, b in itertools.pairwise(bounds))
+    entries = grouped(count, each)
     everyone = (*shape, count * each)
     layer = jnp.broadcast_to(jnp.repeat(jnp.arange(count), each), everyone)
 

@@ -1,5 +1,6 @@
 """Attribution against a plain oracle, against PyTorch, and against itself."""
 
+import copy
 import functools
 import json
 from importlib import resources
@@ -141,7 +142,7 @@ def test_answers_of_several_tokens(rule):
 # --- the adaptive rule ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["up", "o"])
+@pytest.mark.parametrize("site", ["up", "o", "gate"])
 def test_adaptive_converges_and_is_complete(site):
     config = SHAPES["gqa-untied"]
     params, tokens, targets = case(config)
@@ -150,11 +151,9 @@ def test_adaptive_converges_and_is_complete(site):
         return attribute(config, quadrature, site=site)(params, tokens, targets, lengths=LENGTHS)
 
     fine = run(Quadrature("gauss", steps=256))
-    # A panel's gap sees the sum over neurons, so a layer in a hundred of such random models is
-    # accepted with an error of several times the tolerance (up to ten times in 540 layers).
-    for tolerance, bound in ((5e-4, 5e-3), (1e-5, 2e-4)):
+    for tolerance in (5e-4, 1e-5):
         out = run(Quadrature(tolerance=tolerance, max_nodes=300))
-        assert difference(out.scores, fine.scores).max() < bound
+        assert difference(out.scores, fine.scores).max() < 2 * tolerance + 1e-5
         size = np.linalg.norm(out.scores, axis=-1)
         assert (np.asarray(out.gap) < tolerance * size + 1e-6).all()
         np.testing.assert_allclose(out.ablated, fine.ablated, atol=1e-6)
@@ -191,7 +190,7 @@ def test_adaptive_knows_what_it_does_not_know(factor, max_nodes):
     true = difference(out.scores, fine.scores)
     estimate = np.asarray(out.error)
     # Either right, or it says so.
-    assert (true < np.maximum(1e-3, 10 * estimate)).all(), (true, estimate)
+    assert (true < np.maximum(1e-3, 2 * estimate)).all(), (true, estimate)
     assert (np.asarray(out.nodes).sum(-1) <= max_nodes * config.num_layers).all()
 
 
@@ -205,8 +204,7 @@ def test_more_nodes_are_spent_only_where_they_are_needed():
         out = run(Quadrature(max_nodes=most))(params, tokens, targets, lengths=LENGTHS)
         spent[most] = np.asarray(out.nodes)
         assert (spent[most].sum(-1) <= most * config.num_layers).all()
-        assert (spent[most] % PANEL_NODES == 0).all()
-    assert (spent[PANEL_NODES] == PANEL_NODES).all()
+    assert (spent[PANEL_NODES] == PANEL_NODES - 1).all()  # one panel; its end at 1 is shared
     assert (spent[1000][:, 0] > spent[1000][:, 1]).all()  # the step is in layer 0
 
 
@@ -338,7 +336,7 @@ def real_attribution(lm, quadrature):
 @pytest.mark.smollm2
 @pytest.mark.parametrize(("rule", "steps"), [("reference", 6), ("right", 6), ("gauss", 6)])
 def test_smollm2_equals_the_published_procedure(smollm2, torch_smollm2, published, rule, steps):
-    model, _ = torch_smollm2
+    model = copy.deepcopy(torch_smollm2[0]).double()
     ids = np.asarray(smollm2.tokenizer(FACT)["input_ids"], np.int32)
     answer = smollm2.tokenizer(" Paris")["input_ids"][0]
     chosen = [0, 1, 15, 29]
@@ -346,8 +344,8 @@ def test_smollm2_equals_the_published_procedure(smollm2, torch_smollm2, publishe
         model, ids[None], answer, layers=chosen, steps=steps, rule=rule
     )
     ours = real_attribution(smollm2, Quadrature(rule, steps=steps))(ids, answer)
-    # Both are float32: the answer's probability alone differs by 1e-4 between shapes of one prompt.
-    assert difference(ours.scores[chosen], theirs).max() < 5e-4
+    # In float64: PyTorch's own float32 is up to 2.5e-4 away from it on this prompt.
+    assert difference(ours.scores[chosen], theirs).max() < 1e-4
 
 
 FACT = (
@@ -372,7 +370,6 @@ def adaptive_against_gauss(lm, prompts):
         yield difference(adaptive(ids, answer).scores, fine(ids, answer).scores)
 
 
-@pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_adaptive_equals_256_nodes(smollm2):
     prompts = prompts_and_answers(smollm2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxneurons import ConfigError, Quadrature
-from jaxneurons.quadrature import PANEL_NODES, left_radau, nodes_and_weights
+from jaxneurons.quadrature import PANEL_NODES, lobatto, nodes_and_weights
 
 
 def exactness(x, w):
@@ -24,20 +24,21 @@ def test_gauss_is_exact_up_to_degree_2n_minus_1(steps):
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, PANEL_NODES, 8])
-def test_left_radau_holds_the_left_end_and_is_exact_up_to_degree_2n_minus_2(steps):
-    x, w = left_radau(steps)
+def test_lobatto_holds_both_ends_and_is_exact_up_to_degree_2n_minus_3(steps):
+    x, w = lobatto(steps)
     assert x[0] == 0
+    assert x[-1] == 1
     assert (np.diff(x) > 0).all()
-    assert x[-1] < 1
     assert (w > 0).all()
-    assert w[0] == pytest.approx(1 / steps**2)
-    assert exactness(x, w) == 2 * steps - 2
+    np.testing.assert_allclose(x, 1 - x[::-1], atol=1e-14)
+    assert w[0] == pytest.approx(1 / (steps * (steps - 1)))
+    assert exactness(x, w) == 2 * steps - 3
 
 
-def test_left_radau_of_two_nodes_is_the_textbook_rule():
-    x, w = left_radau(2)
-    np.testing.assert_allclose(x, [0, 2 / 3], atol=1e-15)
-    np.testing.assert_allclose(w, [1 / 4, 3 / 4], atol=1e-15)
+def test_lobatto_of_three_nodes_is_simpsons_rule():
+    x, w = lobatto(3)
+    np.testing.assert_allclose(x, [0, 1 / 2, 1], atol=1e-15)
+    np.testing.assert_allclose(w, [1 / 6, 4 / 6, 1 / 6], atol=1e-15)
 
 
 def test_the_paper_and_its_code():
