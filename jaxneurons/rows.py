@@ -267,5 +267,5 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
         + config.num_heads * (keys + 1)
     )
     per_row = 4 * (config.num_layers * per_layer + 3 * config.vocab_size)
-    busy = 512 if jax.default_backend() == "cpu" else 1024
+    busy = 640 if jax.default_backend() == "cpu" else 1024
     return max(1, min(memory_budget // per_row, busy))
