@@ -4,13 +4,14 @@ Every key of a `config.json` is read, or is listed here as irrelevant with the r
 error that names it. (GGUF metadata: `gguf_config.py`.)
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxneurons.config import ModelConfig, RopeConfig
+from jaxneurons.config import ROPE_TYPES, ModelConfig, RopeConfig
 from jaxneurons.errors import ConfigError
 
-# What transformers' LlamaConfig and MistralConfig fill in for an absent key.
+# What transformers' LlamaConfig, MistralConfig and Qwen2Config fill in for an absent key.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "vocab_size": 32000,
@@ -38,13 +39,26 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 10000.0,
         "sliding_window": 4096,
     },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+    },
 }
 
 # Keys that select behaviour this library has in one form only; any other value is an error.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1.0, None),
     "is_encoder_decoder": (False, None),
@@ -155,10 +169,10 @@ def _rope_dict(
             f"{keys.where}: {key} names several rope types: {sorted(map(str, kinds))}"
         )
     kind = kinds.pop() if kinds else "default"
-    if kind not in ("default", "linear", "llama3"):
+    if kind not in ROPE_TYPES:
         raise ConfigError(
-            f"{keys.where}: {key}: rope type {kind!r} is not supported in this release "
-            "(supported: default, linear, llama3)"
+            f"{keys.where}: {key}: rope type {kind!r} is not supported "
+            f"(supported: {', '.join(ROPE_TYPES)})"
         )
     inner = rope.number("rope_theta")
     if inner is not None and theta is not None and inner != theta:
@@ -173,9 +187,24 @@ def _rope_dict(
         if factor not in (1.0, None):
             raise rope.error("factor", factor, "the rope type 'default' has no factor")
         parsed = RopeConfig(theta=base)
-    elif kind == "linear":
+    elif kind in ("linear", "dynamic"):
+        # `dynamic` starts to stretch at max_position_embeddings, whatever the original context was.
         factor = rope.need("factor", rope.number("factor"))
-        parsed = RopeConfig(theta=base, rope_type="linear", factor=factor)
+        if kind == "dynamic":
+            stated = rope.integer("original_max_position_embeddings", max_position)
+            if stated not in (None, max_position):
+                raise rope.error(
+                    "original_max_position_embeddings",
+                    stated,
+                    f"readers of 'dynamic' disagree unless it is max_position_embeddings = "
+                    f"{max_position}",
+                )
+        parsed = RopeConfig(
+            theta=base,
+            rope_type=str(kind),
+            factor=factor,
+            original_max_position=max_position if kind == "dynamic" else 8192,
+        )
     else:
         original = rope.integer("original_max_position_embeddings")
         if None not in (original, outer) and original != outer:
@@ -185,16 +214,50 @@ def _rope_dict(
         length = original if original is not None else outer if outer is not None else max_position
         if length <= 0:
             raise rope.error("original_max_position_embeddings", length, "must be positive")
-        parsed = RopeConfig(
-            theta=base,
-            rope_type="llama3",
-            factor=rope.need("factor", rope.number("factor")),
-            low_freq_factor=rope.need("low_freq_factor", rope.number("low_freq_factor")),
-            high_freq_factor=rope.need("high_freq_factor", rope.number("high_freq_factor")),
-            original_max_position=length,
-        )
+        if kind == "yarn":
+            parsed = _yarn(rope, base, length, max_position)
+        else:
+            parsed = RopeConfig(
+                theta=base,
+                rope_type="llama3",
+                factor=rope.need("factor", rope.number("factor")),
+                low_freq_factor=rope.need("low_freq_factor", rope.number("low_freq_factor")),
+                high_freq_factor=rope.need("high_freq_factor", rope.number("high_freq_factor")),
+                original_max_position=length,
+            )
     rope.done(f"not a key of rope type {kind!r} that this library handles")
     return parsed
+
+
+def _yarn(rope: Keys, theta: float, original: int, max_position: int) -> RopeConfig:
+    factor = rope.number("factor")
+    if factor is None:
+        factor = max_position / original
+    factor_of = rope.number("attention_factor")
+    scale, scale_all = rope.number("mscale"), rope.number("mscale_all_dim")
+    if factor_of is None:
+        factor_of = yarn_attention_factor(factor)
+        if scale and scale_all:
+            factor_of = yarn_attention_factor(factor, scale)
+            factor_of /= yarn_attention_factor(factor, scale_all)
+    truncate = rope.left.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise rope.error("truncate", truncate, "true or false is needed")
+    return RopeConfig(
+        theta=theta,
+        rope_type="yarn",
+        factor=factor,
+        original_max_position=original,
+        beta_fast=rope.number("beta_fast") or 32.0,
+        beta_slow=rope.number("beta_slow") or 1.0,
+        truncate=truncate,
+        attention_factor=factor_of,
+    )
+
+
+def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
+    """What YaRN multiplies cosines and sines by (arXiv 2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _hf_rope(keys: Keys, max_position: int, default: float) -> RopeConfig:
@@ -219,29 +282,61 @@ def _hf_rope(keys: Keys, max_position: int, default: float) -> RopeConfig:
     return RopeConfig(theta=default if theta is None else theta)
 
 
-def _hf_window(keys: Keys, family: str, layers: int) -> int | None:
-    """Sliding window in positions, checked against `layer_types` where that is present."""
+def _hf_window(keys: Keys, family: str, layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
+    """Sliding window in positions, and which layers have it (None: all alike)."""
     window = keys.integer("sliding_window", DEFAULTS[family]["sliding_window"])
     if family == "llama" and window is not None:
         raise keys.error("sliding_window", window, "model_type 'llama' has no sliding window")
     types = keys.left.pop("layer_types", None)
-    if types is None:
-        return window
-    if not isinstance(types, list) or len(types) != layers:
+    if types is not None and (not isinstance(types, list) or len(types) != layers):
         raise keys.error("layer_types", types, f"a list of {layers} entries is needed")
-    expected = "full_attention" if window is None else "sliding_attention"
-    if set(types) != {expected}:
+    full, sliding = "full_attention", "sliding_attention"
+    expected = [full if window is None else sliding] * layers
+    if family == "qwen2":
+        used = keys.left.pop("use_sliding_window", DEFAULTS[family]["use_sliding_window"])
+        if not isinstance(used, bool):
+            raise keys.error("use_sliding_window", used, "true or false is needed")
+        first = keys.integer("max_window_layers", DEFAULTS[family]["max_window_layers"])
+        first = keys.need("max_window_layers", first)
+        window = window if used else None
+        # The list decides where there is one: max_window_layers only fills it in.
+        expected = [full if window is None or i < first else sliding for i in range(layers)]
+        if types is not None and window is not None and set(types) <= {full, sliding}:
+            expected = types
+    if types is not None and types != expected:
         raise keys.error(
             "layer_types",
             sorted(set(map(str, types))),
-            f"sliding_window = {window} goes with {expected!r} in every layer; "
-            "layers that differ are not supported",
+            f"sliding_window = {window} of model_type {family!r} goes with {expected[0]!r}"
+            + ("" if len(set(expected)) > 1 else " in every layer"),
         )
-    return window
+    own = tuple(kind == sliding for kind in expected)
+    if not any(own):
+        return None, None
+    return window, None if all(own) else own
+
+
+def _hf_biases(keys: Keys, family: str) -> tuple[str, ...]:
+    """Projections with a bias."""
+    names: list[str] = []
+    always = {"qwen2": True}.get(family)
+    for key, adds in (("attention_bias", "qkvo"), ("mlp_bias", ("gate", "up", "down"))):
+        value = keys.left.pop(key, None)
+        if value is not None and not isinstance(value, bool):
+            raise keys.error(key, value, "true or false is needed")
+        if key == "attention_bias" and always:
+            if value is False:
+                raise keys.error(key, value, "model_type 'qwen2' always has biases on q, k and v")
+            names += "qkv"
+        elif value and family != "llama":
+            raise keys.error(key, value, f"model_type {family!r} has no such biases")
+        elif value:
+            names += adds
+    return tuple(names)
 
 
 def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
-    """Read the dictionary of a Llama or Mistral `config.json`; absent keys as transformers does.
+    """Read the dictionary of a `config.json`; absent keys as transformers fills them in.
 
     Raises:
       ConfigError: a key or value that this library does not handle, with key, value and `where`.
@@ -250,7 +345,7 @@ def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
     family = keys.left.pop("model_type", None)
     if family not in DEFAULTS:
         raise ConfigError(
-            f"{where}: model_type = {family!r} is not supported (supported: llama, mistral)"
+            f"{where}: model_type = {family!r} is not supported (supported: {', '.join(DEFAULTS)})"
         )
     defaults = DEFAULTS[family]
     if keys.left.get("quantization_config") is not None:
@@ -293,7 +388,8 @@ def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
     if not isinstance(tied, bool):
         raise keys.error("tie_word_embeddings", tied, "true or false is needed")
     eps = keys.number("rms_norm_eps", defaults["rms_norm_eps"])
-    window = _hf_window(keys, family, sizes["num_hidden_layers"])
+    window, sliding = _hf_window(keys, family, sizes["num_hidden_layers"])
+    biases = _hf_biases(keys, family)
     try:
         rope = _hf_rope(keys, sizes["max_position_embeddings"], defaults["rope_theta"])
         for key in IRRELEVANT:
@@ -315,6 +411,8 @@ def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
             rope=rope,
             tied=tied,
             sliding_window=window,
+            sliding_layers=sliding,
+            biases=biases,
             family=family,
         )
     except ConfigError as error:

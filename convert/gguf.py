@@ -1,4 +1,4 @@
-"""GGUF files of architecture "llama" -> configuration and parameters.
+"""GGUF files -> configuration and parameters.
 
 The header is parsed here, because the `gguf` package makes an array object of every token and
 merge (2 s for a vocabulary of 49,152); de-quantisation is the `gguf` package's.
@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.gguf_config import config_from_gguf
-from jaxneurons.convert.rules import Stored, fill
+from jaxneurons.convert.rules import Place, Progress, Stored, fill
 from jaxneurons.errors import SourceError
 
 _SCALARS = {
@@ -271,7 +271,7 @@ def config_of(file: GGUFFile) -> ModelConfig:
     """
     embedding = file.tensors.get("token_embd.weight")
     divisors = None
-    if file.metadata.get("general.architecture") == "llama" and "rope_freqs.weight" in file.tensors:
+    if "rope_freqs.weight" in file.tensors:
         divisors = tuple(float(v) for v in read_tensor(file, "rope_freqs.weight").ravel())
     return config_from_gguf(
         file.metadata,
@@ -283,7 +283,11 @@ def config_of(file: GGUFFile) -> ModelConfig:
 
 
 def read_gguf(
-    path: str | os.PathLike[str] | GGUFFile, *, dtype: DTypeLike = jnp.float32
+    path: str | os.PathLike[str] | GGUFFile,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
+    progress: Progress | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Load a GGUF model, de-quantised to `dtype`.
 
@@ -293,6 +297,9 @@ def read_gguf(
     Args:
       path: the file, or its header from `open_gguf`.
       dtype: of the parameters.
+      place: from the configuration, where each parameter goes, nested as they are; default: the
+        default device.
+      progress: told the bytes (de-quantised) of every piece that has been read.
 
     Raises:
       SourceError: not GGUF, truncated, another architecture, or tensors that do not fit.
@@ -301,4 +308,12 @@ def read_gguf(
     file = path if isinstance(path, GGUFFile) else open_gguf(path)
     config = config_of(file)
     stored = [Stored(name, info.shape, _reader(file, name)) for name, info in file.tensors.items()]
-    return config, fill(config, stored, naming="gguf", dtype=dtype, where=str(file.path))
+    return config, fill(
+        config,
+        stored,
+        naming="gguf",
+        dtype=dtype,
+        where=str(file.path),
+        shardings=place(config) if place else None,
+        progress=progress,
+    )

@@ -1,6 +1,7 @@
 """GGUF metadata -> `ModelConfig`, with the strictness of `config.py`.
 
-Every `llama.*` key is read, or is listed as irrelevant with the reason, or is an error.
+Every key of the architecture (`llama.*`, `qwen2.*`) is read, or is listed as irrelevant with the
+reason, or is an error.
 """
 
 from collections.abc import Mapping
@@ -9,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.config import ModelConfig, RopeConfig
-from jaxneurons.convert.config import Keys, at
+from jaxneurons.convert.config import Keys, at, yarn_attention_factor
 from jaxneurons.errors import ConfigError, SourceError
 
-# `llama.*` keys of GGUF files that this library has in one form only.
+# Keys of the architecture that this library has in one form only.
 GGUF_FIXED: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -22,16 +23,17 @@ GGUF_FIXED: dict[str, tuple[Any, ...]] = {
     "expert_used_count": (0,),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
-    "rope.scaling.attn_factor": (1.0,),
     "tensor_data_layout": ("Meta AI original pth",),  # the interleaved rows that `rules` undoes
     "use_parallel_residual": (False,),
 }
 
-# `llama.*` keys that cannot change the logits, and why.
+# Keys of the architecture that cannot change the logits, and why.
 GGUF_IRRELEVANT: dict[str, str] = {
     "rope.scaling.finetuned": "provenance",
-    "rope.scaling.original_context_length": "used by yarn only, which is refused",
 }
+
+ARCHITECTURES: dict[str, tuple[str, ...]] = {"llama": (), "qwen2": ("q", "k", "v")}
+"""Supported architectures, and their projections with a bias. Mistral files are "llama"."""
 
 
 def _decimal(value: float) -> float:
@@ -49,7 +51,7 @@ def _uniform(keys: Keys, key: str) -> int | None:
     return keys.integer(key)
 
 
-def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None) -> RopeConfig:
+def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None, context: int) -> RopeConfig:
     theta = _decimal(keys.number("rope.freq_base", 10000.0))
     kind = keys.left.pop("rope.scaling.type", None)
     factor = _decimal(keys.number("rope.scaling.factor", 0.0))
@@ -57,17 +59,33 @@ def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None) -> RopeConfig:
     if factor and old_factor and factor != old_factor:
         raise keys.error("rope.scale_linear", old_factor, f"contradicts scaling.factor = {factor}")
     factor = factor or old_factor
-    if kind not in (None, "none", "linear"):
-        raise keys.error("rope.scaling.type", kind, "only none and linear are supported")
+    original = keys.integer("rope.scaling.original_context_length")
+    attention = keys.number("rope.scaling.attn_factor", 1.0)
+    fast = _decimal(keys.number("rope.scaling.yarn_beta_fast", 32.0))
+    slow = _decimal(keys.number("rope.scaling.yarn_beta_slow", 1.0))
+    if kind not in (None, "none", "linear", "yarn"):
+        raise keys.error("rope.scaling.type", kind, "only none, linear and yarn are supported")
+    if attention != 1.0 and kind != "yarn":
+        raise keys.error("rope.scaling.attn_factor", attention, "only yarn has one")
     # Without a type, a factor means linear scaling (as in llama.cpp); 0 and 1 mean none.
-    linear = kind != "none" and factor not in (0.0, 1.0)
-    if kind == "linear" and not factor:
-        raise ConfigError(f"{keys.where}: llama.rope.scaling.factor is missing")
+    scaled = kind != "none" and factor not in (0.0, 1.0)
+    if kind in ("linear", "yarn") and not factor:
+        raise ConfigError(f"{keys.where}: {keys.prefix}rope.scaling.factor is missing")
     if divisors is not None:
-        if linear:
+        if scaled:
             raise keys.error("rope.scaling.factor", factor, "cannot be combined with rope_freqs")
         return RopeConfig(theta=theta, rope_type="llama3", inv_freq_divisors=divisors)
-    if linear:
+    if scaled and kind == "yarn":
+        return RopeConfig(
+            theta=theta,
+            rope_type="yarn",
+            factor=factor,
+            original_max_position=original or context,
+            beta_fast=fast,
+            beta_slow=slow,
+            attention_factor=attention * yarn_attention_factor(factor),
+        )
+    if scaled:
         return RopeConfig(theta=theta, rope_type="linear", factor=factor)
     return RopeConfig(theta=theta)
 
@@ -80,10 +98,10 @@ def config_from_gguf(
     tied: bool = False,
     inv_freq_divisors: tuple[float, ...] | None = None,
 ) -> ModelConfig:
-    """Read the metadata of a GGUF file of architecture "llama".
+    """Read the metadata of a GGUF file.
 
-    Keys outside `llama.` belong to the file (`general.`, `quantize.`), to the tokenizer
-    (`tokenizer.`) or to whoever uploaded it, and cannot change the model.
+    Keys outside the architecture's own belong to the file (`general.`, `quantize.`), to the
+    tokenizer (`tokenizer.`) or to whoever uploaded it, and cannot change the model.
 
     Args:
       fields: metadata, as Python values.
@@ -97,10 +115,10 @@ def config_from_gguf(
       ConfigError: a key or value that this library does not handle.
     """
     architecture = fields.get("general.architecture")
-    if architecture != "llama":
+    if architecture not in ARCHITECTURES:
         raise SourceError(
-            f"{where}: GGUF architecture {architecture!r} is not supported (supported: 'llama', "
-            "which Mistral files use too)"
+            f"{where}: GGUF architecture {architecture!r} is not supported (supported: "
+            f"{', '.join(map(repr, ARCHITECTURES))}; Mistral files use 'llama' too)"
         )
     kind = fields.get("general.type", "model")
     if kind != "model":
@@ -110,7 +128,7 @@ def config_from_gguf(
             f"{where}: one of {fields['split.count']} parts of a split GGUF; join them first "
             "with llama-gguf-split --merge"
         )
-    prefix = "llama."
+    prefix = f"{architecture}."
     own = {key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)}
     keys = Keys(own, where, prefix=prefix)
     for key, allowed in GGUF_FIXED.items():
@@ -131,8 +149,8 @@ def config_from_gguf(
     if head_dim is None:
         if heads <= 0 or hidden % heads:
             raise ConfigError(
-                f"{where}: llama.embedding_length = {hidden} is not a multiple of "
-                f"llama.attention.head_count = {heads}, and attention.key_length is not given"
+                f"{where}: {prefix}embedding_length = {hidden} is not a multiple of "
+                f"{prefix}attention.head_count = {heads}, and attention.key_length is not given"
             )
         head_dim = hidden // heads
     if value_dim not in (None, head_dim):
@@ -154,7 +172,7 @@ def config_from_gguf(
     if tokens is not None and vocab is not None and len(tokens) > vocab:
         raise ConfigError(f"{where}: {len(tokens)} tokens, but the embedding has {vocab} rows")
     try:
-        rope = _gguf_rope(keys, inv_freq_divisors)
+        rope = _gguf_rope(keys, inv_freq_divisors, context)
         for key in GGUF_IRRELEVANT:
             keys.left.pop(key, None)
         keys.done("this key is not known, so it is not known whether it changes the model")
@@ -171,7 +189,8 @@ def config_from_gguf(
             rope=rope,
             tied=tied,
             sliding_window=window or None,
-            family="llama",
+            biases=ARCHITECTURES[architecture],
+            family=architecture,
         )
     except ConfigError as error:
         raise at(error, where) from None

@@ -3,22 +3,20 @@
 Torch is never imported: pickled weights are refused.
 """
 
+import functools
 import json
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  # registers bfloat16 with numpy, which safetensors looks up
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.config import config_from_hf
-from jaxneurons.convert.rules import Stored, fill
+from jaxneurons.convert.rules import Place, Progress, Stored, fill
+from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
 
 CONFIG = "config.json"
@@ -107,13 +105,20 @@ def _no_weights(directory: Path) -> SourceError:
 
 
 def read_hf(
-    directory: str | os.PathLike[str], *, dtype: DTypeLike = jnp.float32
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
+    progress: Progress | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Load a Llama or Mistral model from a Hugging Face directory.
+    """Load a model from a Hugging Face directory.
 
     Args:
       directory: holds config.json, and model.safetensors or its index and shards.
       dtype: of the parameters; stored dtypes may be mixed.
+      place: from the configuration, where each parameter goes, nested as they are; default: the
+        default device.
+      progress: told the bytes of every piece that has been read.
 
     Raises:
       SourceError: files that are missing, damaged or pickled, or tensors that do not fit.
@@ -124,42 +129,53 @@ def read_hf(
     if not where.is_file():
         raise SourceError(f"{directory}: no {CONFIG}")
     config = config_from_hf(read_json(where), where=str(where))
-    tensors: list[Stored] = []
-    with ExitStack() as stack:
-        for shard, listed in weight_files(directory).items():
-            path = directory / shard
-            if not path.is_file():
-                raise SourceError(f"{path}: no such file, but {INDEX} lists it")
-            try:
-                handle = stack.enter_context(safe_open(path, framework="np"))
-                names = list(handle.keys())
-            except (SafetensorError, OSError, ValueError) as error:
-                raise _damaged(path, error) from None
-            if listed is not None:
-                for name in sorted(set(listed) ^ set(names)):
-                    holder, other = (INDEX, shard) if name in listed else (shard, INDEX)
-                    raise SourceError(
-                        f"{directory}: tensor {name} is in {holder} but not in {other}"
-                    )
-            for name in names:
-                shape = tuple(handle.get_slice(name).get_shape())
-                tensors.append(Stored(name, shape, _reader(handle, name, path)))
-        return config, fill(config, tensors, naming="hf", dtype=dtype, where=str(directory))
+    tensors = [
+        Stored(name, entry.shape, functools.partial(read_rows, path, name, entry))
+        for path, entries in hf_tensors(directory).items()
+        for name, entry in entries.items()
+    ]
+    return config, fill(
+        config,
+        tensors,
+        naming="hf",
+        dtype=dtype,
+        where=str(directory),
+        shardings=place(config) if place else None,
+        progress=progress,
+    )
 
 
-def _reader(handle: Any, name: str, path: Path) -> Callable[[slice], np.ndarray]:
-    def read(rows: slice) -> np.ndarray:
-        try:
-            return handle.get_slice(name)[rows]
-        except (SafetensorError, OSError, TypeError, AttributeError) as error:
-            raise SourceError(f"{path}: tensor {name} cannot be read: {_line(error)}") from None
+def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
+    """What each weight file of a directory holds; the index and its shards must agree.
 
-    return read
+    Raises:
+      SourceError: files that are missing, damaged or pickled, or not as the index says.
+    """
+    found = {}
+    for shard, listed in weight_files(directory).items():
+        path = directory / shard
+        if not path.is_file():
+            raise SourceError(f"{path}: no such file, but {INDEX} lists it")
+        entries = open_safetensors(path)
+        for name in sorted(set(listed) ^ set(entries)) if listed is not None else ():
+            holder, other = (INDEX, shard) if name in (listed or ()) else (shard, INDEX)
+            raise SourceError(f"{directory}: tensor {name} is in {holder} but not in {other}")
+        found[path] = entries
+    return found
 
 
-def _damaged(path: Path, error: Exception) -> SourceError:
-    return SourceError(f"{path}: damaged or truncated safetensors file ({_line(error)})")
+def stored_dtypes(directory: Path) -> dict[str, str]:
+    """The dtype in which each tensor of a directory is stored."""
+    return {
+        name: entry.dtype.name
+        for entries in hf_tensors(directory).values()
+        for name, entry in entries.items()
+    }
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def stored_dtype(directory: Path) -> np.dtype:
+    """The narrowest dtype for parameters that holds every stored tensor exactly."""
+    names = set(stored_dtypes(directory).values())
+    if names <= {"bfloat16"}:
+        return np.dtype(jnp.bfloat16)
+    return np.dtype(np.float16) if names <= {"float16"} else np.dtype(np.float32)

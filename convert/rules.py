@@ -6,6 +6,7 @@ tensor on both sides.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,10 @@ from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError, SourceError
 
 Naming = Literal["hf", "gguf"]
+Progress = Callable[[int], None]
+"""Told bytes as they pass."""
+Place = Callable[[ModelConfig], Any]
+"""A `Sharding` for every parameter, nested as they are."""
 
 _ALIGNMENT = 64  # bytes
 _CHUNK = 1 << 20  # values read at a time
@@ -62,6 +67,19 @@ def _kernel(
         dims=dims,
         transposed=True,
         rotary=rotary,
+    )
+
+
+def _bias(block: str, name: str) -> Rule:
+    """The bias beside a kernel: same names, its outputs' axis, never transposed."""
+    kernel = next(rule for rule in RULES if rule.path[1:3] == (block, name))
+    return dataclasses.replace(
+        kernel,
+        path=("layers", block, name, "bias"),
+        hf=kernel.hf.removesuffix("weight") + "bias",
+        gguf=kernel.gguf.removesuffix("weight") + "bias",
+        dims=kernel.dims[1:],
+        transposed=False,
     )
 
 
@@ -132,8 +150,13 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
 
 
 def rules_for(config: ModelConfig) -> tuple[Rule, ...]:
-    """The rules that apply: `RULES`, and the unembedding unless it is tied."""
-    return RULES if config.tied else (*RULES, UNEMBED)
+    """The rules that apply: `RULES`, biases, and the unembedding unless it is tied."""
+    biases = [
+        _bias(rule.path[1], rule.path[2])
+        for rule in RULES
+        if rule.path[-1] == "kernel" and rule.path[2] in config.biases
+    ]
+    return (*RULES, *biases) if config.tied else (*RULES, *biases, UNEMBED)
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
@@ -142,7 +165,7 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for rule in rules_for(config):
         shape = tuple(sizes[dim] for dim in rule.dims)
-        _put(tree, rule.path, (config.num_layers, *shape) if rule.per_layer else shape)
+        put(tree, rule.path, (config.num_layers, *shape) if rule.per_layer else shape)
     return tree
 
 
@@ -188,8 +211,10 @@ def fill(
     naming: Naming,
     dtype: DTypeLike = jnp.float32,
     where: str,
+    shardings: Any = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Copy a checkpoint into a fresh parameter tree on the default device.
+    """Copy a checkpoint into a fresh parameter tree, one stacked parameter at a time.
 
     Shapes are checked before anything is read; every parameter is filled exactly once; every
     stored tensor is used or known to carry nothing. A stored unembedding of a tied model must
@@ -201,6 +226,8 @@ def fill(
       naming: whose names they have.
       dtype: dtype of the parameters; stored values are cast.
       where: the checkpoint, for messages.
+      shardings: where each parameter goes, nested as they are; default: the default device.
+      progress: told the bytes of every piece that has been read.
 
     Raises:
       SourceError: a tensor is missing, left over, misshapen, stored twice, or not finite.
@@ -245,42 +272,57 @@ def fill(
     if problems:
         raise SourceError(f"{where}: " + "; ".join(problems))
 
-    sizes = dimensions(config)
-    host: dict[tuple[str, ...], np.ndarray] = {}
-    for rule in rules_for(config):
-        shape = tuple(sizes[dim] for dim in rule.dims)
-        host[rule.path] = _aligned(
-            (config.num_layers, *shape) if rule.per_layer else shape, target_dtype
-        )
-
-    def copy(item: tuple[Stored, Rule, int | None]) -> None:
-        tensor, rule, layer = item
-        target = host[rule.path] if layer is None else host[rule.path][layer]
-        rotary = naming == "gguf" and rule.rotary is not None
-        for rows in _slices(tensor.shape, whole=rotary):
-            values = _read(tensor, rows, where)
-            if rotary:
-                values = unpermute(values, sizes[str(rule.rotary)])
-            place = target[:, rows] if rule.transposed else target[rows]
-            _assign(place, values.T if rule.transposed else values, tensor.name, where)
-
+    sources: dict[tuple[str, ...], list[tuple[Stored, Rule, int | None]]] = {}
     for item in plan.values():
-        copy(item)
-    if duplicate is not None:
-        embedding = host[("embed", "embedding")]
-        if duplicate.shape != embedding.shape or not all(
-            np.array_equal(_read(duplicate, rows, where).astype(target_dtype), embedding[rows])
-            for rows in _slices(duplicate.shape)
-        ):
-            raise SourceError(
-                f"{where}: the configuration ties the unembedding to the embedding, but "
-                f"{duplicate.name} differs from it; set tie_word_embeddings to false if the "
-                "stored unembedding is meant"
-            )
+        sources.setdefault(item[1].path, []).append(item)
+    sizes = dimensions(config)
+    # Only the architecture "llama" stores the rows of each head interleaved.
+    interleaved = naming == "gguf" and config.family == "llama"
+
+    def build(rule: Rule) -> np.ndarray:
+        """One parameter, stacked over layers."""
+        shape = tuple(sizes[dim] for dim in rule.dims)
+        shape = (config.num_layers, *shape) if rule.per_layer else shape
+        host = _aligned(shape, target_dtype)
+        for tensor, _, layer in sources[rule.path]:
+            target = host if layer is None else host[layer]
+            heads = sizes[rule.rotary] if interleaved and rule.rotary is not None else None
+            for rows in _slices(tensor.shape, whole=heads is not None):
+                values = _read(tensor, rows, where)
+                if heads is not None:
+                    values = unpermute(values, heads)
+                place = target[:, rows] if rule.transposed else target[rows]
+                _assign(place, values.T if rule.transposed else values, tensor.name, where)
+                if progress is not None:
+                    progress(values.nbytes)
+        return host
+
+    # One parameter at a time: beside what is on the devices, the host holds the largest of them.
     params: dict[str, Any] = {}
-    for path in list(host):
-        _put(params, path, jax.device_put(host.pop(path)))
+    for rule in rules_for(config):
+        host = build(rule)
+        if rule.path == ("embed", "embedding") and duplicate is not None:
+            _check_duplicate(duplicate, host, where)
+        put(params, rule.path, jax.device_put(host, _at(shardings, rule.path)))
     return params
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    """The leaf of a nested dict; None of None."""
+    return None if tree is None else functools.reduce(lambda node, key: node[key], path, tree)
+
+
+def _check_duplicate(duplicate: Stored, embedding: np.ndarray, where: str) -> None:
+    """A stored unembedding of a tied model must be the embedding."""
+    if duplicate.shape != embedding.shape or not all(
+        np.array_equal(_read(duplicate, rows, where).astype(embedding.dtype), embedding[rows])
+        for rows in _slices(duplicate.shape)
+    ):
+        raise SourceError(
+            f"{where}: the configuration ties the unembedding to the embedding, but "
+            f"{duplicate.name} differs from it; set tie_word_embeddings to false if the "
+            "stored unembedding is meant"
+        )
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -325,7 +367,8 @@ def _assign(target: np.ndarray, values: np.ndarray, name: str, where: str) -> No
         )
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set the leaf of a nested dict."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

@@ -6,6 +6,8 @@ from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceErr
 from jaxneurons.load import LM, load
 from jaxneurons.neurons import SITES, Neuron
 from jaxneurons.quadrature import Quadrature
+from jaxneurons.save import save
+from jaxneurons.sharding import ShardingRules
 from jaxneurons.transformer import Cache, Output, Transformer, forward, init_cache
 
 __version__ = "0.1.0"
@@ -23,6 +25,7 @@ __all__ = [
     "Output",
     "Quadrature",
     "RopeConfig",
+    "ShardingRules",
     "SourceError",
     "Transformer",
     "__version__",
@@ -30,4 +33,5 @@ __all__ = [
     "init_cache",
     "integrated_gradients",
     "load",
+    "save",
 ]

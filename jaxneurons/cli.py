@@ -1,4 +1,4 @@
-"""The command line: `jaxneurons demo`, `jaxneurons qrnca locate`."""
+"""The command line: `jaxneurons demo`, `qrnca locate`, `convert`, `verify`, `inspect`."""
 
 import dataclasses
 import sys
@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 
 if TYPE_CHECKING:
     from jaxneurons.demo import Demo
+    from jaxneurons.describe import Description
     from jaxneurons.load import LM
     from jaxneurons.locate import Located
 
@@ -33,6 +42,7 @@ console = Console(markup=False)
 errors = Console(stderr=True, markup=False)
 
 MODES = ("paper", "reference")
+DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer has turned into SystemExit
 
 
@@ -105,6 +115,76 @@ def qrnca_locate(
     _show_located(located, out)
 
 
+@app.command("convert")
+def convert_command(
+    source: Annotated[str, typer.Argument(help="Anything that load() takes.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
+    to: Annotated[str, typer.Option(help="native (Orbax) or hf (safetensors).")] = "native",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
+    ] = None,
+) -> None:
+    """Convert a checkpoint; nothing appears under DESTINATION before it is whole."""
+    from jaxneurons.save import FORMATS, check_free, save
+
+    if to not in FORMATS:
+        raise ConfigError(f"unknown format {to!r}; {near_matches(to, FORMATS)}")
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
+    check_free(destination)
+    from jaxneurons.load import load
+
+    with _bytes_bar("Reading") as tell:
+        lm = load(source, dtype=dtype, progress=tell)
+    with _bytes_bar("Writing") as tell:
+        save(lm, destination, to=to, progress=tell)  # type: ignore[arg-type]
+    size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
+    own = lm.params["embed"]["embedding"].dtype.name
+    console.print(f"Written: {destination} ({to}, {own}, {_gib(size)}), from {lm.source}")
+
+
+@app.command("verify")
+def verify_command(
+    directory: Annotated[Path, typer.Argument(help="A converted model.")],
+    against: Annotated[str, typer.Option(help="The checkpoint it came from.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Load the converted model so; default: as stored.")
+    ] = None,
+) -> None:
+    """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
+    from jaxneurons.certificate import CERTIFICATE, verify
+    from jaxneurons.load import load, locate_source
+    from jaxneurons.store import write_json
+
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
+    reference, _ = locate_source(against)
+    with errors.status(f"Loading {directory} ..."):
+        lm = load(directory, dtype=dtype)
+    with _bar("Comparing", "comparisons") as tell:
+        found = verify(lm, reference, progress=tell)
+    where = directory / CERTIFICATE if directory.is_dir() else directory.with_suffix(".json")
+    write_json(where, found)
+    _show_certificate(found)
+    console.print(f"Written: {where}")
+    if not found["passed"]:
+        _fail(
+            f"{directory} is not what PyTorch makes of {against}: logits differ by "
+            f"{found['logits_worst_relative']:.1e} of their standard deviation, "
+            f"{found['continuations_equal']} continuations are equal"
+        )
+
+
+@app.command("inspect")
+def inspect_command(
+    source: Annotated[str, typer.Argument(help="Anything that load() takes.")],
+) -> None:
+    """Family, shapes, neurons, memory and tokenizer of a checkpoint, without loading it."""
+    from jaxneurons.describe import describe
+
+    _show_description(describe(source))
+
+
 def _load(source: str) -> "LM":
     from jaxneurons.load import load
 
@@ -118,15 +198,109 @@ def _load(source: str) -> "LM":
     return lm
 
 
-class _bar:
-    """A progress bar over prompts, on standard error."""
+class _bytes_bar:
+    """A progress bar over bytes, on standard error."""
 
     def __init__(self, what: str):
         self._progress = Progress(
             TextColumn(what),
             BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            console=errors,
+            disable=not errors.is_terminal,
+        )
+
+    def __enter__(self) -> Any:
+        self._progress.start()
+        task = self._progress.add_task("", total=None)
+        return lambda count: self._progress.update(task, advance=count)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def _show_certificate(found: dict[str, Any]) -> None:
+    table = Table(
+        title="Largest difference from PyTorch, in standard deviations (FFN sites: worst layer)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("sequence", "logits", "gate", "up", "act", "down"):
+        table.add_column(name, justify="left" if name == "sequence" else "right")
+    for result in found["sequences"]:
+        sites = (f"{result[site]['relative']:.1e}" for site in ("gate", "up", "act", "down"))
+        table.add_row(result["sequence"], f"{result['logits']['relative']:.1e}", *sites)
+    console.print(table)
+    console.print(
+        f"Greedy continuations equal: {found['continuations_equal']}. "
+        f"{'Passed' if found['passed'] else 'FAILED'} ({found['dtype']} weights, at most "
+        f"{found['tolerance']:g} allowed in the logits)."
+    )
+    own = [r["own_arithmetic"]["mean"] for r in found["sequences"] if "own_arithmetic" in r]
+    if own:
+        console.print(
+            f"Computed in {found['dtype']} itself, logits differ by {max(own):.1e} on average."
+        )
+
+
+def _show_description(found: "Description") -> None:
+    config, rope = found.config, found.config.rope
+    window = f"{config.sliding_window} positions" if config.sliding_window else "none"
+    if config.sliding_layers:
+        window += f", {sum(config.sliding_layers)} of {config.num_layers} layers"
+    kind = rope.rope_type + (f" x {rope.factor:g}" if rope.factor != 1 else "")
+    tokens = found.tokenizer
+    table = Table(box=None, show_header=False, title=found.source, title_justify="left")
+    rows = [
+        ("family", f"{config.family}, {found.kind}"),
+        ("layers", f"{config.num_layers}"),
+        ("hidden size", f"{config.hidden_size}"),
+        (
+            "attention",
+            f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} key/value heads",
+        ),
+        ("sliding window", window),
+        ("rotary embedding", f"{kind}, theta {rope.theta:g}"),
+        ("context", f"{config.max_position} tokens"),
+        ("biases", ", ".join(config.biases) or "none"),
+        ("unembedding", "tied to the embedding" if config.tied else "its own"),
+        ("parameters", f"{found.parameters:,}"),
+        (
+            "neurons per layer",
+            ", ".join(f"{site} {width:,}" for site, width in found.neurons.items()),
+        ),
+        ("FFN neurons", f"{config.num_layers * config.intermediate_size:,}"),
+        (
+            "on disk",
+            ", ".join(f"{name} {_gib(size)}" for name, size in found.stored.items()) or "not here",
+        ),
+        ("in memory", ", ".join(f"{name} {_gib(size)}" for name, size in found.memory.items())),
+        (
+            "tokenizer",
+            f"{tokens['tokens']:,} tokens, BOS {tokens['bos']!r} "
+            f"({'put first' if tokens['bos put first'] else 'not put first'}), "
+            f"EOS {tokens['eos']!r}, {'a' if tokens['chat template'] else 'no'} chat template",
+        ),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+class _bar:
+    """A progress bar over things that are counted, on standard error."""
+
+    def __init__(self, what: str, unit: str = "prompts"):
+        self._progress = Progress(
+            TextColumn(what),
+            BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("prompts"),
+            TextColumn(unit),
             TimeRemainingColumn(),
             console=errors,
             disable=not errors.is_terminal,  # a log file needs no bar

@@ -5,7 +5,9 @@ import math
 
 from jaxneurons.errors import ConfigError, near_matches
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+EVERYTHING = 2**31 - 1  # a window that no context fills
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +16,18 @@ class RopeConfig:
 
     Attributes:
       theta: base of the geometric progression of wavelengths.
-      rope_type: `default`, `linear` (positions divided by `factor`) or `llama3` (Llama 3.1 and
-        later: long wavelengths divided by `factor`, short ones kept, a ramp between).
-      factor: context extension factor (`linear`, `llama3`).
+      rope_type: `default`; `linear` (positions divided by `factor`); `dynamic` (theta grows with
+        the sequence once it is longer than the original context, "NTK-aware"); `yarn` (long
+        wavelengths divided by `factor`, short ones kept, a ramp between, arXiv 2309.00071);
+        `llama3` (the same idea with another ramp, Llama 3.1 and later).
+      factor: context extension factor (all but `default`).
       low_freq_factor: `llama3`: wavelengths above original/low are fully scaled.
       high_freq_factor: `llama3`: wavelengths below original/high are untouched.
-      original_max_position: `llama3`: context length before extension, in tokens.
+      original_max_position: `llama3`, `yarn`, `dynamic`: tokens of the context before extension.
+      beta_fast: `yarn`: wavelengths with more turns than this in the original context are kept.
+      beta_slow: `yarn`: wavelengths with fewer turns than this are fully scaled.
+      truncate: `yarn`: the ramp's ends are rounded outwards to whole dimensions.
+      attention_factor: `yarn`: cosines and sines are multiplied by it.
       inv_freq_divisors: a divisor for each of the head_dim / 2 inverse frequencies, as GGUF files
         carry it (`rope_freqs.weight`); replaces the three `llama3` values when given.
     """
@@ -30,6 +38,10 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
     inv_freq_divisors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -38,17 +50,22 @@ class RopeConfig:
                 f"rope type {self.rope_type!r} is not supported; "
                 + near_matches(self.rope_type, ROPE_TYPES)
             )
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+        numbers = ("theta", "factor", "low_freq_factor", "high_freq_factor")
+        for name in (*numbers, "beta_fast", "beta_slow", "attention_factor"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"rope {name} must be a positive number, got {value!r}")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ConfigError("rope low_freq_factor must be below high_freq_factor")
+        if self.rope_type == "yarn" and not self.beta_slow < self.beta_fast:
+            raise ConfigError("rope beta_slow must be below beta_fast")
+        if self.rope_type == "dynamic" and self.factor < 1:
+            raise ConfigError(f"rope factor must be at least 1 for 'dynamic', got {self.factor!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Llama/Mistral-family transformer.
+    """A decoder-only transformer of the Llama family: Llama, Mistral, Qwen2 and their kin.
 
     Attributes:
       vocab_size: rows of the embedding, in tokens.
@@ -63,6 +80,8 @@ class ModelConfig:
       rope: rotary position embedding.
       tied: the unembedding is the embedding.
       sliding_window: a query sees this many positions, itself included; None = all before it.
+      sliding_layers: which layers have the window; None = all, if there is one.
+      biases: the projections that add a bias, of `PROJECTIONS`.
       family: the published architecture's name, for messages and export.
     """
 
@@ -78,6 +97,8 @@ class ModelConfig:
     rope: RopeConfig = RopeConfig()
     tied: bool = False
     sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None
+    biases: tuple[str, ...] = ()
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -96,12 +117,29 @@ class ModelConfig:
             raise ConfigError(f"norm_eps must be a positive number, got {self.norm_eps!r}")
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ConfigError(f"sliding_window must be positive, got {self.sliding_window!r}")
+        if self.sliding_layers is not None:
+            if self.sliding_window is None or len(self.sliding_layers) != self.num_layers:
+                raise ConfigError(
+                    f"sliding_layers needs a sliding_window and {self.num_layers} entries, got "
+                    f"{self.sliding_window!r} and {len(self.sliding_layers)}"
+                )
+            if len(set(self.sliding_layers)) == 1:
+                raise ConfigError("sliding_layers: layers that are all the same need none")
+        if unknown := [name for name in self.biases if name not in PROJECTIONS]:
+            raise ConfigError(f"biases: {near_matches(unknown[0], PROJECTIONS)}")
         divisors = self.rope.inv_freq_divisors
         if divisors is not None and len(divisors) != self.head_dim // 2:
             raise ConfigError(
                 f"rope inv_freq_divisors has {len(divisors)} values, "
                 f"head_dim / 2 = {self.head_dim // 2} are needed"
             )
+
+    @property
+    def layer_windows(self) -> tuple[int, ...] | None:
+        """Positions that each layer's queries see, where layers differ in it."""
+        if self.sliding_layers is None or self.sliding_window is None:
+            return None
+        return tuple(self.sliding_window if own else EVERYTHING for own in self.sliding_layers)
 
     @property
     def query_width(self) -> int:

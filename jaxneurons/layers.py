@@ -31,30 +31,69 @@ def rms_norm(
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Inverse frequencies of the rotary embedding, float32 [head_dim / 2], in radians per token."""
+    """Inverse frequencies of the rotary embedding, float32 [head_dim / 2], in radians per token.
+
+    For `dynamic`: those of sequences within the original context.
+    """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv_freq = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
     if rope.inv_freq_divisors is not None:
         return (inv_freq / np.asarray(rope.inv_freq_divisors, np.float32)).astype(np.float32)
     if rope.rope_type == "linear":
         return (inv_freq / np.float32(rope.factor)).astype(np.float32)
-    if rope.rope_type == "llama3":
-        # Wavelengths longer than the original context are stretched, short ones kept, and the
-        # band between is interpolated by how many turns fit into the original context.
-        turns = rope.original_max_position * inv_freq / (2 * math.pi)
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    if rope.rope_type in ("llama3", "yarn"):
+        keep = _kept(rope, head_dim, inv_freq)
         return ((1 - keep) * inv_freq / rope.factor + keep * inv_freq).astype(np.float32)
     return inv_freq
 
 
+def _kept(rope: RopeConfig, head_dim: int, inv_freq: np.ndarray) -> np.ndarray:
+    """How far each frequency is left alone (1) rather than divided by the factor (0)."""
+    if rope.rope_type == "llama3":
+        # Linear in the number of turns that fit into the original context.
+        turns = rope.original_max_position * inv_freq / (2 * math.pi)
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        return np.clip((turns - low) / (high - low), 0.0, 1.0)
+
+    def dimension(turns: float) -> float:
+        """The (fractional) pair of dimensions that turns so often in the original context."""
+        length = rope.original_max_position / (turns * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(rope.theta))
+
+    # Linear in the dimension's number.
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    return 1 - np.clip(ramp, 0.0, 1.0)
+
+
 def rope_angles(
-    positions: Int[Array, "*batch"], config: ModelConfig
-) -> tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]:
-    """Cosines and sines of the rotary angles at `positions`, float32."""
-    frequencies = rope_frequencies(config.rope, config.head_dim)
+    positions: Int[Array, "batch seq"],
+    config: ModelConfig,
+    lengths: Int[Array, " batch"],
+) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
+    """Cosines and sines of the rotary angles at `positions`, float32.
+
+    Args:
+      positions: of the tokens.
+      config: the model's shape.
+      lengths: tokens of each whole sequence, which `dynamic` depends on.
+    """
+    rope, dim = config.rope, config.head_dim
+    frequencies: Array = jnp.asarray(rope_frequencies(rope, dim))
+    if rope.rope_type == "dynamic":
+        context = rope.original_max_position
+        stretch = rope.factor * jnp.maximum(lengths, context) / context - (rope.factor - 1)
+        theta = rope.theta * stretch.astype(jnp.float32) ** (dim / (dim - 2))
+        exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+        scaled = 1.0 / theta[:, None] ** exponents
+        frequencies = jnp.where(lengths[:, None] > context, scaled, frequencies)[:, None]
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def rotate(
@@ -69,7 +108,7 @@ def rotate(
 
 
 def visible(
-    queries: Int[Array, "*batch query"], keys: Int[Array, "*batch key"], window: int | None
+    queries: Int[Array, "*batch query"], keys: Int[Array, "*batch key"], window: int | Array | None
 ) -> Bool[Array, "*batch query key"]:
     """Which key positions a query position sees: itself and before, at most `window` of them."""
     gap = queries[..., :, None] - keys[..., None, :]
@@ -160,17 +199,22 @@ def block(
 
     attn, ffn = params["attn"], params["ffn"]
     h = rms_norm(x, params["attn_norm"]["scale"], config.norm_eps)
-    q = _heads(site("q", h @ attn["q"]["kernel"]), config.head_dim)
-    k = _heads(site("k", h @ attn["k"]["kernel"]), config.head_dim)
-    v = _heads(site("v", h @ attn["v"]["kernel"]), config.head_dim)
+    q = _heads(site("q", _project_by(attn["q"], h)), config.head_dim)
+    k = _heads(site("k", _project_by(attn["k"], h)), config.head_dim)
+    v = _heads(site("v", _project_by(attn["v"], h)), config.head_dim)
     mixed = attend(rotate(q), rotate(k), v)
-    x = x + site("o", mixed.reshape(*x.shape[:-1], -1) @ attn["o"]["kernel"])
+    x = x + site("o", _project_by(attn["o"], mixed.reshape(*x.shape[:-1], -1)))
 
     h = rms_norm(x, params["ffn_norm"]["scale"], config.norm_eps)
-    up = site("up", h @ ffn["up"]["kernel"])
-    gate = site("gate", h @ ffn["gate"]["kernel"])
+    up = site("up", _project_by(ffn["up"], h))
+    gate = site("gate", _project_by(ffn["gate"], h))
     act = site("act", up * jax.nn.silu(gate))
-    return x + site("down", act @ ffn["down"]["kernel"]), activations
+    return x + site("down", _project_by(ffn["down"], act)), activations
+
+
+def _project_by(params: Mapping[str, Array], x: Array) -> Array:
+    y = x @ params["kernel"]
+    return y + params["bias"] if "bias" in params else y
 
 
 def _heads(x: Array, head_dim: int) -> Array:

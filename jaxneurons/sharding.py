@@ -57,8 +57,9 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     """
     norm = {"scale": ("layers", "hidden")}
 
-    def kernel(inputs: str, outputs: str) -> dict[str, tuple[str, ...]]:
-        return {"kernel": ("layers", inputs, outputs)}
+    def kernel(name: str, inputs: str, outputs: str) -> dict[str, Any]:
+        bias = {"bias": ("layers", outputs)} if name in config.biases else {}
+        return {name: {"kernel": ("layers", inputs, outputs), **bias}}
 
     axes: dict[str, Any] = {
         "embed": {"embedding": ("vocab", "hidden")},
@@ -66,16 +67,16 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
         "layers": {
             "attn_norm": norm,
             "attn": {
-                "q": kernel("hidden", "heads"),
-                "k": kernel("hidden", "kv_heads"),
-                "v": kernel("hidden", "kv_heads"),
-                "o": kernel("heads", "hidden"),
+                **kernel("q", "hidden", "heads"),
+                **kernel("k", "hidden", "kv_heads"),
+                **kernel("v", "hidden", "kv_heads"),
+                **kernel("o", "heads", "hidden"),
             },
             "ffn_norm": norm,
             "ffn": {
-                "gate": kernel("hidden", "intermediate"),
-                "up": kernel("hidden", "intermediate"),
-                "down": kernel("intermediate", "hidden"),
+                **kernel("gate", "hidden", "intermediate"),
+                **kernel("up", "hidden", "intermediate"),
+                **kernel("down", "intermediate", "hidden"),
             },
         },
     }

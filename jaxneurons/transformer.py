@@ -62,19 +62,24 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.
 def layer_shapes(config: ModelConfig) -> dict[str, Any]:
     """Shapes of one layer's parameters, nested as the parameters are."""
     hidden, inner = config.hidden_size, config.intermediate_size
+
+    def projection(name: str, inputs: int, outputs: int) -> dict[str, Any]:
+        bias = {"bias": (outputs,)} if name in config.biases else {}
+        return {name: {"kernel": (inputs, outputs), **bias}}
+
     return {
         "attn_norm": {"scale": (hidden,)},
         "attn": {
-            "q": {"kernel": (hidden, config.query_width)},
-            "k": {"kernel": (hidden, config.kv_width)},
-            "v": {"kernel": (hidden, config.kv_width)},
-            "o": {"kernel": (config.query_width, hidden)},
+            **projection("q", hidden, config.query_width),
+            **projection("k", hidden, config.kv_width),
+            **projection("v", hidden, config.kv_width),
+            **projection("o", config.query_width, hidden),
         },
         "ffn_norm": {"scale": (hidden,)},
         "ffn": {
-            "gate": {"kernel": (hidden, inner)},
-            "up": {"kernel": (hidden, inner)},
-            "down": {"kernel": (inner, hidden)},
+            **projection("gate", hidden, inner),
+            **projection("up", hidden, inner),
+            **projection("down", inner, hidden),
         },
     }
 
@@ -84,6 +89,8 @@ def _initializer(name: str) -> Any:
         return nn.initializers.ones
     if name == "embedding":
         return nn.initializers.normal(0.02)
+    if name == "bias":
+        return nn.initializers.zeros
     return nn.initializers.lecun_normal()
 
 
@@ -113,7 +120,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, per_layer: Any, shared: Any) -> tuple[Array, Any]:
         """Carry the residual through; emit the layer's new keys, values and activations."""
-        scales, cached = per_layer
+        scales, cached, window = per_layer
         cos, sin, positions, at, real = shared
         store: tuple[Array, Array] | None = None
 
@@ -124,7 +131,8 @@ class Block(nn.Module):
                 k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
                 keys = jnp.broadcast_to(jnp.arange(k.shape[1]), (k.shape[0], k.shape[1]))
                 store = (k, v)
-            mask = layers.visible(positions, keys, self.config.sliding_window)
+            own = self.config.sliding_window if window is None else window
+            mask = layers.visible(positions, keys, own)
             return layers.attention(q, k, v, mask)
 
         params = {
@@ -195,7 +203,8 @@ class Transformer(nn.Module):
         real = jnp.arange(seq) < lengths[:, None]
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         positions = start[:, None] + jnp.arange(seq)
-        cos, sin = layers.rope_angles(positions, config)
+        cos, sin = layers.rope_angles(positions, config, start + lengths)
+        windows = config.layer_windows
 
         hidden, vocab = config.hidden_size, config.vocab_size
         top = {"embed": {"embedding": (vocab, hidden)}, "final_norm": {"scale": (hidden,)}}
@@ -212,7 +221,11 @@ class Transformer(nn.Module):
         )(config, capture, reduce, name="layers")
         x, (store, activations) = stack(
             params["embed"]["embedding"][tokens],
-            (dict(scales) if scales else None, None if cache is None else (cache.k, cache.v)),
+            (
+                dict(scales) if scales else None,
+                None if cache is None else (cache.k, cache.v),
+                None if windows is None else jnp.asarray(windows, jnp.int32),
+            ),
             (cos, sin, positions, at, real),
         )
         if cache is not None:

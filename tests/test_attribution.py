@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from models import compiled, random_tokens, tiny_config, tiny_params
 
-from jaxneurons import SITES, ConfigError, Quadrature, forward, integrated_gradients
+from jaxneurons import SITES, ConfigError, Quadrature, RopeConfig, forward, integrated_gradients
 from jaxneurons.neurons import site_width
 from jaxneurons.quadrature import PANEL_NODES, nodes_and_weights
 from jaxneurons.rows import rows_in_budget
@@ -72,6 +72,12 @@ SHAPES = {
     "gqa-untied": tiny_config(),
     "mqa-tied-window": tiny_config(num_kv_heads=1, tied=True, sliding_window=3),
     "mha-wide-heads": tiny_config(num_layers=2, num_kv_heads=4, head_dim=12),
+    "biases-some-windows-dynamic": tiny_config(
+        biases=("q", "k", "v"),
+        sliding_window=3,
+        sliding_layers=(False, True, True),
+        rope=RopeConfig(rope_type="dynamic", factor=3.0, original_max_position=5),
+    ),
 }
 
 
@@ -86,6 +92,7 @@ CASES = [
     *[("mqa-tied-window", site, "reference") for site in ("up", "k", "v")],
     ("mha-wide-heads", "q", "gauss"),
     ("mha-wide-heads", "act", "right"),
+    *[("biases-some-windows-dynamic", site, "gauss") for site in ("up", "k")],
 ]
 
 

@@ -334,7 +334,7 @@ def test_scan_is_a_loop_over_blocks(shape):
     config = SHAPES[shape]
     params, tokens = tiny_params(config), random_tokens(config, (2, 7))
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    cos, sin = layers.rope_angles(positions, config)
+    cos, sin = layers.rope_angles(positions, config, jnp.full(len(tokens), positions.shape[1]))
     mask = layers.visible(positions, positions, config.sliding_window)
     x = params["embed"]["embedding"][tokens]
     for index in range(config.num_layers):

@@ -1,0 +1,171 @@
+"""The native format: Orbax parameters, configuration and tokenizer in one directory.
+
+DIR/jaxneurons.json      marker, written last: format, configuration, where it came from
+DIR/params/              Orbax, uncompressed Zarr, in chunks: a process reads what it holds
+DIR/config.json ...      configuration, generation configuration and tokenizer, as they came
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxneurons.config import ModelConfig, RopeConfig
+from jaxneurons.convert.hf import read_json
+from jaxneurons.convert.rules import Place, param_shapes
+from jaxneurons.errors import ConfigError, SourceError
+
+MARKER = "jaxneurons.json"
+PARAMS = "params"
+FORMAT = 1
+_CHUNK_BYTES = 32 << 20
+
+
+def write_native(
+    directory: Path,
+    params: Mapping[str, Any],
+    *,
+    config: ModelConfig,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write parameters and marker into an existing directory.
+
+    Args:
+      directory: holds no parameters yet.
+      params: the parameters, of any sharding.
+      config: the model's shape.
+      facts: where they came from, kept in the marker.
+    """
+    import orbax.checkpoint as ocp
+
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+        checkpointer.save(
+            (directory / PARAMS).absolute(),
+            args=ocp.args.PyTreeSave(dict(params), save_args=save_args),
+        )
+    values = {"format": FORMAT, "config": dataclasses.asdict(config), **facts}
+    (directory / MARKER).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _handler() -> Any:
+    import orbax.checkpoint as ocp
+
+    # Weights do not compress, and a file for each chunk lets processes read only their own.
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=False, use_compression=False, save_concurrent_gb=1
+    )
+
+
+def read_marker(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration of a native directory, and what else its marker says.
+
+    Raises:
+      SourceError: no marker, or one that is malformed or of a later format.
+      ConfigError: a configuration that is not valid.
+    """
+    where = directory / MARKER
+    values = read_json(where)
+    if values.pop("format", None) != FORMAT:
+        raise SourceError(f"{where}: not of format {FORMAT}; convert the model again")
+    config = values.pop("config", None)
+    try:
+        rope = dict(config["rope"])
+        if rope["inv_freq_divisors"] is not None:
+            rope["inv_freq_divisors"] = tuple(rope["inv_freq_divisors"])
+        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return ModelConfig(**{**rest, "rope": RopeConfig(**rope)}), values
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise SourceError(f"{where}: its config is malformed; convert the model again") from None
+
+
+def read_native(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    place: Place | None = None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Restore a native directory, each process only what it holds.
+
+    Args:
+      directory: as `write_native` left it.
+      dtype: of the parameters; default: as saved.
+      place: from the configuration, where each parameter goes; default: the default device.
+
+    Raises:
+      SourceError: a directory that is incomplete or damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    directory = Path(directory)
+    config, facts = read_marker(directory)
+    wanted = jnp.dtype(facts.get("dtype", "float32") if dtype is None else dtype)
+    shapes = param_shapes(config)
+    if place is None:
+        # By way of numpy: arrays that Orbax places itself are tied to their device.
+        abstract = jax.tree.map(lambda s: np.empty(0), shapes, is_leaf=_is_shape)
+        restore_args = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=wanted),
+            shapes,
+            is_leaf=_is_shape,
+        )
+    else:
+        abstract = jax.tree.map(
+            lambda shape, where: jax.ShapeDtypeStruct(shape, wanted, sharding=where),
+            shapes,
+            place(config),
+            is_leaf=_is_shape,
+        )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    try:
+        with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+            params = checkpointer.restore(
+                (directory / PARAMS).absolute(),
+                args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args),
+            )
+    except Exception as error:  # Orbax and TensorStore raise whatever they find
+        text = " ".join(str(error).split())[:200]
+        raise SourceError(f"{directory / PARAMS}: cannot be restored: {text}") from None
+    found = jax.tree.map(lambda leaf: tuple(leaf.shape), params)
+    if found != shapes:
+        raise SourceError(
+            f"{directory / PARAMS}: cannot be restored: its shapes are not those of {MARKER}"
+        )
+    if place is None:
+        params = _on_device(params)
+    return config, params
+
+
+def _on_device(tree: dict[str, Any]) -> dict[str, Any]:
+    """Device arrays in place of numpy's, one at a time."""
+    for key in list(tree):
+        value = tree.pop(key)
+        tree[key] = _on_device(value) if isinstance(value, dict) else jnp.asarray(value)
+    return tree
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that there is nothing to merge (of a format that is not used)."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple)

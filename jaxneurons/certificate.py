@@ -1,0 +1,266 @@
+"""Is the converted model the model? A comparison with PyTorch transformers, kept beside it.
+
+Compares logits and every FFN site of every layer, at short and long positions (beyond the original
+context where the rotary embedding is stretched), and greedy continuations. Needs the extra
+`oracle`.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import io
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxneurons.convert.hf import weight_files
+from jaxneurons.convert.native import MARKER
+from jaxneurons.errors import SourceError
+from jaxneurons.load import LM, hash_files
+from jaxneurons.transformer import forward
+
+CERTIFICATE = "certificate.json"
+SITES = ("gate", "up", "act", "down")
+SHORT, LONG = 24, 512
+NEW_TOKENS = 20
+TEXTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def fibonacci(n):\n    if n < 2:",
+    "Once upon a time there was",
+)
+TOLERANCE = 1e-3
+"""Largest logit difference allowed, relative to the logits' standard deviation."""
+
+
+def verify(
+    lm: LM,
+    against: Path,
+    *,
+    long: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Compare a model with what transformers makes of the checkpoint it came from.
+
+    Both compute in float32. A model of narrower parameters is held against the source's weights,
+    rounded the same way; what its own arithmetic adds to that is reported beside it.
+
+    Args:
+      lm: the converted model.
+      against: Hugging Face directory or `.gguf` file.
+      long: tokens of the long sequence; default: 512, and more where the rotary embedding is
+        stretched, so that it ends beyond the original context (at most 4,096).
+      progress: told (done, of) sequences and continuations.
+
+    Returns:
+      The certificate: largest differences, absolute and relative to the standard deviation, per
+      sequence, of logits and of each FFN site (worst layer); continuations; dtype, matmul
+      precision, versions; `passed`.
+
+    Raises:
+      SourceError: PyTorch or transformers are missing, or they cannot load the checkpoint.
+    """
+    dtype = lm.params["embed"]["embedding"].dtype
+    torch, model = _torch_model(against, lm)
+    for weights in model.parameters():
+        weights.data = weights.data.to(getattr(torch, dtype.name)).float()
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
+    sequences = _sequences(lm, _long(lm) if long is None else long)
+    steps = len(sequences) + len(TEXTS)
+    results: list[dict[str, Any]] = []
+    continuations: list[dict[str, Any]] = []
+
+    def tell() -> None:
+        if progress is not None:
+            progress(len(results) + len(continuations), steps)
+
+    with jax.default_matmul_precision("highest"):
+        for name, ids in sequences.items():
+            theirs = _torch_forward(torch, model, ids)
+            found = {"sequence": name, **_compare(wide, lm, ids, theirs)}
+            if dtype != jnp.float32:
+                logits, _ = _run(lm.params, lm, ids)
+                found["own_arithmetic"] = _difference(logits, theirs[0])
+            results.append(found)
+            tell()
+        for text in TEXTS:
+            continuations.append(_continue(wide, lm, torch, model, text))
+            tell()
+    worst = max(result["logits"]["relative"] for result in results)
+    same = sum(c["same"] for c in continuations)
+    packages = ("jaxneurons", "jax", "flax", "transformers", "torch", "numpy")
+    return {
+        "passed": worst <= TOLERANCE and same == len(TEXTS),
+        "tolerance": TOLERANCE,
+        "logits_worst_relative": worst,
+        "continuations_equal": f"{same} of {len(TEXTS)}",
+        "dtype": dtype.name,
+        "arithmetic": "float32",
+        "matmul_precision": "highest",
+        "source": {"path": str(against), "sha256": _source_hash(against)},
+        "result": {"name": lm.source, "sha256": lm.hash},
+        "sequences": results,
+        "continuations": continuations,
+        "versions": {
+            **{name: importlib.metadata.version(name) for name in packages},
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
+        },
+    }
+
+
+def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise SourceError(
+            "verification compares with PyTorch, which is not installed: "
+            "pip install torch==2.13.0 'jaxneurons[oracle]'"
+        ) from None
+    if (path / MARKER).is_file():
+        raise SourceError(f"{path}: a native directory; give the checkpoint that it came from")
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    where = path
+    if path.is_file():
+        where, options["gguf_file"] = path.parent, path.name
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            model = AutoModelForCausalLM.from_pretrained(
+                str(where), local_files_only=True, **options
+            )
+    except Exception as error:  # transformers raises whatever it finds
+        text = " ".join(str(error).split())[:200]
+        raise SourceError(f"{path}: transformers cannot load it: {text}") from None
+    sizes = [
+        (model.config.vocab_size, lm.config.vocab_size),
+        (model.config.num_hidden_layers, lm.config.num_layers),
+        (model.config.intermediate_size, lm.config.intermediate_size),
+    ]
+    if any(theirs != ours for theirs, ours in sizes):
+        raise SourceError(
+            f"{path}: (tokens, layers, neurons) are {tuple(t for t, _ in sizes)}, those of the "
+            f"converted model {tuple(o for _, o in sizes)}: not the checkpoint it came from"
+        )
+    return torch, model.eval()
+
+
+def _long(lm: LM) -> int:
+    rope = lm.config.rope
+    if rope.rope_type in ("default", "linear") or rope.inv_freq_divisors is not None:
+        return min(LONG, lm.config.max_position)
+    beyond = min(rope.original_max_position + 64, 4096)
+    return max(LONG, beyond) if rope.rope_type == "dynamic" else max(min(LONG, beyond), beyond)
+
+
+def _sequences(lm: LM, length: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    random = rng.integers(0, lm.config.vocab_size, length)
+    text = lm.tokenizer(" ".join(TEXTS))["input_ids"][:SHORT]
+    return {
+        "text": np.asarray(text, np.int32),
+        f"random, {SHORT} tokens": random[:SHORT].astype(np.int32),
+        f"random, {length} tokens": random.astype(np.int32),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capture"))
+def _forward(params: Any, ids: jax.Array, *, config: Any, capture: tuple[str, ...]) -> Any:
+    out = forward(params, ids, config=config, at="all", capture=capture)
+    return out.logits, out.activations
+
+
+def _run(
+    params: Any, lm: LM, ids: np.ndarray, capture: tuple[str, ...] = ()
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits and activations of one sequence."""
+    out = _forward(params, jnp.asarray(ids)[None], config=lm.config, capture=capture)
+    logits, sites = jax.device_get(out)
+    return logits[0], {site: values[:, 0] for site, values in sites.items()}
+
+
+def _compare(params: Any, lm: LM, ids: np.ndarray, theirs: Any) -> dict[str, Any]:
+    logits, sites = _run(params, lm, ids, SITES)
+    found = {"tokens": len(ids), "logits": _difference(logits, theirs[0])}
+    for site in SITES:
+        per_layer = [
+            _difference(ours, torchs)
+            for ours, torchs in zip(sites[site], theirs[1][site], strict=True)
+        ]
+        worst = int(np.argmax([d["relative"] for d in per_layer]))
+        found[site] = {**per_layer[worst], "layer": worst}
+    return found
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    apart = np.abs(ours.astype(np.float32) - theirs)
+    spread = max(float(np.std(theirs)), 1e-30)
+    return {
+        "absolute": float(apart.max()),
+        "relative": float(apart.max()) / spread,
+        "mean": float(apart.mean()) / spread,
+    }
+
+
+def _torch_forward(
+    torch: Any, model: Any, ids: np.ndarray
+) -> tuple[np.ndarray, Mapping[str, list[np.ndarray]]]:
+    """Logits, and inputs and outputs of the feed-forward's projections in every layer."""
+    seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    hooks = []
+    for layer in model.model.layers:
+        for site, module in (
+            ("gate", layer.mlp.gate_proj),
+            ("up", layer.mlp.up_proj),
+            ("down", layer.mlp.down_proj),
+        ):
+
+            def keep(_: Any, inputs: Any, output: Any, site: str = site) -> None:
+                if site == "down":
+                    seen["act"].append(inputs[0][0].float().numpy())
+                seen[site].append(output[0].float().numpy())
+
+            hooks.append(module.register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            logits = model(torch.tensor(ids[None], dtype=torch.long)).logits[0].float().numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, seen
+
+
+def _continue(params: Any, lm: LM, torch: Any, model: Any, text: str) -> dict[str, Any]:
+    """Greedy continuations, teacher-forced on theirs: where do the first choices part?"""
+    ids = np.asarray(lm.tokenizer(text)["input_ids"], np.int32)
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor(ids[None], dtype=torch.long),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            pad_token_id=0,
+            repetition_penalty=1.0,
+        )[0].numpy()
+    logits, _ = _run(params, lm, out.astype(np.int32))
+    ours = logits[len(ids) - 1 : -1].argmax(-1)
+    theirs = out[len(ids) :]
+    agree = ours == theirs
+    return {
+        "text": text,
+        "continuation": lm.tokenizer.decode(theirs),
+        "same": bool(agree.all()),
+        "tokens_agreeing": int(agree.sum()),
+        "tokens": len(theirs),
+    }
+
+
+def _source_hash(path: Path) -> str:
+    files = (path,) if path.is_file() else tuple(path / name for name in weight_files(path))
+    return hash_files(files)

@@ -1,0 +1,136 @@
+"""Writing a model to disk: natively, or as a Hugging Face directory that other tools load.
+
+A directory appears under its name when it is whole, and not before; what a killed run leaves behind
+is a hidden directory beside it, which the next run replaces.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxneurons.convert.config import config_from_hf
+from jaxneurons.convert.export import GENERATION, config_to_hf, copy_files, sync, write_hf
+from jaxneurons.convert.hf import CONFIG, read_json, stored_dtypes
+from jaxneurons.convert.native import MARKER, read_marker, write_native
+from jaxneurons.convert.rules import Progress, stored_names
+from jaxneurons.errors import ConfigError, SourceError, near_matches
+from jaxneurons.load import LM, TOKENIZER_FILES
+from jaxneurons.store import write_json
+
+FORMATS = ("native", "hf")
+
+
+def save(
+    lm: LM,
+    directory: str | os.PathLike[str],
+    *,
+    to: Literal["native", "hf"] = "native",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a model with its tokenizer and configuration; `load` reads both formats.
+
+    Args:
+      lm: the model; its parameters are written in their own dtype.
+      directory: must not exist yet, or be empty.
+      to: `native` (Orbax, sharded) or `hf` (safetensors, for transformers and others).
+      progress: told the bytes that have been written (`hf`).
+
+    Raises:
+      SourceError: the directory is not empty or cannot be written.
+      ConfigError: an unknown format, or a model that `hf` cannot describe.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"unknown format {to!r}; {near_matches(str(to), FORMATS)}")
+    target = Path(directory)
+    check_free(target)
+    original, dtypes = _origin(lm)
+    own = lm.params["embed"]["embedding"].dtype
+    if to == "hf":  # fails, if it does, before anything is written
+        config_to_hf(lm.config, dtype=own, original=original)
+    with published(target) as partial:
+        _write_tokenizer(lm, partial)
+        if lm.files.directory is not None:
+            copy_files((lm.files.directory / GENERATION,), partial)
+        if to == "hf":
+            write_hf(
+                partial,
+                lm.params,
+                config=lm.config,
+                original=original,
+                dtypes=dtypes,
+                progress=progress,
+            )
+            return target
+        if original is not None:
+            write_json(partial / CONFIG, original)
+        facts = {
+            "dtype": own.name,
+            "stored_dtypes": dtypes,
+            "source": {"name": lm.source, "sha256": lm.hash},
+            "jaxneurons": version("jaxneurons"),
+        }
+        write_native(partial, lm.params, config=lm.config, facts=facts)
+    return target
+
+
+def check_free(directory: Path) -> None:
+    """Raise unless nothing is there yet.
+
+    Raises:
+      SourceError: the directory exists and is not empty, or is a file.
+    """
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() or directory.is_symlink():
+        raise SourceError(f"{directory} exists already; remove it or give another destination")
+
+
+@contextmanager
+def published(target: Path) -> Iterator[Path]:
+    """A hidden directory beside the target, which takes its name when the block has succeeded."""
+    partial = target.absolute().with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        os.replace(partial, target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise SourceError(f"{target}: cannot be written: {error.strerror or error}") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _origin(lm: LM) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """The config.json a model came with, and stored dtypes narrower than its parameters'."""
+    directory = lm.files.directory
+    if directory is None:
+        return None, {}
+    original = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else None
+    if original is not None and "model_type" in original:
+        config_from_hf(original, where=str(directory / CONFIG))
+    if (directory / MARKER).is_file():
+        stored = read_marker(directory)[1].get("stored_dtypes") or {}
+    else:
+        stored = stored_dtypes(directory)
+    own = lm.params["embed"]["embedding"].dtype.name
+    if own != "float32" or len(set(stored.values())) < 2:
+        return original, {}
+    # A checkpoint of mixed dtypes: what was widened on the way in may be narrowed again.
+    names = stored_names(lm.config, "hf")
+    narrow = ("bfloat16", "float16")
+    return original, {n: d for n, d in stored.items() if n in names and d in narrow}
+
+
+def _write_tokenizer(lm: LM, directory: Path) -> None:
+    files = lm.files.tokenizer
+    if files and all(path.name in TOKENIZER_FILES for path in files):
+        copy_files(files, directory)
+    else:
+        lm.tokenizer.save_pretrained(str(directory))
