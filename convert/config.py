@@ -113,6 +113,9 @@ IRRELEVANT: dict[str, str] = {
 }
 
 
+_MOST = {"num_hidden_layers": 100_000}
+
+
 class Keys:
     """A dict that is consumed key by key, so that what nobody asked for can be reported."""
 
@@ -142,7 +145,13 @@ class Keys:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, value, "a number is needed")
-        return float(value)
+        try:
+            found = float(value)
+        except OverflowError:
+            found = math.inf
+        if not math.isfinite(found):
+            raise self.error(key, value, "a finite number is needed")
+        return found
 
     def need(self, key: str, value: Any) -> Any:
         """The value, which must not be None."""
@@ -163,12 +172,12 @@ def _rope_dict(
     if not isinstance(values, dict):
         raise keys.error(key, values, "a dictionary is needed")
     rope = Keys(values, keys.where, prefix=f"{key}.")
-    kinds = {rope.left.pop(name) for name in ("rope_type", "type") if name in rope.left}
-    if len(kinds) > 1:
+    kinds = [rope.left.pop(name) for name in ("rope_type", "type") if name in rope.left]
+    if any(kind != kinds[0] for kind in kinds):
         raise ConfigError(
             f"{keys.where}: {key} names several rope types: {sorted(map(str, kinds))}"
         )
-    kind = kinds.pop() if kinds else "default"
+    kind = kinds[0] if kinds else "default"
     if kind not in ROPE_TYPES:
         raise ConfigError(
             f"{keys.where}: {key}: rope type {kind!r} is not supported "
@@ -301,8 +310,8 @@ def _hf_window(keys: Keys, family: str, layers: int) -> tuple[int | None, tuple[
         window = window if used else None
         # The list decides where there is one: max_window_layers only fills it in.
         expected = [full if window is None or i < first else sliding for i in range(layers)]
-        if types is not None and window is not None and set(types) <= {full, sliding}:
-            expected = types
+        if window is not None and all(kind in (full, sliding) for kind in types or [None]):
+            expected = types or expected
     if types is not None and types != expected:
         raise keys.error(
             "layer_types",
@@ -343,7 +352,7 @@ def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
     """
     keys = Keys(config, where)
     family = keys.left.pop("model_type", None)
-    if family not in DEFAULTS:
+    if not isinstance(family, str) or family not in DEFAULTS:
         raise ConfigError(
             f"{where}: model_type = {family!r} is not supported (supported: {', '.join(DEFAULTS)})"
         )
@@ -371,8 +380,8 @@ def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
         "max_position_embeddings",
     ):
         value = keys.integer(key, defaults[key])
-        if value is None or value <= 0:
-            raise keys.error(key, value, "a positive integer is needed")
+        if value is None or not 0 < value <= _MOST.get(key, 2**31 - 1):
+            raise keys.error(key, value, "a positive integer of sensible size is needed")
         sizes[key] = value
     heads = sizes["num_attention_heads"]
     kv_heads = keys.integer("num_key_value_heads", defaults["num_key_value_heads"])

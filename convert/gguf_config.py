@@ -115,7 +115,7 @@ def config_from_gguf(
       ConfigError: a key or value that this library does not handle.
     """
     architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise SourceError(
             f"{where}: GGUF architecture {architecture!r} is not supported (supported: "
             f"{', '.join(map(repr, ARCHITECTURES))}; Mistral files use 'llama' too)"

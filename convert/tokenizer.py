@@ -72,7 +72,7 @@ def tokenizer_from_gguf(
     if len(set(tokens)) != len(tokens):
         raise SourceError(f"{where}: tokenizer.ggml.tokens holds a token twice")
     builders: dict[Any, Callable[..., Tokenizer]] = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise SourceError(
             f"{where}: tokenizer model {kind!r} is not supported (supported: 'gpt2', 'llama')"
         )
@@ -168,7 +168,7 @@ def _byte_level(
     """GPT-2's byte-level BPE, with the pre-tokenizer that `tokenizer.ggml.pre` names."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     if pre in _REGEX:
         steps = [
             pre_tokenizers.Split(Regex(_REGEX[pre]), behavior="isolated"),

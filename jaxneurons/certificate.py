@@ -34,8 +34,9 @@ TEXTS = (
     "def fibonacci(n):\n    if n < 2:",
     "Once upon a time there was",
 )
-TOLERANCE = 1e-3
-"""Largest logit difference allowed, relative to the logits' standard deviation."""
+TOLERANCE = {"largest": 1e-2, "mean": 2e-4}
+"""Logit differences allowed, relative to the logits' standard deviation: some ten times what
+float32 leaves on SmolLM2."""
 
 
 def verify(
@@ -91,13 +92,16 @@ def verify(
         for text in TEXTS:
             continuations.append(_continue(wide, lm, torch, model, text))
             tell()
-    worst = max(result["logits"]["relative"] for result in results)
+    worst = {
+        "largest": max(result["logits"]["relative"] for result in results),
+        "mean": max(result["logits"]["mean"] for result in results),
+    }
     same = sum(c["same"] for c in continuations)
     packages = ("jaxneurons", "jax", "flax", "transformers", "torch", "numpy")
     return {
-        "passed": worst <= TOLERANCE and same == len(TEXTS),
+        "passed": same == len(TEXTS) and all(worst[k] <= most for k, most in TOLERANCE.items()),
         "tolerance": TOLERANCE,
-        "logits_worst_relative": worst,
+        "logits_worst": worst,
         "continuations_equal": f"{same} of {len(TEXTS)}",
         "dtype": dtype.name,
         "arithmetic": "float32",

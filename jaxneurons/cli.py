@@ -170,7 +170,7 @@ def verify_command(
     if not found["passed"]:
         _fail(
             f"{directory} is not what PyTorch makes of {against}: logits differ by "
-            f"{found['logits_worst_relative']:.1e} of their standard deviation, "
+            f"up to {found['logits_worst']['largest']:.1e} standard deviations, "
             f"{found['continuations_equal']} continuations are equal"
         )
 
@@ -238,8 +238,8 @@ def _show_certificate(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"Greedy continuations equal: {found['continuations_equal']}. "
-        f"{'Passed' if found['passed'] else 'FAILED'} ({found['dtype']} weights, at most "
-        f"{found['tolerance']:g} allowed in the logits)."
+        f"{'Passed' if found['passed'] else 'FAILED'} ({found['dtype']} weights; logits may differ "
+        f"by {found['tolerance']['largest']:g}, and by {found['tolerance']['mean']:g} on average)."
     )
     own = [r["own_arithmetic"]["mean"] for r in found["sequences"] if "own_arithmetic" in r]
     if own:

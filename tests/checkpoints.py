@@ -66,6 +66,9 @@ def hf_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
             f"{at}.input_layernorm.weight": (hidden,),
             f"{at}.post_attention_layernorm.weight": (hidden,),
         }
+        if config["model_type"] == "qwen2":
+            for name, size in (("q", query), ("k", kv), ("v", kv)):
+                shapes[f"{at}.self_attn.{name}_proj.bias"] = (size,)
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -101,18 +104,21 @@ def llama_cpp_permute(weights: np.ndarray, heads: int) -> np.ndarray:
 
 
 def gguf_tensors(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same weights under llama.cpp's names, q and k permuted."""
+    """The same weights under llama.cpp's names; of a Llama, q and k permuted."""
     heads = {
         "attn_q": config["num_attention_heads"],
         "attn_k": config["num_key_value_heads"],
     }
+    if config["model_type"] != "llama":
+        heads = {}
     renamed = {}
     for name, values in tensors.items():
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
-            own = GGUF_NAMES[rest.removesuffix(".weight")]
+            part, _, kind = rest.rpartition(".")
+            own = GGUF_NAMES[part]
             permuted = llama_cpp_permute(values, heads[own]) if own in heads else values
-            renamed[f"blk.{layer}.{own}.weight"] = permuted
+            renamed[f"blk.{layer}.{own}.{kind}"] = permuted
         else:
             own = {
                 "model.embed_tokens.weight": "token_embd.weight",
@@ -124,7 +130,7 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict
 
 
 def gguf_fields(config: dict[str, Any]) -> dict[str, Any]:
-    return {
+    fields = {
         "general.architecture": "llama",
         "general.type": "model",
         "llama.block_count": config["num_hidden_layers"],
@@ -138,6 +144,11 @@ def gguf_fields(config: dict[str, Any]) -> dict[str, Any]:
         "llama.rope.dimension_count": config["head_dim"],
         "llama.vocab_size": config["vocab_size"],
     }
+    if config["model_type"] == "llama":
+        return fields
+    other = config["model_type"]
+    renamed = {key.replace("llama.", f"{other}.", 1): value for key, value in fields.items()}
+    return {**renamed, "general.architecture": other}
 
 
 def write_gguf(

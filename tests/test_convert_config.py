@@ -129,8 +129,25 @@ def test_rope_in_both_spellings(keys, expected):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope type 'su' is not supported"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters.factor is missing"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "dynamic",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "original_max_position_embeddings = 32: readers of 'dynamic' disagree",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "low_freq_factor": 1.0}},
+            "low_freq_factor = 1.0: not a key of rope type 'yarn'",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate = 1"),
+        ({"rope_theta": float("inf")}, "rope_theta = inf: a finite number"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "several rope types"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, r"rope_scaling.beta = 1"),
@@ -157,8 +174,12 @@ def test_rope_that_is_refused(keys, message):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"attention_bias": True}, "attention_bias = True: only False"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"attention_bias": 1}, "attention_bias = 1: true or false"),
+        ({"model_type": "mistral", "attention_bias": True}, "'mistral' has no such biases"),
+        ({"model_type": "qwen2", "mlp_bias": True}, "'qwen2' has no such biases"),
+        ({"model_type": "qwen2", "attention_bias": False}, "always has biases on q, k and v"),
+        ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window = 'no'"),
+        ({"use_sliding_window": True}, "use_sliding_window = True: this key is not known"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"clever_new_trick": 3}, "clever_new_trick = 3: this key is not known"),
@@ -204,10 +225,53 @@ def test_layer_types_must_agree_with_the_window():
     for bad in ({**mistral, "layer_types": full}, {"layer_types": sliding}):
         with pytest.raises(ConfigError, match="layer_types"):
             read(**bad)
-    with pytest.raises(ConfigError, match="layers that differ"):
-        read(**mistral, layer_types=["full_attention", "sliding_attention"])
+    mixed = ["full_attention", "sliding_attention"]
+    with pytest.raises(ConfigError, match="goes with 'sliding_attention' in every layer"):
+        read(**mistral, layer_types=mixed)
+    with pytest.raises(ConfigError, match="layer_types"):
+        read(model_type="qwen2", use_sliding_window=True, layer_types=["full_attention", "x"])
     with pytest.raises(ConfigError, match="a list of 2 entries"):
         read(layer_types=["full_attention"])
+
+
+def test_windows_of_qwen2():
+    def windows(**keys):
+        config = read(model_type="qwen2", sliding_window=16, **keys)
+        return config.sliding_window, config.sliding_layers
+
+    used = {"use_sliding_window": True}
+    assert windows() == (None, None)
+    assert windows(max_window_layers=0) == (None, None)
+    assert windows(**used) == (None, None)  # all of its layers are below 28
+    assert windows(**used, max_window_layers=0) == (16, None)
+    assert windows(**used, max_window_layers=1) == (16, (False, True))
+    sliding_first = ["sliding_attention", "full_attention"]
+    assert windows(**used, layer_types=sliding_first) == (16, (True, False))
+    assert read(model_type="qwen2").biases == ("q", "k", "v")
+
+
+def test_biases_of_llama():
+    assert read().biases == ()
+    assert read(attention_bias=True).biases == ("q", "k", "v", "o")
+    assert read(attention_bias=True, mlp_bias=True).biases == (*"qkvo", "gate", "up", "down")
+
+
+def test_yarn_in_both_spellings():
+    values = {"factor": 4.0, "original_max_position_embeddings": 32}
+    four = read(rope_theta=5e5, rope_scaling={"type": "yarn", **values}).rope
+    inside = {"rope_type": "yarn", "rope_theta": 5e5, **values}
+    five = read(rope_theta=5e5, rope_parameters=inside).rope
+    assert four == five
+    assert (four.beta_fast, four.beta_slow, four.original_max_position) == (32, 1, 32)
+    assert four.attention_factor == pytest.approx(0.1 * np.log(4) + 1)
+    stated = {**values, "attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2}
+    assert read(rope_scaling={"type": "yarn", **stated}).rope.attention_factor == 1.5
+    scaled = {**values, "mscale": 2.0, "mscale_all_dim": 1.0}
+    assert read(rope_scaling={"type": "yarn", **scaled}).rope.attention_factor == pytest.approx(
+        (0.2 * np.log(4) + 1) / (0.1 * np.log(4) + 1)
+    )
+    del values["factor"]  # the ratio of the two contexts
+    assert read(rope_scaling={"type": "yarn", **values}).rope.factor == 4.0
 
 
 def test_gguf_reads_what_config_json_says():
@@ -254,7 +318,9 @@ def test_gguf_rope_freqs_become_divisors():
     [
         ({"block_count": "absent"}, "llama.block_count is missing"),
         ({"expert_count": 8}, "llama.expert_count = 8"),
-        ({"rope__scaling__type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
+        ({"rope__scaling__type": "longrope"}, "llama.rope.scaling.type = 'longrope'"),
+        ({"rope__scaling__type": "yarn"}, "llama.rope.scaling.factor is missing"),
+        ({"rope__scaling__attn_factor": 2.0}, "attn_factor = 2.0: only yarn has one"),
         ({"rope__scaling__type": "linear"}, "llama.rope.scaling.factor is missing"),
         ({"rope__dimension_count": 4}, "llama.rope.dimension_count = 4: must equal head_dim = 8"),
         ({"attention__value_length": 4}, "llama.attention.value_length = 4"),
@@ -274,7 +340,8 @@ def test_gguf_keys_that_are_refused(keys, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"general.architecture": "qwen2"}, "architecture 'qwen2'"),
+        ({"general.architecture": "gemma"}, "architecture 'gemma'"),
+        ({"general.architecture": ["llama"]}, "architecture"),
         ({"general.type": "adapter"}, "type 'adapter'"),
         ({"split.count": 3}, "one of 3 parts"),
     ],

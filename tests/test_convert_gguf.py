@@ -5,11 +5,13 @@ import struct
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import gguf_fields, gguf_tensors, hf_tensors, tiny, write_gguf
 from gguf import GGMLQuantizationType as Kind
 
+from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.gguf import open_gguf, read_gguf, read_tensor
 from jaxneurons.convert.hf import read_hf
 from jaxneurons.errors import ConfigError, SourceError
@@ -28,8 +30,10 @@ def write(tmp_path, config=None, fields=None, tensors=None, kinds=None):
         {"tie_word_embeddings": False},
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen2", "tie_word_embeddings": False, "num_key_value_heads": 1},
     ],
-    ids=["gqa", "untied", "mha", "mqa"],
+    ids=["gqa", "untied", "mha", "mqa", "qwen2", "qwen2-mqa-untied"],
 )
 def test_same_parameters_as_from_hugging_face(tmp_path, changes):
     from checkpoints import write_hf
@@ -66,6 +70,55 @@ def test_dequantises_as_the_gguf_package_does(tmp_path, kind):
     np.testing.assert_array_equal(read_tensor(file, name, slice(3, 7)), expected[3:7])
     _, params = read_gguf(file)
     np.testing.assert_array_equal(params["layers"]["ffn"]["down"]["kernel"][1], expected.T)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.Q5_0])
+def test_dequantises_what_the_gguf_package_cannot_quantise(tmp_path, kind):
+    block, nbytes = gguf.constants.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (6, 512 // block * nbytes), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "k.gguf", arch="llama")
+    writer.add_tensor("x", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):  # random scales: some are infinite
+        expected = gguf.quants.dequantize(raw, kind)
+        file = open_gguf(tmp_path / "k.gguf")
+        assert file.tensors["x"].shape == (6, 512)
+        np.testing.assert_array_equal(read_tensor(file, "x"), expected)
+        np.testing.assert_array_equal(read_tensor(file, "x", slice(2, 5)), expected[2:5])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_equal_pytorchs_reading_of_the_same_file(tmp_path, architecture, tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from jaxneurons import forward
+
+    config = tiny(model_type=architecture, tie_word_embeddings=tied)
+    small = {name: 0.2 * values for name, values in hf_tensors(config).items()}
+    path = write(tmp_path, config, tensors=gguf_tensors(config, small))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).eval()
+    ids = np.random.default_rng(0).integers(0, 40, (1, 30)).astype(np.int32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(ids)).logits.numpy()
+    own, params = read_gguf(path)
+    ours = forward(params, jnp.asarray(ids), config=own, at="all").logits
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_yarn_means_what_config_json_means_by_it(tmp_path):
+    values = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    fields = {
+        "llama.rope.scaling.type": "yarn",
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": 32,
+    }
+    config, _ = read_gguf(write(tmp_path, fields=fields))
+    assert config == config_from_hf(tiny(rope_scaling=values), where="x")
 
 
 def test_header_equals_the_gguf_packages_reading(tmp_path):
@@ -113,8 +166,8 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
 
 
 def test_another_architecture_is_refused(tmp_path):
-    fields = {"general.architecture": "qwen2"}
-    with pytest.raises(SourceError, match=r"m\.gguf: GGUF architecture 'qwen2' is not supported"):
+    fields = {"general.architecture": "gemma"}
+    with pytest.raises(SourceError, match=r"m\.gguf: GGUF architecture 'gemma' is not supported"):
         read_gguf(write(tmp_path, fields=fields))
 
 

@@ -173,7 +173,10 @@ def test_shape_is_checked_before_anything_is_read():
 
 def test_absurd_layer_counts_are_refused_at_once(tmp_path):
     write_hf(tmp_path, tiny(num_hidden_layers=10**12), hf_tensors(tiny()))
-    with pytest.raises(SourceError, match=r"1000000000000 layers, but there are only 20 tensors"):
+    with pytest.raises(ConfigError, match=r"num_hidden_layers = 1000000000000"):
+        read_hf(tmp_path)
+    write_hf(tmp_path, tiny(num_hidden_layers=10**5), hf_tensors(tiny()))
+    with pytest.raises(SourceError, match=r"100000 layers, but there are only 20 tensors"):
         read_hf(tmp_path)
 
 
