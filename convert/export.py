@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.config import FIXED, IRRELEVANT
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
-from jaxneurons.convert.rules import Progress, Rule, stored_names, stored_shape
+from jaxneurons.convert.rules import Progress, Rule, stored_names, stored_shape, transpose_into
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
 
@@ -30,7 +29,7 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
-_PIECE = 1 << 24  # values written at a time
+_PIECE = 1 << 21  # values written at a time
 
 
 def config_to_hf(
@@ -176,7 +175,7 @@ def write_hf(
 
     Args:
       directory: an existing one.
-      params: the parameters; each is written in its own dtype.
+      params: the parameters, all of one dtype.
       config: the model's shape.
       original: the configuration it came with.
       dtypes: stored dtypes of tensors that were widened on the way in, by name; used where no
@@ -184,18 +183,17 @@ def write_hf(
       shard_bytes: most bytes of tensors in a file.
       progress: told the bytes of every piece written.
     """
-    names = stored_names(config, "hf")
+    host = _Host(params)
+    main = np.dtype(params["embed"]["embedding"].dtype.name)
     tensors = {}
-    for name, (rule, layer) in names.items():
-        leaf: Any = functools.reduce(lambda tree, key: tree[key], rule.path, params)
+    for name, (rule, layer) in stored_names(config, "hf").items():
         shape = stored_shape(rule, config)
-        pieces = functools.partial(_pieces, leaf, rule, layer)
-        dtype = np.dtype(leaf.dtype.name)
+        pieces = functools.partial(host.pieces, rule, layer)
+        dtype = main
         narrow = np.dtype((dtypes or {}).get(name, dtype))
         if narrow != dtype and all(np.array_equal(p, p.astype(narrow)) for p in pieces()):
             dtype = narrow
         tensors[name] = ToWrite(dtype, shape, pieces)
-    main = np.dtype(params["embed"]["embedding"].dtype.name)
     written = config_to_hf(config, dtype=main, original=original)
     (directory / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
@@ -221,14 +219,34 @@ def write_hf(
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _pieces(leaf: jax.Array, rule: Rule, layer: int | None) -> Iterator[np.ndarray]:
-    """One layer's tensor as stored, some rows at a time."""
-    own = leaf if layer is None else leaf[layer]
-    values = np.asarray(own)
-    values = values.T if rule.transposed else values
-    step = max(1, _PIECE // max(1, math.prod(values.shape[1:])))
-    for start in range(0, values.shape[0], step):
-        yield values[start : start + step]
+class _Host:
+    """The parameter in hand, in host memory (a view of it, where the device is the host)."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self._params = params
+        self._path: tuple[str, ...] | None = None
+        self._values = np.empty(0)
+
+    def get(self, path: tuple[str, ...]) -> np.ndarray:
+        if path != self._path:
+            leaf: Any = functools.reduce(lambda tree, key: tree[key], path, self._params)
+            self._values, self._path = np.asarray(leaf), path
+        return self._values
+
+    def pieces(self, rule: Rule, layer: int | None) -> Iterator[np.ndarray]:
+        """One layer's tensor as stored, some rows at a time."""
+        own = self.get(rule.path)
+        own = own if layer is None else own[layer]
+        rows = own.shape[-1] if rule.transposed else own.shape[0]
+        step = max(1, _PIECE // max(1, own.size // rows))
+        for start in range(0, rows, step):
+            end = min(start + step, rows)
+            if rule.transposed:
+                piece = np.empty((end - start, own.shape[0]), own.dtype)
+                transpose_into(piece, own[:, start:end])
+            else:
+                piece = own[start:end]
+            yield piece
 
 
 def copy_files(paths: tuple[Path, ...], directory: Path) -> None:

@@ -30,21 +30,8 @@ FORMAT = 1
 _CHUNK_BYTES = 32 << 20
 
 
-def write_native(
-    directory: Path,
-    params: Mapping[str, Any],
-    *,
-    config: ModelConfig,
-    facts: Mapping[str, Any],
-) -> None:
-    """Write parameters and marker into an existing directory.
-
-    Args:
-      directory: holds no parameters yet.
-      params: the parameters, of any sharding.
-      config: the model's shape.
-      facts: where they came from, kept in the marker.
-    """
+def write_params(directory: Path, params: Mapping[str, Any]) -> None:
+    """Write parameters, of any sharding, into an existing directory that holds none yet."""
     import orbax.checkpoint as ocp
 
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
@@ -53,6 +40,10 @@ def write_native(
             (directory / PARAMS).absolute(),
             args=ocp.args.PyTreeSave(dict(params), save_args=save_args),
         )
+
+
+def write_marker(directory: Path, *, config: ModelConfig, facts: Mapping[str, Any]) -> None:
+    """Write the marker, with the configuration and where the parameters came from."""
     values = {"format": FORMAT, "config": dataclasses.asdict(config), **facts}
     (directory / MARKER).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -99,7 +90,7 @@ def read_native(
     """Restore a native directory, each process only what it holds.
 
     Args:
-      directory: as `write_native` left it.
+      directory: a native one.
       dtype: of the parameters; default: as saved.
       place: from the configuration, where each parameter goes; default: the default device.
 

@@ -8,8 +8,10 @@ tensor on both sides.
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -28,6 +30,9 @@ Place = Callable[[ModelConfig], Any]
 
 _ALIGNMENT = 64  # bytes
 _CHUNK = 1 << 20  # values read at a time
+_STRIP = 16  # rows transposed at a time: three times as fast as a thousand
+THREADS = min(4, os.cpu_count() or 1)
+"""That read and transpose; numpy and the file system leave each other room."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,26 +289,36 @@ def fill(
         shape = tuple(sizes[dim] for dim in rule.dims)
         shape = (config.num_layers, *shape) if rule.per_layer else shape
         host = _aligned(shape, target_dtype)
-        for tensor, _, layer in sources[rule.path]:
+
+        def copy(item: tuple[Stored, int | None, slice]) -> int:
+            tensor, layer, rows = item
+            values = _read(tensor, rows, where)
+            if interleaved and rule.rotary is not None:
+                values = unpermute(values, sizes[rule.rotary])
             target = host if layer is None else host[layer]
-            heads = sizes[rule.rotary] if interleaved and rule.rotary is not None else None
-            for rows in _slices(tensor.shape, whole=heads is not None):
-                values = _read(tensor, rows, where)
-                if heads is not None:
-                    values = unpermute(values, heads)
-                place = target[:, rows] if rule.transposed else target[rows]
-                _assign(place, values.T if rule.transposed else values, tensor.name, where)
-                if progress is not None:
-                    progress(values.nbytes)
+            place = target[:, rows] if rule.transposed else target[rows]
+            _assign(place, values, tensor.name, where, transposed=rule.transposed)
+            return values.nbytes
+
+        whole = interleaved and rule.rotary is not None
+        pieces = (
+            (tensor, layer, rows)
+            for tensor, _, layer in sources[rule.path]
+            for rows in _slices(tensor.shape, whole=whole)
+        )
+        for nbytes in pool.map(copy, pieces):
+            if progress is not None:
+                progress(nbytes)
         return host
 
     # One parameter at a time: beside what is on the devices, the host holds the largest of them.
     params: dict[str, Any] = {}
-    for rule in rules_for(config):
-        host = build(rule)
-        if rule.path == ("embed", "embedding") and duplicate is not None:
-            _check_duplicate(duplicate, host, where)
-        put(params, rule.path, jax.device_put(host, _at(shardings, rule.path)))
+    with ThreadPoolExecutor(THREADS) as pool:
+        for rule in rules_for(config):
+            host = build(rule)
+            if rule.path == ("embed", "embedding") and duplicate is not None:
+                _check_duplicate(duplicate, host, where)
+            put(params, rule.path, jax.device_put(host, _at(shardings, rule.path)))
     return params
 
 
@@ -356,9 +371,23 @@ def _read(tensor: Stored, rows: slice, where: str) -> np.ndarray:
     return values
 
 
-def _assign(target: np.ndarray, values: np.ndarray, name: str, where: str) -> None:
+def transpose_into(target: np.ndarray, values: np.ndarray) -> None:
+    """target[...] = values.T, a few rows of `values` at a time, which its caches can hold."""
+    if target.dtype == values.dtype:  # plain integers are copied faster than bfloat16
+        plain = np.dtype(f"u{target.dtype.itemsize}")
+        target, values = target.view(plain), values.view(plain)
+    for start in range(0, len(values), _STRIP):
+        target[:, start : start + _STRIP] = values[start : start + _STRIP].T
+
+
+def _assign(
+    target: np.ndarray, values: np.ndarray, name: str, where: str, *, transposed: bool
+) -> None:
     with np.errstate(over="ignore"):
-        target[...] = values
+        if transposed:
+            transpose_into(target, values)
+        else:
+            target[...] = values
     narrower = target.dtype.itemsize < values.dtype.itemsize
     if narrower and not np.isfinite(target).all():
         raise SourceError(

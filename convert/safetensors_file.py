@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def write_safetensors(
     with Path(path).open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for tensor in tensors.values():
-            for piece in _contiguous(tensor):
+            for piece in ahead(_contiguous(tensor)):
                 file.write(piece.reshape(-1).view(np.uint8).data)
                 if progress is not None:
                     progress(piece.nbytes)
@@ -205,3 +206,13 @@ def write_safetensors(
 def _contiguous(tensor: ToWrite) -> Iterator[np.ndarray]:
     for piece in tensor.pieces():
         yield np.ascontiguousarray(piece, dtype=tensor.dtype)
+
+
+def ahead(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same pieces, the next one made while one is used."""
+    done = object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, pieces, done)
+        while (piece := following.result()) is not done:
+            following = pool.submit(next, pieces, done)
+            yield piece  # type: ignore[misc]

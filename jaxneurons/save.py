@@ -7,6 +7,7 @@ is a hidden directory beside it, which the next run replaces.
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.export import GENERATION, config_to_hf, copy_files, sync, write_hf
 from jaxneurons.convert.hf import CONFIG, read_json, stored_dtypes
-from jaxneurons.convert.native import MARKER, read_marker, write_native
+from jaxneurons.convert.native import MARKER, read_marker, write_marker, write_params
 from jaxneurons.convert.rules import Progress, stored_names
 from jaxneurons.errors import ConfigError, SourceError, near_matches
 from jaxneurons.load import LM, TOKENIZER_FILES
@@ -67,13 +68,16 @@ def save(
             return target
         if original is not None:
             write_json(partial / CONFIG, original)
-        facts = {
-            "dtype": own.name,
-            "stored_dtypes": dtypes,
-            "source": {"name": lm.source, "sha256": lm.hash},
-            "jaxneurons": version("jaxneurons"),
-        }
-        write_native(partial, lm.params, config=lm.config, facts=facts)
+        with ThreadPoolExecutor(1) as pool:  # hashing takes as long as writing
+            digest = pool.submit(lambda: lm.hash)
+            write_params(partial, lm.params)
+            facts = {
+                "dtype": own.name,
+                "stored_dtypes": dtypes,
+                "source": {"name": lm.source, "sha256": digest.result()},
+                "jaxneurons": version("jaxneurons"),
+            }
+        write_marker(partial, config=lm.config, facts=facts)
     return target
 
 

@@ -1,0 +1,167 @@
+"""`convert`, `verify` and `inspect`, in-process, on a tiny model."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from fixtures import write_lm
+from safetensors.numpy import load_file, save_file
+
+import jaxneurons
+from jaxneurons import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxneurons", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_lm(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_convert_there_and_back(run, model, tmp_path):
+    native, back = tmp_path / "native", tmp_path / "back"
+    code, out, _ = run("convert", model, native)
+    assert code == 0
+    assert f"Written: {native} (native, float32" in out.replace("\n", "")
+    code, _, _ = run("convert", native, back, "--to", "hf")
+    assert code == 0
+    source, written = (load_file(path / "model.safetensors") for path in (model, back))
+    assert set(source) == set(written)
+    assert all((source[name] == written[name]).all() for name in source)
+    code, _, _ = run("convert", native, tmp_path / "half", "--to", "hf", "--dtype", "bfloat16")
+    assert code == 0
+    assert jaxneurons.load(tmp_path / "half", dtype=None).params["embed"]["embedding"].dtype == (
+        "bfloat16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "onnx"], "unknown format 'onnx'; known: 'native', 'hf'"),
+        (["--dtype", "float8"], "unknown dtype 'float8'"),
+    ],
+)
+def test_options_that_are_refused(run, model, tmp_path, options, message):
+    code, out, err = run("convert", model, tmp_path / "x", *options)
+    assert (code, out) == (1, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_destination_and_source_are_checked_first(run, model, tmp_path):
+    code, _, err = run("convert", "no-such-model", model)
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "exists already; remove it or give another destination" in err
+    code, _, err = run("convert", tmp_path / "nothing", tmp_path / "x")
+    assert code == 1
+    assert "no such file or directory" in err
+
+
+def test_inspect_reads_no_weight(run, model, tmp_path, monkeypatch):
+    native = tmp_path / "native"
+    run("convert", model, native)
+
+    def fail(*_, **__):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("jaxneurons.convert.rules._read", fail)
+    for source, kind in ((model, "Hugging Face"), (native, "native")):
+        code, out, err = run("inspect", source)
+        assert (code, err) == (0, "")
+        config = jaxneurons.convert.native.read_marker(native)[0]
+        assert f"llama, {kind}" in out
+        text = " ".join(out.split())
+        assert f"layers {config.num_layers}" in text
+        assert f"FFN neurons {config.num_layers * config.intermediate_size:,}" in text
+        assert "float32" in text
+
+
+def test_inspect_names_what_is_wrong(run, model, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    values = json.loads((model / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**values, "clever": 1}))
+    code, out, err = run("inspect", broken)
+    assert (code, out) == (1, "")
+    assert "clever = 1: this key is not known" in err
+
+
+@pytest.fixture
+def converted(run, model, tmp_path):
+    run("convert", model, tmp_path / "native")
+    return tmp_path / "native"
+
+
+def test_verify_writes_a_certificate(run, model, converted):
+    pytest.importorskip("torch")
+    code, out, err = run("verify", converted, "--against", model)
+    assert (code, "error" in err) == (0, False), err
+    assert "Passed" in out
+    found = json.loads((converted / "certificate.json").read_text())
+    assert found["passed"]
+    assert found["continuations_equal"] == "4 of 4"
+    assert found["logits_worst"]["largest"] < 1e-3
+    assert found["source"]["sha256"] != found["result"]["sha256"]
+    assert found["source"]["sha256"] == jaxneurons.load(model).hash
+    assert {"logits", "gate", "up", "act", "down"} <= set(found["sequences"][0])
+    assert {"torch", "transformers", "jax"} <= set(found["versions"])
+
+
+def test_verify_in_bfloat16(run, model, tmp_path):
+    pytest.importorskip("torch")
+    run("convert", model, tmp_path / "half", "--dtype", "bfloat16")
+    code, out, _ = run("verify", tmp_path / "half", "--against", model)
+    assert code == 0
+    assert "Computed in bfloat16 itself" in out
+    found = json.loads((tmp_path / "half" / "certificate.json").read_text())
+    assert found["sequences"][0]["own_arithmetic"]["mean"] > found["logits_worst"]["mean"]
+
+
+def broken_weights(directory):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"] *= np.float32(1.01)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def broken_config(directory):
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-3}))
+
+
+@pytest.mark.parametrize("breaks", [broken_weights, broken_config])
+def test_verify_notices_a_wrong_conversion(run, model, tmp_path, breaks):
+    pytest.importorskip("torch")
+    run("convert", model, tmp_path / "out", "--to", "hf")
+    breaks(tmp_path / "out")
+    code, out, err = run("verify", tmp_path / "out", "--against", model)
+    assert code == 1
+    assert "FAILED" in out
+    assert "is not what PyTorch makes of" in err
+    assert not json.loads((tmp_path / "out" / "certificate.json").read_text())["passed"]
+
+
+def test_verify_against_something_else(run, converted):
+    pytest.importorskip("torch")
+    code, _, err = run("verify", converted, "--against", converted)
+    assert code == 1
+    assert "a native directory; give the checkpoint that it came from" in err
