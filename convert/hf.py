@@ -84,6 +84,25 @@ def _is_inside(name: str) -> bool:
     )
 
 
+def check_links(directory: Path, *names: str) -> None:
+    """Refuse files that are links out of the directory, other than those of the hub's cache.
+
+    In that cache `snapshots/REVISION/FILE` is a link to `../../blobs/HASH`.
+
+    Raises:
+      SourceError: names the file.
+    """
+    home = directory.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    for name in names:
+        target = (directory / name).resolve()
+        if not (target.is_relative_to(home) or target.parent == blobs):
+            raise SourceError(
+                f"{directory / name}: a link out of the directory; give the directory that it "
+                "points into, or put the file itself there"
+            )
+
+
 def _no_weights(directory: Path) -> SourceError:
     try:
         names = sorted(entry.name for entry in directory.iterdir())
@@ -128,6 +147,7 @@ def read_hf(
     where = directory / CONFIG
     if not where.is_file():
         raise SourceError(f"{directory}: no {CONFIG}")
+    check_links(directory, CONFIG, INDEX)
     config = config_from_hf(read_json(where), where=str(where))
     tensors = [
         Stored(name, entry.shape, functools.partial(read_rows, path, name, entry))
@@ -156,6 +176,7 @@ def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
         path = directory / shard
         if not path.is_file():
             raise SourceError(f"{path}: no such file, but {INDEX} lists it")
+        check_links(directory, shard)
         entries = open_safetensors(path)
         for name in sorted(set(listed) ^ set(entries)) if listed is not None else ():
             holder, other = (INDEX, shard) if name in (listed or ()) else (shard, INDEX)

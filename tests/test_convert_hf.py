@@ -227,7 +227,26 @@ def test_consolidated_duplicates_are_not_read(tmp_path):
     read_hf(tmp_path)
 
 
-def test_links_out_of_the_directory_work(tmp_path):
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_links_out_of_the_directory_are_refused(tmp_path, name):
+    write_hf(tmp_path / "mine", tiny(), hf_tensors(tiny()))
+    outside = tmp_path / "outside" / name
+    outside.parent.mkdir()
+    (tmp_path / "mine" / name).rename(outside)
+    os.symlink(outside, tmp_path / "mine" / name)
+    with pytest.raises(SourceError, match=rf"{name}: a link out of the directory"):
+        read_hf(tmp_path / "mine")
+    inside = tmp_path / "mine" / "own"
+    inside.mkdir()
+    outside.rename(inside / name)
+    (tmp_path / "mine" / name).unlink()
+    os.symlink(inside / name, tmp_path / "mine" / name)
+    os.symlink(tmp_path / "mine", tmp_path / "alias")
+    for directory in ("mine", "alias"):
+        read_hf(tmp_path / directory)
+
+
+def test_the_hubs_cache_is_made_of_links(tmp_path):
     """The hub's cache: snapshots/x/model.safetensors -> ../../blobs/..."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "x"
     write_hf(blobs, tiny(), hf_tensors(tiny()), shards=2)
