@@ -1,5 +1,6 @@
 """Two CPU devices and full float32 matmuls for every test; the real model, loaded once."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -10,6 +11,23 @@ import pytest
 # rotary angles are written as broadcasts.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 20_000  # of the 65,530 that Linux allows a process by default
+
+
+@pytest.fixture(autouse=True)
+def few_programs(request):
+    """Forget compiled programs before they fill the process's memory maps: XLA would crash."""
+    yield
+    request.config.tests_run = getattr(request.config, "tests_run", 0) + 1
+    if request.config.tests_run % 10 == 0 and MAPS.exists():
+        with MAPS.open("rb") as file:
+            count = sum(1 for _ in file)
+        if count > MOST_MAPS:
+            jax.clear_caches()
+            gc.collect()
+
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

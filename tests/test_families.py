@@ -62,7 +62,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-CASES = list(itertools.product(FAMILIES, ROPES, HEADS, (False, True)))
+BETAS = "yarn-betas"  # another set of values of one type: once for each family
+CASES = [
+    *itertools.product(FAMILIES, [name for name in ROPES if name != BETAS], HEADS, (False, True)),
+    *itertools.product(FAMILIES, [BETAS], ["gqa"], [False]),
+]
 
 
 def make(family: str, rope: str, heads: str, tied: bool, seed: int = 0) -> Any:
