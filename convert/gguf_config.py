@@ -153,6 +153,8 @@ def config_from_gguf(
                 f"{prefix}attention.head_count = {heads}, and attention.key_length is not given"
             )
         head_dim = hidden // heads
+    if head_dim <= 0:
+        raise keys.error("attention.key_length", head_dim, "must be positive")
     if value_dim not in (None, head_dim):
         raise keys.error("attention.value_length", value_dim, f"must equal head_dim = {head_dim}")
     rotary = keys.integer("rope.dimension_count")
@@ -166,6 +168,9 @@ def config_from_gguf(
     window = keys.integer("attention.sliding_window")
     stated = keys.integer("vocab_size")
     tokens = fields.get("tokenizer.ggml.tokens")
+    tokens = (
+        tokens if isinstance(tokens, list) else None
+    )  # the tokenizer's reader says what is wrong
     vocab = vocab_size or stated or (len(tokens) if tokens is not None else None)
     if stated not in (None, vocab):
         raise keys.error("vocab_size", stated, f"the embedding has {vocab} rows")

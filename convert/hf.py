@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.config import config_from_hf
-from jaxneurons.convert.rules import Place, Progress, Stored, fill
+from jaxneurons.convert.rules import Place, Progress, Stored, fill, stored_names
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
 
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
     except json.JSONDecodeError as error:
         raise SourceError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not UTF-8, numbers of thousands of digits, depth
         raise SourceError(f"{path}: not valid JSON") from None
     if not isinstance(values, dict):
         raise SourceError(f"{path}: a JSON object is needed, this is a {type(values).__name__}")
@@ -81,6 +81,7 @@ def _is_inside(name: str) -> bool:
         and "\\" not in name
         and "\0" not in name
         and name.endswith(".safetensors")
+        and len(name) < 256
     )
 
 
@@ -195,8 +196,16 @@ def stored_dtypes(directory: Path) -> dict[str, str]:
 
 
 def stored_dtype(directory: Path) -> np.dtype:
-    """The narrowest dtype for parameters that holds every stored tensor exactly."""
-    names = set(stored_dtypes(directory).values())
-    if names <= {"bfloat16"}:
+    """The narrowest dtype for parameters that holds every stored parameter exactly.
+
+    Raises:
+      SourceError: float64 weights, for which there is none.
+    """
+    where = directory / CONFIG
+    own = stored_names(config_from_hf(read_json(where), where=str(where)), "hf")
+    found = {dtype for name, dtype in stored_dtypes(directory).items() if name in own}
+    if "float64" in found:
+        raise SourceError(f"{directory}: float64 weights; give a dtype, such as float32")
+    if found <= {"bfloat16"}:
         return np.dtype(jnp.bfloat16)
-    return np.dtype(np.float16) if names <= {"float16"} else np.dtype(np.float32)
+    return np.dtype(np.float16) if found <= {"float16"} else np.dtype(np.float32)

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.convert.hf import read_json
-from jaxneurons.convert.rules import Place, param_shapes
+from jaxneurons.convert.rules import Place, param_shapes, parameter_dtype
 from jaxneurons.errors import ConfigError, SourceError
 
 MARKER = "jaxneurons.json"
@@ -31,15 +31,23 @@ _CHUNK_BYTES = 32 << 20
 
 
 def write_params(directory: Path, params: Mapping[str, Any]) -> None:
-    """Write parameters, of any sharding, into an existing directory that holds none yet."""
+    """Write parameters, of any sharding, into an existing directory that holds none yet.
+
+    Raises:
+      SourceError: they cannot be written.
+    """
     import orbax.checkpoint as ocp
 
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
-    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
-        checkpointer.save(
-            (directory / PARAMS).absolute(),
-            args=ocp.args.PyTreeSave(dict(params), save_args=save_args),
-        )
+    try:
+        with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+            checkpointer.save(
+                (directory / PARAMS).absolute(),
+                args=ocp.args.PyTreeSave(dict(params), save_args=save_args),
+            )
+    except Exception as error:  # Orbax and TensorStore raise whatever they find
+        text = " ".join(str(error).split())[:200]
+        raise SourceError(f"{directory}: cannot be written: {text}") from None
 
 
 def write_marker(directory: Path, *, config: ModelConfig, facts: Mapping[str, Any]) -> None:
@@ -69,6 +77,9 @@ def read_marker(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if values.pop("format", None) != FORMAT:
         raise SourceError(f"{where}: not of format {FORMAT}; convert the model again")
     config = values.pop("config", None)
+    dtypes = values.get("stored_dtypes")
+    if not isinstance(values.get("dtype"), str) or not isinstance(dtypes, dict):
+        raise SourceError(f"{where}: dtype or stored_dtypes are malformed; convert the model again")
     try:
         rope = dict(config["rope"])
         if rope["inv_freq_divisors"] is not None:
@@ -101,7 +112,7 @@ def read_native(
 
     directory = Path(directory)
     config, facts = read_marker(directory)
-    wanted = jnp.dtype(facts.get("dtype", "float32") if dtype is None else dtype)
+    wanted = parameter_dtype(facts["dtype"] if dtype is None else dtype)
     shapes = param_shapes(config)
     if place is None:
         # By way of numpy: arrays that Orbax places itself are tied to their device.
@@ -135,6 +146,13 @@ def read_native(
         )
     if place is None:
         params = _on_device(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not bool(jnp.isfinite(leaf).all()):
+            name = ".".join(key.key for key in path)
+            raise SourceError(
+                f"{directory / PARAMS}: {name} holds NaN or infinite values"
+                + (" in float16; load with dtype=bfloat16" if wanted == np.float16 else "")
+            )
     return config, params
 
 
@@ -148,14 +166,19 @@ def _on_device(tree: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's warning that there is nothing to merge (of a format that is not used)."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without Orbax's warning that there is nothing to merge (of a format that is not used).
+
+    And without asyncio's reports of an error that is raised anyway.
+    """
+    levels = {"absl": logging.ERROR, "asyncio": logging.CRITICAL}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _is_shape(value: Any) -> bool:

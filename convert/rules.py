@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -238,11 +239,7 @@ def fill(
       SourceError: a tensor is missing, left over, misshapen, stored twice, or not finite.
       ConfigError: a dtype that parameters cannot have.
     """
-    target_dtype = np.dtype(jnp.dtype(dtype))
-    if target_dtype.name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(
-            f"parameters cannot have dtype {target_dtype.name} (float32, bfloat16 or float16)"
-        )
+    target_dtype = parameter_dtype(dtype)
     tensors = list(tensors)
     if config.num_layers > len(tensors):
         raise SourceError(
@@ -371,6 +368,21 @@ def _read(tensor: Stored, rows: slice, where: str) -> np.ndarray:
     return values
 
 
+def parameter_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype, which must be one that parameters can have.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    try:
+        found = np.dtype(jnp.dtype(dtype))
+    except TypeError:
+        raise ConfigError(f"unknown dtype {dtype!r} (float32, bfloat16 or float16)") from None
+    if found.name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"parameters cannot have dtype {found.name} (float32, bfloat16, float16)")
+    return found
+
+
 def transpose_into(target: np.ndarray, values: np.ndarray) -> None:
     """target[...] = values.T, a few rows of `values` at a time, which its caches can hold."""
     if target.dtype == values.dtype:  # plain integers are copied faster than bfloat16
@@ -388,7 +400,7 @@ def _assign(
             transpose_into(target, values)
         else:
             target[...] = values
-    narrower = target.dtype.itemsize < values.dtype.itemsize
+    narrower = ml_dtypes.finfo(target.dtype).max < ml_dtypes.finfo(values.dtype).max
     if narrower and not np.isfinite(target).all():
         raise SourceError(
             f"{where}: tensor {name} does not fit into {target.dtype.name}; load with "

@@ -55,6 +55,8 @@ class RopeConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"rope {name} must be a positive number, got {value!r}")
+        if any(not (math.isfinite(d) and d > 0) for d in self.inv_freq_divisors or ()):
+            raise ConfigError("rope inv_freq_divisors must be positive numbers")
         if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise ConfigError("rope low_freq_factor must be below high_freq_factor")
         if self.rope_type == "yarn" and not self.beta_slow < self.beta_fast:

@@ -95,7 +95,7 @@ def _headers(path: Path) -> tuple[str, ModelConfig, dict[str, int]]:
             for entry in entries.values():
                 add(entry.dtype.name, entry.nbytes)
     except SourceError:
-        if any(path.glob("*.safetensors*")):
+        if any(path.glob("*.safetensors")):
             raise  # weights that are here, and damaged
     return "Hugging Face", config, stored
 

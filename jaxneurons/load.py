@@ -202,7 +202,7 @@ def locate_source(
             raise SourceError(f"{name!r} has no revisions; revision is for hub ids")
         return _locate_smollm2()
     path = Path(name).expanduser()
-    if path.exists():
+    if _exists(path):
         if revision is not None:
             raise SourceError(f"{name}: a local path has no revision; revision is for hub ids")
         return path, str(path.resolve())
@@ -215,6 +215,13 @@ def locate_source(
         f"unknown model {name!r}: not a path, not a hub id (org/name), and not a known name; "
         + near_matches(name.lower(), [SMOLLM2])
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _looks_like_path(name: str) -> bool:

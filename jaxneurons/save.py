@@ -4,6 +4,7 @@ A directory appears under its name when it is whole, and not before; what a kill
 is a hidden directory beside it, which the next run replaces.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,9 +50,10 @@ def save(
     target = Path(directory)
     check_free(target)
     original, dtypes = _origin(lm)
+    described = {**_token_ids(lm), **(original or {})}
     own = lm.params["embed"]["embedding"].dtype
     if to == "hf":  # fails, if it does, before anything is written
-        config_to_hf(lm.config, dtype=own, original=original)
+        config_to_hf(lm.config, dtype=own, original=described)
     with published(target) as partial:
         _write_tokenizer(lm, partial)
         if lm.files.directory is not None:
@@ -61,7 +63,7 @@ def save(
                 partial,
                 lm.params,
                 config=lm.config,
-                original=original,
+                original=described,
                 dtypes=dtypes,
                 progress=progress,
             )
@@ -95,20 +97,34 @@ def check_free(directory: Path) -> None:
 
 @contextmanager
 def published(target: Path) -> Iterator[Path]:
-    """A hidden directory beside the target, which takes its name when the block has succeeded."""
+    """A hidden directory beside the target, which takes its name when the block has succeeded.
+
+    It is held under a lock: what a killed process left there is replaced, what another process is
+    writing is not.
+
+    Raises:
+      SourceError: it cannot be written, or another process is writing it.
+    """
     partial = target.absolute().with_name(f".{target.name}.partial")
+    lock = partial.with_name(f"{partial.name}.lock")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        sync(partial)
-        os.replace(partial, target)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise SourceError(f"{target}: another process is writing it") from None
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                yield partial
+                sync(partial)
+                os.replace(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                lock.unlink(missing_ok=True)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise SourceError(f"{target}: cannot be written: {error.strerror or error}") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _origin(lm: LM) -> tuple[dict[str, Any] | None, dict[str, str]]:
@@ -124,12 +140,18 @@ def _origin(lm: LM) -> tuple[dict[str, Any] | None, dict[str, str]]:
     else:
         stored = stored_dtypes(directory)
     own = lm.params["embed"]["embedding"].dtype.name
-    if own != "float32" or len(set(stored.values())) < 2:
+    names = stored_names(lm.config, "hf")
+    if own != "float32" or len({d for n, d in stored.items() if n in names}) < 2:
         return original, {}
     # A checkpoint of mixed dtypes: what was widened on the way in may be narrowed again.
-    names = stored_names(lm.config, "hf")
     narrow = ("bfloat16", "float16")
     return original, {n: d for n, d in stored.items() if n in names and d in narrow}
+
+
+def _token_ids(lm: LM) -> dict[str, int | None]:
+    """What config.json says of special tokens, from the tokenizer: absent is not "none" there."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(lm.tokenizer, name) for name in names}
 
 
 def _write_tokenizer(lm: LM, directory: Path) -> None:

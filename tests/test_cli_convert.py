@@ -105,6 +105,17 @@ def test_inspect_names_what_is_wrong(run, model, tmp_path):
     assert "clever = 1: this key is not known" in err
 
 
+def test_inspect_of_a_sharded_model_whose_weights_are_not_here(run, model, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    shards = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    code, out, err = run("inspect", tmp_path)
+    assert (code, err) == (0, "")
+    assert "not here" in out
+
+
 @pytest.fixture
 def converted(run, model, tmp_path):
     run("convert", model, tmp_path / "native")

@@ -356,3 +356,17 @@ def test_gguf_keys_of_others_are_irrelevant():
     assert config_from_gguf(gguf_fields(tiny()) | extra, where="m") == read_gguf()
     with pytest.raises(ConfigError, match="the embedding has 48 rows"):
         config_from_gguf(gguf_fields(tiny()), where="m", vocab_size=48)
+
+
+@pytest.mark.parametrize("divisors", [(1.0, 2.0, 3.0, 0.0), (1.0, 2.0, 3.0, float("nan"))])
+def test_rope_divisors_are_positive_numbers(divisors):
+    with pytest.raises(ConfigError, match="inv_freq_divisors must be positive numbers"):
+        config_from_gguf(gguf_fields(tiny()), where="m.gguf", inv_freq_divisors=divisors)
+
+
+def test_gguf_values_of_the_wrong_kind():
+    for change in ({"attention.key_length": 0, "attention.scale": 1.0},):
+        fields = gguf_fields(tiny()) | {f"llama.{key}": value for key, value in change.items()}
+        with pytest.raises(ConfigError, match="key_length = 0: must be positive"):
+            config_from_gguf(fields, where="m.gguf")
+    config_from_gguf(gguf_fields(tiny()) | {"tokenizer.ggml.tokens": 3}, where="m.gguf")

@@ -261,7 +261,7 @@ def test_the_hubs_cache_is_made_of_links(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["../model.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "..\\x.safetensors",
-     "C:\\x.safetensors", "C:x.safetensors", "model.bin", "", 3],
+     "x" * 300 + ".safetensors", "C:\\x.safetensors", "C:x.safetensors", "model.bin", "", 3],
 )  # fmt: skip
 def test_index_cannot_leave_the_directory(tmp_path, name):
     write_hf(tmp_path / "sub", tiny(), hf_tensors(tiny()), shards=2)
@@ -297,7 +297,11 @@ def test_malformed_index(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{\n"a": ', r"config\.json:2: not valid JSON"), ("[1]", "a JSON object is needed")],
+    [
+        ('{\n"a": ', r"config\.json:2: not valid JSON"),
+        ("[1]", "a JSON object is needed"),
+        ('{"vocab_size": ' + "1" * 5000 + "}", "not valid JSON"),
+    ],
 )
 def test_malformed_config(tmp_path, text, message):
     write_hf(tmp_path, tiny(), hf_tensors(tiny()))

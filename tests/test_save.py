@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from checkpoints import byte_level_vocabulary, gguf_fields, gguf_tensors, tiny, write_gguf, write_hf
 from checkpoints import hf_tensors as random_tensors
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import jaxneurons
 from jaxneurons import ConfigError, ShardingRules, SourceError
@@ -297,3 +297,83 @@ def test_what_no_configuration_describes(tmp_path):
     )
     with pytest.raises(ConfigError, match="rope_freqs of this GGUF file are not those of Llama"):
         config_to_hf(dataclasses.replace(config, rope=rope), dtype=np.dtype(np.float32))
+
+
+# --- what a narrower dtype cannot hold ------------------------------------------------------------
+
+
+def test_overflow_is_never_silent(tmp_path, tokenizer):
+    source = tmp_path / "source"
+    tensors = write_checkpoint(source, tokenizer, cast=(BF16,))
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(SourceError, match="does not fit into float16"):
+        jaxneurons.load(source, dtype=jnp.float16)
+    native = save(jaxneurons.load(source, dtype=None), tmp_path / "native")
+    with pytest.raises(SourceError, match=r"final_norm\.scale holds NaN or infinite.*bfloat16"):
+        jaxneurons.load(native, dtype=jnp.float16)
+    assert float(jaxneurons.load(native).params["final_norm"]["scale"][3]) == float(BF16(1e5))
+    for dtype in ("int8", "float64", "foo"):
+        for where in (source, native):
+            with pytest.raises(ConfigError, match="dtype"):
+                jaxneurons.load(where, dtype=dtype)
+
+
+def test_the_stored_dtype_is_that_of_the_parameters(tmp_path, tokenizer):
+    source = tmp_path / "source"
+    tensors = write_checkpoint(source, tokenizer, cast=(np.float16,))
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, source / "model.safetensors")
+    assert jaxneurons.load(source, dtype=None).params["embed"]["embedding"].dtype == jnp.float16
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64)
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(SourceError, match="float64 weights; give a dtype"):
+        jaxneurons.load(source, dtype=None)
+
+
+# --- one writer, whole directories ----------------------------------------------------------------
+
+
+def test_two_writers_of_one_destination(tmp_path, tokenizer):
+    write_checkpoint(tmp_path / "source", tokenizer)
+    lm = jaxneurons.load(tmp_path / "source")
+    with module.published(tmp_path / "out") as partial:
+        (partial / "mine").write_text("x")
+        with pytest.raises(SourceError, match="another process is writing it"):
+            save(lm, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_orbax_failures_are_ours(tmp_path, tokenizer, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    write_checkpoint(tmp_path / "source", tokenizer)
+    lm = jaxneurons.load(tmp_path / "source")
+
+    def fail(*_, **__):
+        raise ValueError("OUT_OF_RANGE: Error writing\nlocal file")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
+    with pytest.raises(SourceError, match="cannot be written: OUT_OF_RANGE: Error writing local"):
+        save(lm, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_special_tokens_of_a_gguf_file_reach_config_json(tmp_path):
+    out = save(jaxneurons.load(write_tiny_gguf(tmp_path / "m.gguf")), tmp_path / "out", to="hf")
+    written = json.loads((out / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (0, 0)
+    assert written["pad_token_id"] is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"dtype": 5}, {"dtype": "foo"}, {"stored_dtypes": []}, {"stored_dtypes": None}]
+)
+def test_malformed_markers(tmp_path, tokenizer, change):
+    write_checkpoint(tmp_path / "source", tokenizer)
+    native = save(jaxneurons.load(tmp_path / "source"), tmp_path / "native")
+    marker = native / MARKER
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), **change}))
+    with pytest.raises((SourceError, ConfigError), match="dtype"):
+        jaxneurons.load(native, dtype=None)
