@@ -18,6 +18,7 @@ import numpy as np
 from jaxneurons.errors import DataError
 
 _IDENTITY = "identity.json"
+_DIGEST = hashlib.sha256().digest_size
 
 
 def write_text(path: Path, text: str) -> None:
@@ -109,13 +110,17 @@ class RunDirectory:
             content = self._part(number).read_bytes()
         except OSError:
             return None
+        content, digest = content[:-_DIGEST], content[-_DIGEST:]
+        if hashlib.sha256(content).digest() != digest:
+            return None
         try:
             return dict(np.load(io.BytesIO(content), allow_pickle=False))
-        except Exception:  # of damaged bytes, zipfile and numpy raise this and that
+        except Exception:  # whole, and yet not a part: zipfile and numpy raise this and that
             return None
 
     def save(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write a part atomically."""
+        """Write a part atomically, followed by its SHA-256: a zip file checks less than all."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
-        _write(self._part(number), buffer.getvalue())
+        content = buffer.getvalue()
+        _write(self._part(number), content + hashlib.sha256(content).digest())
