@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-NEURONS = 2048
+NEURONS = 512
 """Neurons compared at a time on a CPU: what its caches hold."""
+
+TOGETHER = 16
+"""Scores compared in one pass over the counts."""
 
 
 @functools.partial(jax.jit, static_argnames=("chunk",))
@@ -57,11 +60,17 @@ def _reaching(
 ) -> Float[Array, "positive neuron"]:
     """How many scores reach each threshold, neuron by neuron."""
 
-    def add(total: Array, score: Array) -> tuple[Array, None]:
-        return total + (score >= thresholds), None
+    def add(total: Array, some: Array) -> Array:
+        # Spelled out: counts stay in registers while a handful of scores is compared.
+        for score in some:
+            total = total + (score >= thresholds)
+        return total
 
+    whole = len(scores) // TOGETHER * TOGETHER
+    groups = scores[:whole].reshape(-1, TOGETHER, scores.shape[1])
     total = jnp.zeros(thresholds.shape, jnp.int32)
-    return jax.lax.scan(add, total, scores)[0].astype(jnp.float32)
+    total, _ = jax.lax.scan(lambda total, some: (add(total, some), None), total, groups)
+    return add(total, scores[whole:]).astype(jnp.float32)
 
 
 def top_neurons(scores: Float[Array, " neuron"], k: int) -> Int[Array, " k"]:
