@@ -1,6 +1,7 @@
 """The command line: `jaxneurons demo`, `qrnca locate`, `convert`, `verify`, `inspect`."""
 
 import dataclasses
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -402,6 +403,8 @@ def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
 def main() -> None:
     """Run the command line: an error of the input is one line on standard error and exit code 1."""
     warnings.showwarning = _one_line
+    # transformers would tell everyone that PyTorch is missing; nothing here needs it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         app()
     except JaxneuronsError as error:
