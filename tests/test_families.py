@@ -69,8 +69,8 @@ CASES = [
 ]
 
 
-def make(family: str, rope: str, heads: str, tied: bool, seed: int = 0) -> Any:
-    """A tiny model with weights large enough that every part of it matters."""
+def make(family: str, rope: str, heads: str, tied: bool, *, loud: bool = True) -> Any:
+    """A tiny model; `loud`: with weights so large that every part of it matters."""
     name, changes = FAMILIES[family]
     # `dynamic` stretches beyond max_position_embeddings; elsewhere that is the extended context.
     context = CONTEXT if rope in ("default", "dynamic") else 4 * CONTEXT
@@ -89,8 +89,10 @@ def make(family: str, rope: str, heads: str, tied: bool, seed: int = 0) -> Any:
         pad_token_id=None,
         **changes,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    if not loud:
+        return model
     with torch.no_grad():
         for key, weights in model.named_parameters():
             spread = 0.3 if key.endswith("bias") else 0.15
@@ -124,16 +126,20 @@ def test_logits_equal_pytorch(tmp_path, family, rope, heads, tied):
         np.testing.assert_allclose(ours[:, position], theirs[:, position], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("loud", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rope", ROPES)
-def test_bfloat16_logits_equal_pytorch(tmp_path, family, rope):
-    model = make(family, rope, "gqa", tied=False).to(torch.bfloat16)
+def test_bfloat16_logits_equal_pytorch(tmp_path, family, rope, loud):
+    model = make(family, rope, "gqa", tied=False, loud=loud).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     config, params = read_hf(tmp_path, dtype=jnp.bfloat16)
     # Against the same bfloat16 weights in exact arithmetic.
     theirs = torch_logits(model.float(), IDS)
-    ours = our_logits(params, IDS, config)
-    assert np.abs(ours - theirs).mean() / np.std(theirs) < 2e-2
+    apart = np.abs(our_logits(params, IDS, config) - theirs)
+    if loud:  # PyTorch's own bfloat16 is up to 0.09 off at places: eight bits are what they are
+        assert apart.mean() / np.std(theirs) < 2e-2
+    else:
+        assert apart.max() < 2e-2
 
 
 # --- mutation: every value matters ----------------------------------------------------------------
