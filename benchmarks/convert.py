@@ -21,10 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.convert.config import config_from_hf
-from jaxneurons.convert.rules import param_shapes, stored_names, stored_shape
+from jaxneurons.convert.rules import param_sizes, stored_names, stored_shape
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 
 HIDDEN, INNER, VOCAB = 2048, 5632, 32000
@@ -42,8 +43,7 @@ def synthetic(directory: Path, gib: float, dtype: str) -> Path:
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
     }
-    kind = np.dtype(dtype) if dtype != "bfloat16" else __import__("ml_dtypes").bfloat16
-    kind = np.dtype(kind)
+    kind = np.dtype(jnp.dtype(dtype))
     per_layer = HIDDEN * (2 * HIDDEN + 2 * 256 + 3 * INNER)
     layers = math.ceil((gib * 2**30 / kind.itemsize - 2 * VOCAB * HIDDEN) / per_layer)
     values["num_hidden_layers"] = layers
@@ -131,9 +131,7 @@ def main() -> None:
         values = json.loads((source / "config.json").read_text())
         config = config_from_hf(values, where="synthetic")
         width = 4 if options.dtype == "float32" else 2
-        shapes = _leaves(param_shapes(config))
-        params = width * sum(math.prod(shape) for shape in shapes)
-        largest = width * max(math.prod(shape) for shape in shapes)
+        params, largest = (width * f(param_sizes(config)) for f in (sum, max))
         copies: list[float] = []
         runs: dict[str, list[dict[str, float]]] = {"native": [], "hf": []}
         for _ in range(options.repeats):
@@ -160,13 +158,6 @@ def main() -> None:
         found[to] = {"seconds": spent, "ratio": spent / plain, "peak_gib": peak, "base_gib": base}
     if options.out:
         options.out.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def _leaves(tree: object) -> list[tuple[int, ...]]:
-    if isinstance(tree, tuple):
-        return [tree]
-    assert isinstance(tree, dict)
-    return [leaf for value in tree.values() for leaf in _leaves(value)]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.config import ModelConfig
-from jaxneurons.convert.config import FIXED, IRRELEVANT
+from jaxneurons.convert.config import IRRELEVANT
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
 from jaxneurons.convert.rules import Progress, Rule, stored_names, stored_shape, transpose_into
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
@@ -49,14 +49,14 @@ def config_to_hf(
     if config.sliding_window is not None and family == "llama":
         family = "mistral"  # how GGUF files name it
     _check_family(config, family)
-    kept = {k: v for k, v in (original or {}).items() if k in IRRELEVANT or k in FIXED}
+    kept = {k: v for k, v in (original or {}).items() if k in IRRELEVANT}
     for key in ("dtype", "architectures", "transformers_version"):
         kept.pop(key, None)
     values: dict[str, Any] = {
         "architectures": [_CLASSES[family]],
         "model_type": family,
-        "hidden_act": "silu",
         **kept,
+        "hidden_act": "silu",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -182,9 +182,14 @@ def write_hf(
         value changes by it.
       shard_bytes: most bytes of tensors in a file.
       progress: told the bytes of every piece written.
+
+    Raises:
+      ConfigError: a model that no configuration of transformers describes; nothing is written.
     """
-    host = _Host(params)
     main = np.dtype(params["embed"]["embedding"].dtype.name)
+    # Before the weights: it fails if no configuration describes the model.
+    written = config_to_hf(config, dtype=main, original=original)
+    host = _Host(params)
     tensors = {}
     for name, (rule, layer) in stored_names(config, "hf").items():
         shape = stored_shape(rule, config)
@@ -194,7 +199,6 @@ def write_hf(
         if narrow != dtype and all(np.array_equal(p, p.astype(narrow)) for p in pieces()):
             dtype = narrow
         tensors[name] = ToWrite(dtype, shape, pieces)
-    written = config_to_hf(config, dtype=main, original=original)
     (directory / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
     shards: list[dict[str, ToWrite]] = [{}]

@@ -145,11 +145,7 @@ def read_hf(
       ConfigError: a configuration that this library does not handle.
     """
     directory = Path(directory)
-    where = directory / CONFIG
-    if not where.is_file():
-        raise SourceError(f"{directory}: no {CONFIG}")
-    check_links(directory, CONFIG, INDEX)
-    config = config_from_hf(read_json(where), where=str(where))
+    config = read_config(directory)
     tensors = [
         Stored(name, entry.shape, functools.partial(read_rows, path, name, entry))
         for path, entries in hf_tensors(directory).items()
@@ -164,6 +160,20 @@ def read_hf(
         shardings=place(config) if place else None,
         progress=progress,
     )
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The configuration of a Hugging Face directory.
+
+    Raises:
+      SourceError: no config.json, or not a JSON object.
+      ConfigError: a key or value that this library does not handle.
+    """
+    where = directory / CONFIG
+    if not where.is_file():
+        raise SourceError(f"{directory}: no {CONFIG}")
+    check_links(directory, CONFIG, INDEX)
+    return config_from_hf(read_json(where), where=str(where))
 
 
 def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
@@ -201,8 +211,7 @@ def stored_dtype(directory: Path) -> np.dtype:
     Raises:
       SourceError: float64 weights, for which there is none.
     """
-    where = directory / CONFIG
-    own = stored_names(config_from_hf(read_json(where), where=str(where)), "hf")
+    own = stored_names(read_config(directory), "hf")
     found = {dtype for name, dtype in stored_dtypes(directory).items() if name in own}
     if "float64" in found:
         raise SourceError(f"{directory}: float64 weights; give a dtype, such as float32")

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.convert.hf import read_json
-from jaxneurons.convert.rules import Place, param_shapes, parameter_dtype
+from jaxneurons.convert.rules import Place, Progress, param_shapes, parameter_dtype
 from jaxneurons.errors import ConfigError, SourceError
 
 MARKER = "jaxneurons.json"
@@ -97,6 +97,7 @@ def read_native(
     *,
     dtype: DTypeLike | None = None,
     place: Place | None = None,
+    progress: Progress | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Restore a native directory, each process only what it holds.
 
@@ -104,6 +105,7 @@ def read_native(
       directory: a native one.
       dtype: of the parameters; default: as saved.
       place: from the configuration, where each parameter goes; default: the default device.
+      progress: told the bytes of every parameter, once all are there.
 
     Raises:
       SourceError: a directory that is incomplete or damaged.
@@ -153,6 +155,8 @@ def read_native(
                 f"{directory / PARAMS}: {name} holds NaN or infinite values"
                 + (" in float16; load with dtype=bfloat16" if wanted == np.float16 else "")
             )
+        if progress is not None:
+            progress(leaf.nbytes)
     return config, params
 
 

@@ -175,6 +175,12 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
     return tree
 
 
+def param_sizes(config: ModelConfig) -> list[int]:
+    """Values in each (stacked) parameter."""
+    shapes = jax.tree.leaves(param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    return [math.prod(shape) for shape in shapes]
+
+
 def stored_shape(rule: Rule, config: ModelConfig) -> tuple[int, ...]:
     """Shape of the rule's tensor of one layer as checkpoints store it."""
     sizes = dimensions(config)

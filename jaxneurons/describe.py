@@ -1,18 +1,14 @@
 """What a checkpoint is, from its headers: no weight is read."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxneurons.config import ModelConfig
-from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.gguf import config_of, open_gguf
-from jaxneurons.convert.hf import CONFIG, hf_tensors, read_json
+from jaxneurons.convert.hf import hf_tensors, read_config
 from jaxneurons.convert.native import MARKER, read_marker
-from jaxneurons.convert.rules import param_shapes
+from jaxneurons.convert.rules import param_sizes
 from jaxneurons.errors import SourceError
 from jaxneurons.load import locate_source, read_tokenizer
 from jaxneurons.neurons import SITES, site_width
@@ -54,8 +50,7 @@ def describe(source: str, *, revision: str | None = None) -> Description:
     """
     path, label = locate_source(source, revision=revision, weights=False)
     kind, config, stored = _headers(path)
-    shapes = jax.tree.leaves(param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
-    count = sum(math.prod(shape) for shape in shapes)
+    count = sum(param_sizes(config))
     return Description(
         source=label,
         kind=kind,
@@ -84,12 +79,9 @@ def _headers(path: Path) -> tuple[str, ModelConfig, dict[str, int]]:
     if (path / MARKER).is_file():
         config, facts = read_marker(path)
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        add(str(facts.get("dtype", "float32")), size)
+        add(facts["dtype"], size)
         return "native", config, stored
-    where = path / CONFIG
-    if not where.is_file():
-        raise SourceError(f"{path}: no {CONFIG}")
-    config = config_from_hf(read_json(where), where=str(where))
+    config = read_config(path)
     try:
         for entries in hf_tensors(path).values():
             for entry in entries.values():

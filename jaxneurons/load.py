@@ -238,7 +238,7 @@ def _load_path(path: Path, options: _Options, *, source: str) -> LM:
     place, progress = options.place, options.progress
     if path.is_dir():
         if (path / MARKER).is_file():
-            config, params = read_native(path, dtype=options.dtype, place=place)
+            config, params = read_native(path, dtype=options.dtype, place=place, progress=progress)
             found = sorted(p for p in (path / PARAMS).rglob("*") if p.is_file())
             weights = (path / MARKER, *found)
         else:

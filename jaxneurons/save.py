@@ -4,7 +4,6 @@ A directory appears under its name when it is whole, and not before; what a kill
 is a hidden directory beside it, which the next run replaces.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,14 +13,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxneurons.convert.config import config_from_hf
-from jaxneurons.convert.export import GENERATION, config_to_hf, copy_files, sync, write_hf
+import jax
+from filelock import FileLock, Timeout
+
+from jaxneurons.convert.export import GENERATION, copy_files, sync, write_hf
 from jaxneurons.convert.hf import CONFIG, read_json, stored_dtypes
 from jaxneurons.convert.native import MARKER, read_marker, write_marker, write_params
 from jaxneurons.convert.rules import Progress, stored_names
 from jaxneurons.errors import ConfigError, SourceError, near_matches
-from jaxneurons.load import LM, TOKENIZER_FILES
-from jaxneurons.store import write_json
+from jaxneurons.load import LM, TOKENIZER_FILES, cache_directory
+from jaxneurons.store import digest, write_json
 
 FORMATS = ("native", "hf")
 
@@ -39,7 +40,7 @@ def save(
       lm: the model; its parameters are written in their own dtype.
       directory: must not exist yet, or be empty.
       to: `native` (Orbax, sharded) or `hf` (safetensors, for transformers and others).
-      progress: told the bytes that have been written (`hf`).
+      progress: told the bytes that have been written (`native`: once, all of them).
 
     Raises:
       SourceError: the directory is not empty or cannot be written.
@@ -50,10 +51,6 @@ def save(
     target = Path(directory)
     check_free(target)
     original, dtypes = _origin(lm)
-    described = {**_token_ids(lm), **(original or {})}
-    own = lm.params["embed"]["embedding"].dtype
-    if to == "hf":  # fails, if it does, before anything is written
-        config_to_hf(lm.config, dtype=own, original=described)
     with published(target) as partial:
         _write_tokenizer(lm, partial)
         if lm.files.directory is not None:
@@ -63,7 +60,7 @@ def save(
                 partial,
                 lm.params,
                 config=lm.config,
-                original=described,
+                original={**_token_ids(lm), **(original or {})},
                 dtypes=dtypes,
                 progress=progress,
             )
@@ -71,12 +68,14 @@ def save(
         if original is not None:
             write_json(partial / CONFIG, original)
         with ThreadPoolExecutor(1) as pool:  # hashing takes as long as writing
-            digest = pool.submit(lambda: lm.hash)
+            source = pool.submit(lambda: lm.hash)
             write_params(partial, lm.params)
+            if progress is not None:
+                progress(sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params)))
             facts = {
-                "dtype": own.name,
+                "dtype": lm.params["embed"]["embedding"].dtype.name,
                 "stored_dtypes": dtypes,
-                "source": {"name": lm.source, "sha256": digest.result()},
+                "source": {"name": lm.source, "sha256": source.result()},
                 "jaxneurons": version("jaxneurons"),
             }
         write_marker(partial, config=lm.config, facts=facts)
@@ -106,14 +105,12 @@ def published(target: Path) -> Iterator[Path]:
       SourceError: it cannot be written, or another process is writing it.
     """
     partial = target.absolute().with_name(f".{target.name}.partial")
-    lock = partial.with_name(f"{partial.name}.lock")
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise SourceError(f"{target}: another process is writing it") from None
+        # A lock that is deleted can be held twice, so it lies where it may stay.
+        lock = cache_directory() / "locks" / f"{digest(str(target.absolute()))[:32]}.lock"
+        for parent in (partial.parent, lock.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=0):
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
@@ -122,7 +119,8 @@ def published(target: Path) -> Iterator[Path]:
                 os.replace(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise SourceError(f"{target}: another process is writing it") from None
     except OSError as error:
         raise SourceError(f"{target}: cannot be written: {error.strerror or error}") from None
 
@@ -133,8 +131,6 @@ def _origin(lm: LM) -> tuple[dict[str, Any] | None, dict[str, str]]:
     if directory is None:
         return None, {}
     original = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else None
-    if original is not None and "model_type" in original:
-        config_from_hf(original, where=str(directory / CONFIG))
     if (directory / MARKER).is_file():
         stored = read_marker(directory)[1].get("stored_dtypes") or {}
     else:

@@ -67,3 +67,23 @@ def torch_smollm2(published, smollm2_path):
     `smollm2.tokenizer`.
     """
     return published.load_torch(smollm2_path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line; returns (exit code, standard output, standard error)."""
+
+    from jaxneurons import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxneurons", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

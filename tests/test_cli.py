@@ -18,30 +18,11 @@ from checkpoints import (
 from fixtures import cloze, multi_choice, write_lm, write_queries
 
 import jaxneurons
-from jaxneurons import cli
 from jaxneurons.neurons import Neuron
 from jaxneurons.plots import neuron_map
 from jaxneurons.queries import read_queries
 
 PROGRAM = (sys.executable, "-m", "jaxneurons.cli")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jaxneurons", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

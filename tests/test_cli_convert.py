@@ -1,7 +1,6 @@
 """`convert`, `verify` and `inspect`, in-process, on a tiny model."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -9,25 +8,6 @@ from fixtures import write_lm
 from safetensors.numpy import load_file, save_file
 
 import jaxneurons
-from jaxneurons import cli
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jaxneurons", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
