@@ -1,0 +1,204 @@
+"""What people see of a command: tables on standard output, progress on standard error."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from jaxneurons.demo import Demo
+    from jaxneurons.describe import Description
+    from jaxneurons.locate import Located
+
+console = Console(markup=False)
+errors = Console(stderr=True, markup=False)
+
+
+@contextmanager
+def counting(what: str, unit: str = "prompts") -> Iterator[Callable[[int, int], None]]:
+    """A bar over things that are counted: call what it gives with (done, of)."""
+    columns = (MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with _progress(what, *columns) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def counting_bytes(what: str) -> Iterator[Callable[[int], None]]:
+    """A bar over bytes: call what it gives with those that have just passed."""
+    with _progress(what, DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda count: progress.update(task, advance=count)
+
+
+def _progress(what: str, *columns: ProgressColumn) -> Progress:
+    # A log file needs no bar.
+    shown = (TextColumn(what), BarColumn(), *columns)
+    return Progress(*shown, console=errors, disable=not errors.is_terminal)
+
+
+def gib(count: int) -> str:
+    """A size for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def show_certificate(found: dict[str, Any]) -> None:
+    """What `verify` found."""
+    table = Table(
+        title="Largest difference from PyTorch, in standard deviations (FFN sites: worst layer)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("sequence", "logits", "gate", "up", "act", "down"):
+        table.add_column(name, justify="left" if name == "sequence" else "right")
+    for result in found["sequences"]:
+        sites = (f"{result[site]['relative']:.1e}" for site in ("gate", "up", "act", "down"))
+        table.add_row(result["sequence"], f"{result['logits']['relative']:.1e}", *sites)
+    console.print(table)
+    console.print(
+        f"Greedy continuations equal: {found['continuations_equal']}. "
+        f"{'Passed' if found['passed'] else 'FAILED'} ({found['dtype']} weights; logits may differ "
+        f"by {found['tolerance']['largest']:g}, and by {found['tolerance']['mean']:g} on average)."
+    )
+    own = [r["own_arithmetic"]["mean"] for r in found["sequences"] if "own_arithmetic" in r]
+    if own:
+        console.print(
+            f"Computed in {found['dtype']} itself, logits differ by {max(own):.1e} on average."
+        )
+
+
+def show_description(found: "Description") -> None:
+    """What `inspect` found."""
+    config, rope = found.config, found.config.rope
+    window = f"{config.sliding_window} positions" if config.sliding_window else "none"
+    if config.sliding_layers:
+        window += f", {sum(config.sliding_layers)} of {config.num_layers} layers"
+    kind = rope.rope_type + (f" x {rope.factor:g}" if rope.factor != 1 else "")
+    tokens = found.tokenizer
+    table = Table(box=None, show_header=False, title=found.source, title_justify="left")
+    rows = [
+        ("family", f"{config.family}, {found.kind}"),
+        ("layers", f"{config.num_layers}"),
+        ("hidden size", f"{config.hidden_size}"),
+        (
+            "attention",
+            f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} key/value heads",
+        ),
+        ("sliding window", window),
+        ("rotary embedding", f"{kind}, theta {rope.theta:g}"),
+        ("context", f"{config.max_position} tokens"),
+        ("biases", ", ".join(config.biases) or "none"),
+        ("unembedding", "tied to the embedding" if config.tied else "its own"),
+        ("parameters", f"{found.parameters:,}"),
+        (
+            "neurons per layer",
+            ", ".join(f"{site} {width:,}" for site, width in found.neurons.items()),
+        ),
+        ("FFN neurons", f"{config.num_layers * config.intermediate_size:,}"),
+        (
+            "on disk",
+            ", ".join(f"{name} {gib(size)}" for name, size in found.stored.items()) or "not here",
+        ),
+        ("in memory", ", ".join(f"{name} {gib(size)}" for name, size in found.memory.items())),
+        (
+            "tokenizer",
+            f"{tokens['tokens']:,} tokens, BOS {tokens['bos']!r} "
+            f"({'put first' if tokens['bos put first'] else 'not put first'}), "
+            f"EOS {tokens['eos']!r}, {'a' if tokens['chat template'] else 'no'} chat template",
+        ),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_located(located: "Located", out: Path) -> None:
+    """What `qrnca locate` found and where it is."""
+    run = located.run
+    answers, exact, counts = run["answers"], run["completeness"], run["neurons_per_query"]
+    table = Table(
+        title=f"{run['queries']} queries, {run['prompts']} prompts",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("what")
+    table.add_column("found", justify="right")
+    rows = [
+        (
+            "neurons per query (mean, min, max)",
+            f"{counts['mean']:.1f}  {counts['min']}  {counts['max']}",
+        ),
+        ("common neurons left out", f"{len(located.common)}"),
+        ("answers right", f"{answers['accuracy']:.1%}"),
+        ("answer probability, mean", f"{answers['probability_mean']:.4f}"),
+    ]
+    if answers["option_mass_mean"] is not None:
+        rows.append(("probability of all options, mean", f"{answers['option_mass_mean']:.4f}"))
+    rows += [
+        (
+            "completeness gap (median, largest)",
+            f"{exact['gap_median']:.1e}  {exact['gap_max']:.1e} (layer {exact['gap_max_layer']})",
+        ),
+        ("quadrature nodes per prompt", f"{exact['nodes_mean']:.0f}"),
+        (
+            "seconds of attribution (per prompt)",
+            f"{run['seconds']['attribution']:.1f} ({run['seconds']['per_prompt']:.2f})",
+        ),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    empty = sum(not found.neurons for found in located.neurons.values())
+    if empty:
+        console.print(f"{empty} queries have no neurons of their own: all of theirs are common.")
+    console.print(f"Written: {out}/neurons.jsonl, common_neurons.json, run.json")
+
+
+def show_demo(result: "Demo", out: Path) -> None:
+    """What the demo found and where it is."""
+    if result.unknown:
+        console.print(f"Not known in every wording, left out: {', '.join(result.unknown)}.")
+    table = Table(
+        title="The answer's probability, with neurons turned off at the last prompt position",
+        title_justify="left",
+        caption="lost: share of prompts whose answer is no longer the model's first choice",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("facts")
+    for name in ("n", "neurons", "before", "own off", "lost", "random off", "lost"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for effect in result.effects:
+        if effect.group == "all":
+            table.add_section()
+        table.add_row(
+            effect.group,
+            f"{effect.facts}",
+            f"{effect.neurons:.1f}",
+            f"{effect.before:.3f}",
+            f"{effect.suppressed:.3f}",
+            f"{effect.lost:.0%}",
+            f"{effect.random:.3f} ± {effect.random_spread:.3f}",
+            f"{effect.random_lost:.0%}",
+        )
+    console.print(table)
+    exact, seconds = result.located.run["completeness"], result.located.run["seconds"]
+    console.print(
+        f"Attribution: {seconds['attribution']:.1f} s, {exact['nodes_mean']:.0f} nodes per prompt; "
+        f"completeness gap {exact['gap_median']:.1e} median, {exact['gap_max']:.1e} largest."
+    )
+    console.print(f"Written: {out}/neurons.jsonl, effects.json, run.json and {result.figure}")
