@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxneurons.config import ModelConfig
 from jaxneurons.convert.hf import weight_files
 from jaxneurons.convert.native import MARKER
 from jaxneurons.errors import SourceError
@@ -27,6 +28,10 @@ from jaxneurons.transformer import forward
 CERTIFICATE = "certificate.json"
 SITES = ("gate", "up", "act", "down")
 SHORT, LONG = 24, 512
+BEYOND = 64  # tokens past the original context
+WHOLE = 1024  # tokens up to which a sequence is compared at every position, and else at so many:
+LAST = 128
+LLAMA3_CONTEXT = 8192  # before it was stretched; GGUF files keep the result only
 NEW_TOKENS = 20
 TEXTS = (
     "The capital of France is",
@@ -55,7 +60,8 @@ def verify(
       lm: the converted model.
       against: Hugging Face directory or `.gguf` file.
       long: tokens of the long sequence; default: 512, and more where the rotary embedding is
-        stretched, so that it ends beyond the original context (at most 4,096).
+        stretched, so that it ends beyond the original context. Beyond 1,024 tokens the last 128
+        positions are compared.
       progress: told (done, of) sequences and continuations.
 
     Returns:
@@ -71,7 +77,7 @@ def verify(
     for weights in model.parameters():
         weights.data = weights.data.to(getattr(torch, dtype.name)).float()
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
-    sequences = _sequences(lm, _long(lm) if long is None else long)
+    sequences = _sequences(lm, long_enough(lm.config) if long is None else long)
     steps = len(sequences) + len(TEXTS)
     results: list[dict[str, Any]] = []
     continuations: list[dict[str, Any]] = []
@@ -129,7 +135,7 @@ def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
         ) from None
     if (path / MARKER).is_file():
         raise SourceError(f"{path}: a native directory; give the checkpoint that it came from")
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     where = path
     if path.is_file():
         where, options["gguf_file"] = path.parent, path.name
@@ -154,12 +160,20 @@ def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
     return torch, model.eval()
 
 
-def _long(lm: LM) -> int:
-    rope = lm.config.rope
-    if rope.rope_type in ("default", "linear") or rope.inv_freq_divisors is not None:
-        return min(LONG, lm.config.max_position)
-    beyond = min(rope.original_max_position + 64, 4096)
-    return max(LONG, beyond) if rope.rope_type == "dynamic" else max(min(LONG, beyond), beyond)
+def long_enough(config: ModelConfig) -> int:
+    """Tokens of a sequence that ends beyond the original context, if that has been stretched."""
+    rope = config.rope
+    if rope.inv_freq_divisors is not None:
+        original = LLAMA3_CONTEXT
+    elif rope.rope_type == "linear":
+        original = int(config.max_position / rope.factor)
+    elif rope.rope_type == "default":
+        return min(LONG, config.max_position)
+    else:
+        original = rope.original_max_position
+    beyond = max(LONG, original + BEYOND)
+    # `dynamic` begins to stretch where the stated context ends.
+    return beyond if rope.rope_type == "dynamic" else min(beyond, config.max_position)
 
 
 def _sequences(lm: LM, length: int) -> dict[str, np.ndarray]:
@@ -173,17 +187,25 @@ def _sequences(lm: LM, length: int) -> dict[str, np.ndarray]:
     }
 
 
+def _kept(ids: np.ndarray) -> int:
+    """Positions, counted from the end, at which a sequence is compared."""
+    return len(ids) if len(ids) <= WHOLE else LAST
+
+
 @functools.partial(jax.jit, static_argnames=("config", "capture"))
-def _forward(params: Any, ids: jax.Array, *, config: Any, capture: tuple[str, ...]) -> Any:
-    out = forward(params, ids, config=config, at="all", capture=capture)
+def _forward(
+    params: Any, ids: jax.Array, at: jax.Array, *, config: Any, capture: tuple[str, ...]
+) -> Any:
+    out = forward(params, ids, config=config, at=at, capture=capture)
     return out.logits, out.activations
 
 
 def _run(
     params: Any, lm: LM, ids: np.ndarray, capture: tuple[str, ...] = ()
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits and activations of one sequence."""
-    out = _forward(params, jnp.asarray(ids)[None], config=lm.config, capture=capture)
+    """Logits and activations of one sequence, at the positions that are compared."""
+    at = jnp.arange(len(ids) - _kept(ids), len(ids))[None]
+    out = _forward(params, jnp.asarray(ids)[None], at, config=lm.config, capture=capture)
     logits, sites = jax.device_get(out)
     return logits[0], {site: values[:, 0] for site, values in sites.items()}
 
@@ -216,6 +238,7 @@ def _torch_forward(
 ) -> tuple[np.ndarray, Mapping[str, list[np.ndarray]]]:
     """Logits, and inputs and outputs of the feed-forward's projections in every layer."""
     seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    kept = _kept(ids)
     hooks = []
     for layer in model.model.layers:
         for site, module in (
@@ -226,13 +249,14 @@ def _torch_forward(
 
             def keep(_: Any, inputs: Any, output: Any, site: str = site) -> None:
                 if site == "down":
-                    seen["act"].append(inputs[0][0].float().numpy())
-                seen[site].append(output[0].float().numpy())
+                    seen["act"].append(inputs[0][0, -kept:].float().numpy())
+                seen[site].append(output[0, -kept:].float().numpy())
 
             hooks.append(module.register_forward_hook(keep))
     try:
         with torch.no_grad():
-            logits = model(torch.tensor(ids[None], dtype=torch.long)).logits[0].float().numpy()
+            batch = torch.tensor(ids[None], dtype=torch.long)
+            logits = model(batch, logits_to_keep=kept).logits[0].float().numpy()
     finally:
         for hook in hooks:
             hook.remove()

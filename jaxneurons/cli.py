@@ -144,6 +144,12 @@ def verify_command(
     dtype: Annotated[
         str | None, typer.Option(help="Load the converted model so; default: as stored.")
     ] = None,
+    long: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of the long sequence; default: past the original context."
+        ),
+    ] = None,
 ) -> None:
     """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
     from jaxneurons.certificate import CERTIFICATE, verify
@@ -156,7 +162,7 @@ def verify_command(
     with errors.status(f"Loading {directory} ..."):
         lm = load(directory, dtype=dtype)
     with counting("Comparing", "comparisons") as tell:
-        found = verify(lm, reference, progress=tell)
+        found = verify(lm, reference, long=long, progress=tell)
     where = directory / CERTIFICATE if directory.is_dir() else directory.with_suffix(".json")
     write_json(where, found)
     show_certificate(found)

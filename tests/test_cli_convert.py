@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 from fixtures import write_lm
+from models import tiny_config
 from safetensors.numpy import load_file, save_file
 
 import jaxneurons
+from jaxneurons import RopeConfig
+from jaxneurons.certificate import long_enough, verify
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +159,30 @@ def test_verify_against_something_else(run, converted):
     code, _, err = run("verify", converted, "--against", converted)
     assert code == 1
     assert "a native directory; give the checkpoint that it came from" in err
+
+
+def rope(**values):
+    return tiny_config(max_position=131072, rope=RopeConfig(**values))
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (tiny_config(max_position=4096), 512),
+        (tiny_config(max_position=128), 128),
+        (rope(rope_type="llama3", factor=8.0, original_max_position=8192), 8256),
+        (rope(rope_type="llama3", inv_freq_divisors=(1.0, 1.0, 2.0, 8.0)), 8256),
+        (rope(rope_type="yarn", factor=4.0, original_max_position=32768), 32832),
+        (rope(rope_type="linear", factor=32.0), 4160),
+        (rope(rope_type="dynamic", factor=2.0, original_max_position=131072), 131136),
+    ],
+)
+def test_the_long_sequence_ends_beyond_the_original_context(config, length):
+    assert long_enough(config) == length
+
+
+def test_very_long_sequences_are_compared_at_their_end(model):
+    pytest.importorskip("torch")
+    found = verify(jaxneurons.load(model), model, long=1100)
+    assert found["passed"]
+    assert found["sequences"][-1]["tokens"] == 1100
