@@ -30,9 +30,43 @@ class Batch(NamedTuple):
     options: np.ndarray
 
 
-def bucket(length: int) -> int:
-    """The padded length: two sizes to every doubling, multiples of 32 up to 128."""
-    step = 32
+class PromptBatch(NamedTuple):
+    """Prompts alone, padded to one shape.
+
+    Attributes:
+      index: which prompts the first rows are; the rows after them only fill the shape.
+      tokens: right-padded ids, [batch, seq].
+      lengths: real tokens, [batch].
+    """
+
+    index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def by_length(prompts: Sequence[Sequence[int]], rows: int) -> list[PromptBatch]:
+    """Prompts sorted by length, `rows` at a time: little padding, and one shape to a length.
+
+    Raises:
+      ConfigError: fewer than one row.
+    """
+    if rows < 1:
+        raise ConfigError(f"batch size must be at least 1, got {rows!r}")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    order = np.argsort(lengths, kind="stable")
+    batches = []
+    for start in range(0, len(prompts), rows):
+        index = order[start : start + rows]
+        padded = np.concatenate([index, np.repeat(index[:1], rows - len(index))])
+        tokens = np.zeros((rows, bucket(int(lengths[index].max()), step=4)), np.int32)
+        for row, i in enumerate(padded):
+            tokens[row, : lengths[i]] = prompts[i]
+        batches.append(PromptBatch(index, tokens, lengths[padded]))
+    return batches
+
+
+def bucket(length: int, step: int = 32) -> int:
+    """The padded length: two sizes to every doubling, multiples of `step` up to four of them."""
     while step * 4 < length:
         step *= 2
     return -(-length // step) * step

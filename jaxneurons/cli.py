@@ -1,14 +1,15 @@
-"""The command line: `jaxneurons demo`, `qrnca locate`, `convert`, `verify`, `inspect`."""
+"""The command line: `demo`, `qrnca locate`, `relspec ...`, `convert`, `verify`, `inspect`."""
 
 import dataclasses
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from jaxneurons import relspec_cli
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.terminal import (
     console,
@@ -16,14 +17,12 @@ from jaxneurons.terminal import (
     counting_bytes,
     errors,
     gib,
+    load_and_say,
     show_certificate,
     show_demo,
     show_description,
     show_located,
 )
-
-if TYPE_CHECKING:
-    from jaxneurons.load import LM
 
 app = typer.Typer(
     help="Which neurons of this LLM know that, and what happens if I change them?",
@@ -34,6 +33,7 @@ qrnca_app = typer.Typer(
     help="Query-relevant neurons (QRNCA, arXiv 2406.10868).", no_args_is_help=True
 )
 app.add_typer(qrnca_app, name="qrnca")
+app.add_typer(relspec_cli.app, name="relspec")
 
 MODES = ("paper", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,7 +59,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Run directory to write.")] = Path("runs/demo"),
 ) -> None:
     """Locate the neurons of a few dozen facts, turn them off, and see what is lost."""
-    lm = _load(model)
+    lm = load_and_say(model)
     from jaxneurons.demo import bundled_facts, run_demo
 
     facts = bundled_facts(per_group=6)
@@ -101,7 +101,7 @@ def qrnca_locate(
     asked = read_queries(queries)[:limit]
     qrnca.check_count(len(asked))
 
-    lm = _load(model)
+    lm = load_and_say(model)
     from jaxneurons.locate import locate
 
     with counting("Attributing") as tell:
@@ -183,19 +183,6 @@ def inspect_command(
     from jaxneurons.describe import describe
 
     show_description(describe(source))
-
-
-def _load(source: str) -> "LM":
-    from jaxneurons.load import load
-
-    with errors.status(f"Loading {source} (fetched once, then cached) ..."):
-        lm = load(source)
-    config = lm.config
-    console.print(
-        f"{lm.source}: {config.num_layers} layers, {config.intermediate_size} neurons each, "
-        f"{config.vocab_size} tokens."
-    )
-    return lm
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:

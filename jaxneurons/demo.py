@@ -18,10 +18,10 @@ import numpy as np
 from jaxneurons import batches
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
-from jaxneurons.evaluate import matched_random, scale_array, scaled_answers
+from jaxneurons.evaluate import scale_array, scaled_answers
 from jaxneurons.load import LM
 from jaxneurons.locate import Located, Progress, encode_queries, locate
-from jaxneurons.neurons import Neuron, site_width
+from jaxneurons.neurons import Neuron, matched_random, site_width
 from jaxneurons.plots import neuron_map
 from jaxneurons.qrnca import QRNCAConfig
 from jaxneurons.quadrature import Quadrature

@@ -1,6 +1,6 @@
 """What changing neurons does to the answer, beside a control that should do nothing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxneurons import layers, transformer
 from jaxneurons.config import ModelConfig
-from jaxneurons.errors import DataError
 from jaxneurons.neurons import Neuron
 from jaxneurons.rows import Prefill
 
@@ -23,25 +22,6 @@ def scale_array(
     for layer, index in neurons:
         scales[layer, index] = factor
     return scales
-
-
-def matched_random(
-    neurons: Sequence[Neuron], *, width: int, rng: np.random.Generator
-) -> list[Neuron]:
-    """As many random neurons in the same layers, none of them in `neurons`.
-
-    Raises:
-      DataError: a layer has not enough other neurons.
-    """
-    drawn: list[Neuron] = []
-    for layer in sorted({layer for layer, _ in neurons}):
-        taken = sorted({index for where, index in neurons if where == layer})
-        others = np.setdiff1d(np.arange(width), taken)
-        if len(others) < len(taken):
-            raise DataError(f"layer {layer}: {len(taken)} of {width} neurons leave no control set")
-        picked = rng.choice(others, size=len(taken), replace=False)
-        drawn += [Neuron(layer, int(index)) for index in np.sort(picked)]
-    return drawn
 
 
 def scaled_answers(

@@ -4,11 +4,19 @@ Average precision of every neuron's responses as a score for "belongs to the rel
 al. 2022, used by arXiv 2502.17355, section 3), equal to scikit-learn's, ties included.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from jaxneurons.config import ModelConfig
+from jaxneurons.errors import DataError
+from jaxneurons.neurons import NeuronSet, neuron_count, site_width
 
 NEURONS = 512
 """Neurons compared at a time on a CPU: what its caches hold."""
@@ -76,3 +84,99 @@ def _reaching(
 def top_neurons(scores: Float[Array, " neuron"], k: int) -> Int[Array, " k"]:
     """Indices of the k neurons with the highest scores, best first; ties by index."""
     return jax.lax.top_k(scores, k)[1]
+
+
+class Examples(NamedTuple):
+    """Which examples a concept is told from which others by: rows of the responses."""
+
+    positives: Int[np.ndarray, " positive"]
+    negatives: Int[np.ndarray, " negative"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expertise:
+    """How well every neuron tells a concept's examples from others.
+
+    Attributes:
+      scores: average precision by site, [layer, width].
+      medians: median response to the positives by site, [layer, width]: the value that users give
+        a neuron who force it rather than turn it off.
+    """
+
+    scores: dict[str, Float[np.ndarray, "layer width"]]
+    medians: dict[str, Float[np.ndarray, "layer width"]]
+
+    def ranked(self, sites: Sequence[str], k: int) -> Int[np.ndarray, " k"]:
+        """The k best neurons of some sites, best first, as flat positions for `NeuronSet.of_flat`.
+
+        Raises:
+          DataError: k is not between 1 and the number of neurons.
+        """
+        flat = np.concatenate([self.scores[site].reshape(-1) for site in sites])
+        if not 1 <= k <= len(flat):
+            raise DataError(f"{k} neurons asked for, the sites {', '.join(sites)} have {len(flat)}")
+        return np.asarray(top_neurons(jnp.asarray(flat), k))
+
+    def top(self, sites: Sequence[str], k: int, config: ModelConfig) -> NeuronSet:
+        """The k neurons of some sites with the highest average precision."""
+        return NeuronSet.of_flat(self.ranked(sites, k), config, sites)
+
+
+def resolve_k(k: int | float, config: ModelConfig, sites: Sequence[str]) -> int:
+    """A number of neurons: an integer as it is, a number below 1 as a share of all.
+
+    Raises:
+      DataError: not positive, or more than there are.
+    """
+    count = neuron_count(config, sites)
+    found = round(k * count) if isinstance(k, float) and k < 1 else int(k)
+    if not 1 <= found <= count or (isinstance(k, float) and k >= 1 and k != found):
+        raise DataError(
+            f"k = {k}: give a number from 1 to {count}, the neurons of {', '.join(sites)}, "
+            "or a share below 1"
+        )
+    return found
+
+
+def expertise(
+    read: Callable[[str, int], Float[np.ndarray, "example width"]],
+    examples: Mapping[str, Examples],
+    *,
+    config: ModelConfig,
+    sites: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Expertise]:
+    """Average precision of every neuron for several concepts, one layer in memory at a time.
+
+    Args:
+      read: responses of all examples at one site and layer; `ResponseStore.read`.
+      examples: by concept, rows of positives and negatives.
+      config: the model's shape.
+      sites: whose neurons.
+      progress: told how many layers are done, and of how many.
+
+    Raises:
+      DataError: a concept without positives or without negatives.
+    """
+    for name, one in examples.items():
+        if not len(one.positives) or not len(one.negatives):
+            raise DataError(f"{name!r}: average precision needs positives and negatives")
+    tables = {
+        name: Expertise(*({s: _table(config, s) for s in sites} for _ in range(2)))
+        for name in examples
+    }
+    steps = [(site, layer) for site in sites for layer in range(config.num_layers)]
+    for step, (site, layer) in enumerate(steps, 1):
+        responses = read(site, layer)
+        for name, one in examples.items():
+            found, others = responses[one.positives], responses[one.negatives]
+            scores = average_precision(jnp.asarray(found), jnp.asarray(others))
+            tables[name].scores[site][layer] = np.asarray(scores)
+            tables[name].medians[site][layer] = np.median(found, axis=0)
+        if progress is not None:
+            progress(step, len(steps))
+    return tables
+
+
+def _table(config: ModelConfig, site: str) -> np.ndarray:
+    return np.zeros((config.num_layers, site_width(config, site)), np.float32)

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from jaxneurons import transformer
 from jaxneurons.config import ModelConfig
@@ -17,7 +17,7 @@ def greedy(
     config: ModelConfig,
     lengths: Int[Array, " batch"],
     steps: int,
-    scales: dict[str, Float[Array, "layer width"]] | None = None,
+    scales: dict[str, Shaped[Array, "layer width"]] | None = None,
 ) -> Int[Array, "batch step"]:
     """The most probable continuation of each prompt, token by token.
 
@@ -30,7 +30,7 @@ def greedy(
       config: the model's shape.
       lengths: real tokens of each prompt.
       steps: tokens to generate.
-      scales: by site, multipliers of every neuron; absent = untouched.
+      scales: by site, multipliers of every neuron (numbers, or False for off); absent = untouched.
     """
     batch, seq = tokens.shape
     dtype = params["embed"]["embedding"].dtype

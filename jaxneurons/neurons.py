@@ -1,12 +1,28 @@
 """The vocabulary: sites, neurons, sets of them."""
 
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
+
 from jaxneurons.config import ModelConfig
-from jaxneurons.errors import ConfigError, near_matches
+from jaxneurons.errors import ConfigError, DataError, near_matches
 
 Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
 SITES: tuple[str, ...] = get_args(Site)
+FFN = ("up", "gate", "down")
+"""Outputs of the feed-forward layer's matrices: what arXiv 2502.17355 calls FFN neurons."""
+ATTENTION = ("q", "k", "v", "o")
+
+_INDEX = 32
+"""Bits of a code that hold the index; the layer is above them."""
 
 
 class Neuron(NamedTuple):
@@ -35,3 +51,242 @@ def site_width(config: ModelConfig, site: str) -> int:
         "v": config.kv_width,
         "o": config.hidden_size,
     }[site]
+
+
+def neuron_count(config: ModelConfig, sites: Iterable[str]) -> int:
+    """Neurons of some sites in the whole model."""
+    return config.num_layers * sum(site_width(config, site) for site in sites)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeuronSet:
+    """A set of neurons of any sites, with the algebra of sets: `|`, `&`, `-`, `<=`, `in`, `len`.
+
+    Attributes:
+      codes: by site, ascending and unique int64: layer * 2**32 + index. Make one with `of`.
+    """
+
+    codes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        clean = {}
+        for site in SITES:
+            codes = np.unique(np.asarray(self.codes.get(site, ()), np.int64))
+            if len(codes):
+                codes.setflags(write=False)
+                clean[site] = codes
+        for site in self.codes:
+            check_site(site)
+        object.__setattr__(self, "codes", clean)
+
+    @classmethod
+    def of(cls, **sites: Iterable[tuple[int, int]]) -> "NeuronSet":
+        """From (layer, index) pairs by site: `NeuronSet.of(up=[(3, 17)], down=[(0, 5)])`.
+
+        Raises:
+          ConfigError: an unknown site, or a negative number.
+        """
+        return cls({site: _encode(pairs) for site, pairs in sites.items()})
+
+    @classmethod
+    def of_flat(cls, flat: np.ndarray, config: ModelConfig, sites: Iterable[str]) -> "NeuronSet":
+        """From positions in the concatenated, flattened [layer, width] tables of `sites`."""
+        flat, codes, start = np.asarray(flat, np.int64), {}, 0
+        for site in sites:
+            width = site_width(config, site)
+            here = flat[(flat >= start) & (flat < start + config.num_layers * width)] - start
+            codes[site] = (here // width << _INDEX) + here % width
+            start += config.num_layers * width
+        return cls(codes)
+
+    def pairs(self, site: str) -> np.ndarray:
+        """[n, 2]: layer and index of the neurons of a site, ascending."""
+        codes = self.codes.get(site, np.zeros(0, np.int64))
+        return np.stack([codes >> _INDEX, codes & ((1 << _INDEX) - 1)], axis=1)
+
+    def __iter__(self) -> Iterator[tuple[str, Neuron]]:
+        for site in self.codes:
+            for layer, index in self.pairs(site).tolist():
+                yield site, Neuron(layer, index)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.codes.values()))
+
+    def __contains__(self, neuron: object) -> bool:
+        site, (layer, index) = neuron  # type: ignore[misc]
+        return bool(np.isin((layer << _INDEX) + index, self.codes.get(site, ())))
+
+    def __or__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._with(other, np.union1d)
+
+    def __and__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._with(other, np.intersect1d)
+
+    def __sub__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._with(other, np.setdiff1d)
+
+    def __le__(self, other: "NeuronSet") -> bool:
+        return not self - other
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NeuronSet) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def _with(
+        self, other: "NeuronSet", operation: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> "NeuronSet":
+        empty = np.zeros(0, np.int64)
+        return NeuronSet(
+            {
+                site: operation(self.codes.get(site, empty), other.codes.get(site, empty))
+                for site in SITES
+            }
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the members: equal sets have equal digests."""
+        found = hashlib.sha256()
+        for site, codes in self.codes.items():
+            found.update(f"{site}:{len(codes)}:".encode())
+            found.update(codes.astype("<i8").tobytes())
+        return found.hexdigest()
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise `DataError` unless every neuron exists in a model of this shape."""
+        for site in self.codes:
+            layers, indices = self.pairs(site).T
+            width = site_width(config, site)
+            for name, values, size in (
+                ("layer", layers, config.num_layers),
+                ("neuron", indices, width),
+            ):
+                if values.min() < 0 or values.max() >= size:
+                    raise DataError(
+                        f"site {site!r}: {name} {int(values.max())} is not in this model, "
+                        f"which has {size}: these neurons belong to another one"
+                    )
+
+    def scales(
+        self, config: ModelConfig, factor: float = 0.0, *, sites: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Multipliers [layer, width] by site, `factor` at the members and 1 elsewhere, float32.
+
+        Args:
+          config: the model's shape.
+          factor: 0 turns neurons off.
+          sites: sites to return; default: those with members.
+
+        Raises:
+          DataError: a neuron that this model does not have, or of a site that is left out.
+        """
+        self.check(config)
+        chosen = tuple(self.codes if sites is None else sites)
+        if any(site not in chosen for site in self.codes):
+            raise DataError(f"these neurons are of {', '.join(self.codes)}; asked: {chosen}")
+        scales = {}
+        for site in chosen:
+            scales[site] = np.ones((config.num_layers, site_width(config, site)), np.float32)
+            layers, indices = self.pairs(site).T
+            scales[site][layers, indices] = factor
+        return scales
+
+    def layer_counts(self, num_layers: int) -> dict[str, np.ndarray]:
+        """Members in each layer, [layer] by site."""
+        return {
+            site: np.bincount(self.pairs(site)[:, 0], minlength=num_layers) for site in self.codes
+        }
+
+    def random_like(self, config: ModelConfig, rng: np.random.Generator) -> "NeuronSet":
+        """As many random neurons in the same layers of the same sites, none of them a member.
+
+        Raises:
+          DataError: a layer has not enough other neurons.
+        """
+        sites = {}
+        for site in self.codes:
+            own = [neuron for where, neuron in self if where == site]
+            sites[site] = matched_random(own, width=site_width(config, site), rng=rng)
+        return NeuronSet.of(**sites)
+
+
+def _encode(pairs: Iterable[tuple[int, int]]) -> np.ndarray:
+    table = np.asarray(list(pairs), np.int64).reshape(-1, 2)
+    if len(table) and table.min() < 0:
+        raise ConfigError(f"layers and neurons are counted from 0, got {int(table.min())}")
+    return (table[:, 0] << _INDEX) + table[:, 1]
+
+
+def matched_random(
+    neurons: Sequence[Neuron], *, width: int, rng: np.random.Generator
+) -> list[Neuron]:
+    """As many random neurons in the same layers, none of them in `neurons`.
+
+    Raises:
+      DataError: a layer has not enough other neurons.
+    """
+    layers: dict[int, set[int]] = {}
+    for layer, index in neurons:
+        layers.setdefault(layer, set()).add(index)
+    drawn: list[Neuron] = []
+    for layer, indices in sorted(layers.items()):
+        taken = sorted(indices)
+        others = np.setdiff1d(np.arange(width), taken)
+        if len(others) < len(taken):
+            raise DataError(f"layer {layer}: {len(taken)} of {width} neurons leave no control set")
+        picked = rng.choice(others, size=len(taken), replace=False)
+        drawn += [Neuron(layer, int(index)) for index in np.sort(picked)]
+    return drawn
+
+
+def random_neurons(
+    config: ModelConfig, sites: Iterable[str], k: int, rng: np.random.Generator
+) -> NeuronSet:
+    """k neurons drawn at random, without replacement, from some sites of the whole model."""
+    sites = tuple(sites)
+    flat = rng.choice(neuron_count(config, sites), size=k, replace=False)
+    return NeuronSet.of_flat(flat, config, sites)
+
+
+def neuron_table(neurons: NeuronSet, **columns: Mapping[str, np.ndarray]) -> str:
+    """A set as CSV: site, layer, index and, from [layer, width] tables by site, more columns.
+
+    `read_neurons` reads it back.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["site", "layer", "index", *columns])
+    for site, (layer, index) in neurons:
+        values = (f"{table[site][layer, index]:.9g}" for table in columns.values())
+        writer.writerow([site, layer, index, *values])
+    return text.getvalue()
+
+
+def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
+    """Read a set of neurons from CSV with the columns site, layer and index.
+
+    Raises:
+      DataError: a file that cannot be read or is not of this format; names the line.
+    """
+    path = Path(path)
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not CSV in UTF-8: {error}") from None
+    found: dict[str, list[tuple[int, int]]] = {}
+    for line, row in enumerate(rows, 2):
+        try:
+            site, pair = row["site"], (int(row["layer"]), int(row["index"]))
+            check_site(site)
+            if min(pair) < 0:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, ConfigError):
+            raise DataError(
+                f"{path}: line {line}: needs a site ({', '.join(SITES)}), a layer and an index"
+            ) from None
+        found.setdefault(site, []).append(pair)
+    return NeuronSet.of(**found)

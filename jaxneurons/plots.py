@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,93 @@ from jaxneurons.neurons import Neuron
 
 # Okabe and Ito's palette: told apart with any colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
+
+
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of one pair of axes, in inches."""
+    # An object instead of pyplot: no global state, and no display is needed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25, linewidth=0.5)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def entitle(axes: Any, text: str) -> None:
+    """A title above the left end of the axes."""
+    axes.set_title(text, loc="left", fontsize=11)
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Write a figure as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).print_figure(path, dpi=160)
+    return path
+
+
+def heat_map(
+    values: np.ndarray,
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    limits: tuple[float, float],
+    colours: str,
+    xlabel: str = "",
+    ylabel: str = "",
+    boxed: Sequence[tuple[int, int]] = (),
+    rotation: float = 40,
+) -> Any:
+    """A table as colours with the numbers in the cells; NaN is grey, with a dash.
+
+    Args:
+      values: [row, column].
+      rows: what each row is.
+      columns: what each column is.
+      title: says what the numbers are, and of which model.
+      limits: values of the ends of the colour map.
+      colours: the colour map's name.
+      xlabel: what the columns are.
+      ylabel: what the rows are.
+      boxed: cells to draw a frame around.
+      rotation: of the columns' names, in degrees.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    longest = max(map(len, rows))
+    inches = 1.6 + 0.075 * longest + 0.44 * len(columns), 2.4 + 0.32 * len(rows)
+    figure, axes = new_figure(max(inches[0], 1.2 + 0.085 * len(title)), inches[1])
+    axes.grid(visible=False)
+    shades = colormaps[colours].with_extremes(bad="#DDDDDD")
+    image = axes.imshow(values, cmap=shades, vmin=limits[0], vmax=limits[1], aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        middle = (value - limits[0]) / max(limits[1] - limits[0], 1e-30)
+        dark = np.isfinite(value) and np.dot(shades(middle)[:3], (0.3, 0.6, 0.1)) < 0.5
+        axes.annotate(
+            f"{value:.0f}" if np.isfinite(value) else "\u2013",
+            (j, i),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if dark else "black",
+        )
+    for i, j in boxed:
+        axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, ec="black", lw=1.2))
+    axes.set_xticks(
+        range(len(columns)), columns, rotation=rotation, ha="right" if rotation else "center"
+    )
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(labelsize=8, length=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    entitle(axes, title)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, shrink=0.8, pad=0.02).outline.set_visible(False)
+    return figure
 
 
 def neuron_map(
@@ -31,13 +119,10 @@ def neuron_map(
       title: says model and data.
       common: neurons that many queries share, drawn apart.
     """
-    # Objects instead of pyplot: no global state, and no display is needed.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     path = Path(path)
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(1, 2, width_ratios=(5, 1))
     plane = figure.add_subplot(grid[0])
     side = figure.add_subplot(grid[1], sharey=plane)
@@ -89,5 +174,4 @@ def neuron_map(
     for handle in legend.legend_handles:
         if handle is not None and hasattr(handle, "set_sizes"):
             handle.set_sizes([40])  # pyright: ignore[reportAttributeAccessIssue]
-    canvas.print_figure(path, dpi=160)
-    return path
+    return save_figure(figure, path)

@@ -1,15 +1,18 @@
-"""Relations: triples, templates, splits and when an answer counts as right.
+"""Relations: triples, templates, translations and splits.
 
-Data of arXiv 2502.17355, section 3, in the format of LRE (Hernandez et al. 2024). Templates are
+Data of arXiv 2502.17355, section 3, in the format of LRE (Hernandez et al. 2024) with three keys
+more: `templates` (further sets, by name), `neutral_template` (a sentence that ends in the object)
+and `translations` (templates by language, and the subject and object of each sample). Templates are
 data: a run names its set, since small models answer the plain form far better than the paper's.
 """
 
+import csv
 import dataclasses
+import io
 import json
 import os
-import re
-import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 from jaxneurons.errors import DataError, near_matches
 
 TEMPLATE_SETS = ("plain", "zero-shot", "answer")
+NEUTRAL = "After a while they were talking about {}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,19 @@ class Triple:
 
     subject: str
     object: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Translation:
+    """A relation in another language.
+
+    Attributes:
+      templates: by set, as in `Relation`.
+      triples: by the triple in the relation's own language.
+    """
+
+    templates: Mapping[str, tuple[str, ...]]
+    triples: Mapping[Triple, Triple]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,30 +55,36 @@ class Relation:
       templates: by set, prompts with `{}` for the subject. `plain` and `zero-shot` are LRE's own;
         `answer` is the paper's "... is? Answer:" form, made of the plain one.
       subject_type: what the subjects are, "" if not said.
+      neutral: a sentence that says nothing of the relation, with `{}` for the object at its end.
+      translations: by language.
     """
 
     name: str
     triples: tuple[Triple, ...]
-    templates: dict[str, tuple[str, ...]]
+    templates: Mapping[str, tuple[str, ...]]
     subject_type: str = ""
+    neutral: str = NEUTRAL
+    translations: Mapping[str, Translation] = dataclasses.field(default_factory=dict)
 
-    def template(self, name: str, number: int = 0) -> str:
-        """One template of a set.
+    def wordings(self, sets: Iterable[str]) -> tuple[str, ...]:
+        """The templates of some sets together, each once.
 
         Raises:
-          DataError: no such set, or not so many templates in it.
+          DataError: no template in any of them.
         """
-        if name not in self.templates:
+        sets = tuple(sets)
+        found = wordings(self.templates, sets)
+        if not found:
             raise DataError(
-                f"relation {self.name!r} has no template set {name!r}; "
-                + near_matches(name, self.templates)
+                f"relation {self.name!r} has no template set {', '.join(map(repr, sets))}; "
+                + near_matches("".join(sets[:1]), self.templates)
             )
-        found = self.templates[name]
-        if not 0 <= number < len(found):
-            raise DataError(
-                f"relation {self.name!r}: template {number} of {name!r}, there are {len(found)}"
-            )
-        return found[number]
+        return found
+
+
+def wordings(templates: Mapping[str, tuple[str, ...]], sets: Iterable[str]) -> tuple[str, ...]:
+    """The templates of some sets together, each once; sets that are not there are passed over."""
+    return tuple(dict.fromkeys(one for name in sets for one in templates.get(name, ())))
 
 
 def prompt(template: str, subject: str) -> str:
@@ -69,60 +92,107 @@ def prompt(template: str, subject: str) -> str:
     return template.replace("{}", subject)
 
 
+def objects(triples: Iterable[Triple]) -> dict[str, tuple[str, ...]]:
+    """Every right answer by subject: a relation may have several."""
+    found: dict[str, dict[str, None]] = {}
+    for triple in triples:
+        found.setdefault(triple.subject, {})[triple.object] = None
+    return {subject: tuple(answers) for subject, answers in found.items()}
+
+
 def read_relation(path: str | os.PathLike[str]) -> Relation:
-    """Read one LRE file.
+    """Read one relation file.
 
     Raises:
       DataError: a file that cannot be read or is not of this format; names file and entry.
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not isinstance(values.get("samples"), list):
         raise DataError(f"{path}: not a relation: an object with name and samples is needed")
     triples: dict[Triple, None] = {}
+    others: dict[str, dict[Triple, Triple]] = {}
     for number, sample in enumerate(values["samples"], 1):
-        sample = sample if isinstance(sample, dict) else {}
-        pair = [sample.get(key) for key in ("subject", "object")]
-        pair = [value.strip() if isinstance(value, str) else "" for value in pair]
-        if not all(pair):
-            raise DataError(f"{path}: sample {number}: subject and object are needed")
-        triples[Triple(*pair)] = None
+        where = f"{path}: sample {number}"
+        triple = _triple(sample, where)
+        triples[triple] = None
+        for language, pair in _object(sample, "translations", where).items():
+            others.setdefault(language, {})[triple] = _triple(pair, f"{where}: {language}")
     if not triples:
         raise DataError(f"{path}: no samples")
-    plain = _templates(values, "prompt_templates", path)
-    sets = {
-        "plain": plain,
-        "zero-shot": _templates(values, "prompt_templates_zs", path),
-        "answer": tuple(map(answer_form, plain)),
-    }
-    properties = values.get("properties")
-    kind = properties.get("domain_name", "") if isinstance(properties, dict) else ""
+    templates = _template_sets(values, str(path))
+    if not templates:
+        raise DataError(f"{path}: no templates: prompt_templates is needed")
+    translations = {}
+    for language, found in _object(values, "translations", str(path)).items():
+        where = f"{path}: translations: {language}"
+        if not isinstance(found, dict):
+            raise DataError(f"{where}: must be an object with prompt_templates")
+        translations[language] = Translation(_template_sets(found, where), others.get(language, {}))
+    neutral = values.get("neutral_template", NEUTRAL)
+    if not isinstance(neutral, str) or neutral.count("{}") != 1 or not neutral.endswith("{}"):
+        raise DataError(f"{path}: neutral_template must be a text that ends in {{}}")
+    kind = _object(values, "properties", str(path)).get("domain_name", "")
     return Relation(
         name=path.stem,
         triples=tuple(triples),
-        templates={name: found for name, found in sets.items() if found},
+        templates=templates,
         subject_type=str(kind),
+        neutral=neutral,
+        translations=translations,
     )
 
 
-def _templates(values: dict[str, Any], key: str, path: Path) -> tuple[str, ...]:
-    found = values.get(key, [])
+def _object(values: Any, key: str, where: str) -> dict[str, Any]:
+    found = values.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: {key} must be an object")
+    return found
+
+
+def _triple(sample: Any, where: str) -> Triple:
+    sample = sample if isinstance(sample, dict) else {}
+    pair = [sample.get(key) for key in ("subject", "object")]
+    pair = [value.strip() if isinstance(value, str) else "" for value in pair]
+    if not all(pair):
+        raise DataError(f"{where}: subject and object are needed")
+    return Triple(*pair)
+
+
+def _template_sets(values: dict[str, Any], where: str) -> dict[str, tuple[str, ...]]:
+    plain = _templates(values.get("prompt_templates"), f"{where}: prompt_templates")
+    sets = {
+        "plain": plain,
+        "zero-shot": _templates(values.get("prompt_templates_zs"), f"{where}: prompt_templates_zs"),
+        "answer": tuple(map(answer_form, plain)),
+    }
+    for name, found in _object(values, "templates", where).items():
+        sets[name] = _templates(found, f"{where}: templates: {name}")
+    return {name: found for name, found in sets.items() if found}
+
+
+def _templates(found: Any, where: str) -> tuple[str, ...]:
+    found = [] if found is None else found
     if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
-        raise DataError(f"{path}: {key} must be a list of strings")
+        raise DataError(f"{where} must be a list of strings")
     for template in found:
         if template.count("{}") != 1:
-            raise DataError(f"{path}: {key}: {template!r} must have one {{}} for the subject")
+            raise DataError(f"{where}: {template!r} must have one {{}} for the subject")
     return tuple(found)
 
 
 def answer_form(template: str) -> str:
     """The paper's form of a plain template: "The CEO of {} is" -> "The CEO of {} is? Answer:"."""
-    return template.rstrip(" ?") + "? Answer:"
+    return template.rstrip(' ?"') + "? Answer:"
 
 
 def read_relations(directory: str | os.PathLike[str]) -> list[Relation]:
@@ -138,6 +208,40 @@ def read_relations(directory: str | os.PathLike[str]) -> list[Relation]:
     if not found:
         raise DataError(f"{directory}: no relation files (*.json)")
     return found
+
+
+def read_counts(path: str | os.PathLike[str]) -> dict[tuple[str, Triple], float]:
+    """Read how often facts occur: CSV with the columns relation, subject, object and count.
+
+    Raises:
+      DataError: a file that cannot be read or is not of this format; names the line.
+    """
+    path = Path(path)
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not CSV in UTF-8: {error}") from None
+    found = {}
+    for line, row in enumerate(rows, 2):
+        texts = [(row.get(key) or "").strip() for key in ("relation", "subject", "object")]
+        try:
+            count = float(row.get("count") or "")
+        except ValueError:
+            count = -1.0
+        if not all(texts) or not 0 <= count < float("inf"):
+            raise DataError(
+                f"{path}: line {line}: needs relation, subject, object and a count of 0 or more"
+            )
+        found[texts[0], Triple(*texts[1:])] = count
+    return found
+
+
+def bundled_relations() -> list[Relation]:
+    """The relations that ship with the package."""
+    with resources.as_file(resources.files("jaxneurons.data") / "relations") as directory:
+        return read_relations(directory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,39 +284,3 @@ def split(relation: Relation, *, evaluation: int = 50, seed: int = 0) -> Split:
         detection=tuple(t for t in relation.triples if t.subject not in held),
         evaluation=tuple(t for t in relation.triples if t.subject in held),
     )
-
-
-def answers(generated: str, expected: str) -> bool:
-    """Whether generated text gives the expected object.
-
-    Both are normalised: Unicode compatibility form, case folded, everything but letters and digits
-    taken as spaces. Then the words must agree from the first on, until one of the two ends; the
-    last word compared may be cut short on the generated side (two tokens rarely end a word), if at
-    least three of its letters are there. So " Poland." and "poland and" give "Poland", " new yor"
-    gives "New York"; "the Poland", "Polish" and "New" followed by "Jersey" do not.
-    """
-    said, wanted = _words(generated), _words(expected)
-    if not said or not wanted:
-        return False
-    length = min(len(said), len(wanted))
-    if said[: length - 1] != wanted[: length - 1]:
-        return False
-    last, full = said[length - 1], wanted[length - 1]
-    if last == full:
-        return True
-    return length == len(said) and len(last) >= 3 and full.startswith(last)
-
-
-def _words(text: str) -> list[str]:
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return re.findall(r"[^\W_]+", folded)
-
-
-def objects(triples: Iterable[Triple], subject: str) -> list[str]:
-    """Every right answer for a subject: a relation may have several."""
-    return [triple.object for triple in triples if triple.subject == subject]
-
-
-def any_answers(generated: str, expected: Sequence[str]) -> bool:
-    """Whether generated text gives one of the expected objects."""
-    return any(answers(generated, one) for one in expected)

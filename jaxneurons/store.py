@@ -23,7 +23,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    _write(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -36,7 +36,8 @@ def write_json_lines(path: Path, records: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: whatever happens, it is the old one or the whole new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -58,7 +59,7 @@ def digest(value: Any) -> str:
 
 
 class RunDirectory:
-    """A directory of results with numbered parts that a later run picks up.
+    """A directory of results with numbered or named parts that a later run picks up.
 
     Args:
       path: the directory; made if it is missing.
@@ -101,13 +102,13 @@ class RunDirectory:
                 "give a new directory, or delete this one"
             )
 
-    def _part(self, number: int) -> Path:
-        return self.parts / f"{number:05d}.npz"
+    def _part(self, name: int | str) -> Path:
+        return self.parts / (f"{name:05d}.npz" if isinstance(name, int) else f"{name}.npz")
 
-    def load(self, number: int) -> dict[str, np.ndarray] | None:
+    def load(self, name: int | str) -> dict[str, np.ndarray] | None:
         """A finished part, or None if it is not there or cannot be read (it is then made again)."""
         try:
-            content = self._part(number).read_bytes()
+            content = self._part(name).read_bytes()
         except OSError:
             return None
         content, digest = content[:-_DIGEST], content[-_DIGEST:]
@@ -118,9 +119,9 @@ class RunDirectory:
         except Exception:  # whole, and yet not a part: zipfile and numpy raise this and that
             return None
 
-    def save(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+    def save(self, name: int | str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write a part atomically, followed by its SHA-256: a zip file checks less than all."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         content = buffer.getvalue()
-        _write(self._part(number), content + hashlib.sha256(content).digest())
+        write_bytes(self._part(name), content + hashlib.sha256(content).digest())

@@ -22,6 +22,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from jaxneurons.demo import Demo
     from jaxneurons.describe import Description
+    from jaxneurons.load import LM
     from jaxneurons.locate import Located
 
 console = Console(markup=False)
@@ -43,6 +44,39 @@ def counting_bytes(what: str) -> Iterator[Callable[[int], None]]:
     with _progress(what, DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
         task = progress.add_task("", total=None)
         yield lambda count: progress.update(task, advance=count)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage of a long run: call what it gives with (stage, done, of)."""
+    with _progress("", TextColumn("{task.description}"), *_COUNT) as progress:
+        tasks: dict[str, Any] = {}
+        last: dict[str, int] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or done < last[stage]:  # the same stage once more
+                tasks[stage] = progress.add_task(stage, total=total)
+            last[stage] = done
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+_COUNT = (MofNCompleteColumn(), TimeRemainingColumn())
+
+
+def load_and_say(source: str) -> "LM":
+    """Load a model and say what it is."""
+    from jaxneurons.load import load
+
+    with errors.status(f"Loading {source} (fetched once, then cached) ..."):
+        lm = load(source)
+    config = lm.config
+    console.print(
+        f"{lm.source}: {config.num_layers} layers, {config.intermediate_size} neurons each, "
+        f"{config.vocab_size} tokens."
+    )
+    return lm
 
 
 def _progress(what: str, *columns: ProgressColumn) -> Progress:
@@ -202,3 +236,70 @@ def show_demo(result: "Demo", out: Path) -> None:
         f"completeness gap {exact['gap_median']:.1e} median, {exact['gap_max']:.1e} largest."
     )
     console.print(f"Written: {out}/neurons.jsonl, effects.json, run.json and {result.figure}")
+
+
+def show_study(out: Path) -> None:
+    """What a study of relation-specific neurons has found so far, from its tables."""
+    from jaxneurons.tables import read_tables
+
+    tables = read_tables(out / "tables")
+    known = [row for row in tables["relations"] if row["known"]]
+    unknown = [row["relation"] for row in tables["relations"] if not row["known"]]
+    own = {r["relation"]: r for r in tables.get("ablation", []) if _is_own(r)}
+    table = Table(
+        title="Answers right, and the share of those held out that is lost",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("relation", no_wrap=True)
+    for name in ("detection", "held out", "own off", "others off", "random off"):
+        table.add_column(name, justify="right")
+    for row in known:
+        name = row["relation"]
+        cells = [f"{row['validated']}/{row['detection']}"]
+        if name in own:
+            cells += [f"{own[name]['right_before']}/{own[name]['prompts']}"]
+            cells += _drops(tables["ablation"], name)
+        table.add_row(name, *cells)
+    summary = [
+        row
+        for row in tables.get("summary", [])
+        if (row["analysis"], row["evaluation"]) == ("ablation", "eva")
+    ]
+    for row in summary:
+        table.add_section()
+        spread = f" ± {row['random_spread']:.0%}" if row["random_spread"] is not None else ""
+        table.add_row(
+            f"mean of {row['relations']}",
+            "",
+            f"{row['right_before']} right",
+            f"{row['diagonal']:.0%}",
+            "" if row["off_diagonal"] is None else f"{row['off_diagonal']:.0%}",
+            f"{row['random']:.0%}{spread}",
+        )
+    console.print(table)
+    if own:
+        console.print("Negative: more answers are right than before.")
+    few = [name for name, row in own.items() if not row["counted"]]
+    if few:
+        console.print(f"Too few right answers to be averaged: {', '.join(few)}.")
+    if unknown:
+        console.print(f"Unknown to the model, left out: {', '.join(unknown)}.")
+    made = sorted(name for name in ("neurons", "tables", "figures") if (out / name).is_dir())
+    console.print(f"Written: {out}/{{{','.join(made)}}}, {len(tables)} tables")
+
+
+def _is_own(row: dict[str, Any]) -> bool:
+    return row["off"] == row["relation"] and row["evaluation"] == "eva"
+
+
+def _drops(rows: list[dict[str, Any]], relation: str) -> list[str]:
+    """Own, others' and random: mean drops of one relation's held-out answers."""
+    here = [r for r in rows if r["relation"] == relation and r["evaluation"] == "eva"]
+    groups = (
+        [r["drop"] for r in here if r["off"] == relation],
+        [r["drop"] for r in here if r["off"] not in ("random", "matched", relation)],
+        [r["drop"] for r in here if r["off"] == "random"],
+    )
+    found = [[value for value in group if value is not None] for group in groups]
+    return [f"{sum(group) / len(group):.0%}" if group else "" for group in found]

@@ -11,8 +11,8 @@ from models import random_tokens, tiny_config, tiny_params
 from jaxneurons import forward
 from jaxneurons.attribution import prefill
 from jaxneurons.errors import DataError
-from jaxneurons.evaluate import matched_random, scale_array, scaled_answers
-from jaxneurons.neurons import Neuron, site_width
+from jaxneurons.evaluate import scale_array, scaled_answers
+from jaxneurons.neurons import Neuron, matched_random, site_width
 
 CONFIG = tiny_config()
 LENGTHS = np.array([9, 4], np.int32)

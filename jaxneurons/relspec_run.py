@@ -1,0 +1,240 @@
+"""The whole study in a run directory: collect, neurons, analyses, figures.
+
+What people read is written anew by every stage from what `parts/` and `responses/` hold: `neurons/`
+(a CSV per relation), `tables/` (CSV and Parquet), `figures/` and `run.json` (where everything came
+from); `study.json` says how to go on.
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxneurons import analyses, relspec_plots
+from jaxneurons.analyses import Counts, Row, Tables
+from jaxneurons.concepts import concepts
+from jaxneurons.errors import DataError, near_matches
+from jaxneurons.load import LM
+from jaxneurons.neurons import neuron_table
+from jaxneurons.perplexity import perplexity
+from jaxneurons.relations import Relation, bundled_relations, read_relations
+from jaxneurons.relspec import RelSpecConfig
+from jaxneurons.store import write_json, write_text
+from jaxneurons.study import Study, Tell
+from jaxneurons.tables import read_json, read_tables, write_table
+
+ANALYSES: dict[str, Callable[[Study], Tables]] = {
+    "ablation": analyses.ablation,
+    "layers": analyses.layers,
+    "overlap": analyses.overlap,
+    "templates": analyses.templates,
+    "errors": analyses.errors,
+    "perplexity": perplexity,
+    "multilingual": analyses.multilingual,
+    "concepts": concepts,
+    "sizes": analyses.sizes,
+    "cumulativity": analyses.cumulativity,
+    "types": analyses.types,
+}
+"""By name, in the order in which they run; `frequency` is one more, for which counts are needed."""
+
+DEFAULT = ("ablation", "layers", "overlap", "errors")
+DROPS = ("ablation", "robustness", "multilingual", "sizes", "types")
+"""Tables with the columns of `analyses.measure`, which `summary` is made of."""
+
+STUDY = "study.json"
+BUNDLED = "bundled"
+
+
+def choose(names: str | Sequence[str], *, counts: bool = False) -> tuple[str, ...]:
+    """Names of analyses: "default", "all", or some, in the order in which they run.
+
+    Raises:
+      DataError: an unknown name, or `frequency` without counts.
+    """
+    known = (*ANALYSES, "frequency")
+    asked = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    found: set[str] = set()
+    for name in asked:
+        if name == "all":
+            found |= {*ANALYSES, *(("frequency",) if counts else ())}
+        elif name == "default":
+            found |= {*DEFAULT, *(("frequency",) if counts else ())}
+        elif name in known:
+            found.add(name)
+        else:
+            raise DataError(
+                f"unknown analysis {name!r}; {near_matches(name, (*known, 'all', 'default'))}"
+            )
+    if "frequency" in found and not counts:
+        raise DataError("the analysis 'frequency' needs counts of the facts: give a file of them")
+    return tuple(name for name in known if name in found)
+
+
+def gather(sources: Sequence[str | os.PathLike[str]]) -> list[Relation]:
+    """Relations of several sources: directories, or "bundled" for those of the package."""
+    found = []
+    for source in sources:
+        found += bundled_relations() if str(source) == BUNDLED else read_relations(source)
+    return found
+
+
+def begin(
+    out: str | os.PathLike[str], model: str, relations: Sequence[str], settings: RelSpecConfig
+) -> None:
+    """Write how the study was begun, so that its later stages need only its directory."""
+    write_json(
+        Path(out) / STUDY,
+        {
+            "model": model,
+            "relations": [s if s == BUNDLED else os.path.abspath(s) for s in map(str, relations)],
+            "settings": dataclasses.asdict(settings),
+        },
+    )
+
+
+def resume(out: str | os.PathLike[str]) -> tuple[str, list[str], RelSpecConfig]:
+    """How a study was begun: model source, relation sources and settings.
+
+    Raises:
+      DataError: no study in this directory.
+    """
+    path = Path(out) / STUDY
+    if not path.is_file():
+        raise DataError(
+            f"{out}: no study here; begin one with --model and --relations, or give its directory"
+        )
+    found = read_json(path)
+    try:
+        values = dict(found["settings"])
+        values |= {name: tuple(values[name]) for name in ("sites", "templates")}
+        settings = RelSpecConfig(**values)
+        return str(found["model"]), [str(one) for one in found["relations"]], settings
+    except (KeyError, TypeError):
+        raise DataError(f"{path}: not written by this version; begin anew") from None
+
+
+def collect(study: Study) -> Tables:
+    """Stage 1: ask every detection prompt, and take the responses to those answered."""
+    tables = analyses.relations(study)
+    _write(study, tables)
+    if study.known:
+        study.experts()
+    return tables
+
+
+def neurons(study: Study) -> None:
+    """Stage 2: average precision, and the neurons of each relation as CSV."""
+    directory = study.run.path / "neurons"
+    directory.mkdir(exist_ok=True)
+    found = study.experts()
+    for name, one in study.neurons().items():
+        text = neuron_table(
+            one, average_precision=found[name].scores, median_response=found[name].medians
+        )
+        write_text(directory / f"{name}.csv", text)
+
+
+def analyse(study: Study, names: Sequence[str], *, counts: Counts | None = None) -> Tables:
+    """Stages 3 and 4: the analyses, a table or more of each, written as they finish."""
+    found: Tables = {}
+    seconds = {}
+    for name in names:
+        start = time.perf_counter()
+        if name == "frequency":
+            tables = analyses.frequency(study, counts or {})
+        else:
+            tables = ANALYSES[name](study)
+        seconds[name] = round(time.perf_counter() - start, 2)
+        _write(study, tables)
+        found |= tables
+    _finish(study, seconds)
+    return found
+
+
+def _write(study: Study, tables: Tables) -> None:
+    for name, rows in tables.items():
+        if rows:
+            write_table(study.run.path / "tables", name, rows)
+
+
+def _finish(study: Study, seconds: dict[str, float]) -> None:
+    """The summary over all tables that are there, and run.json."""
+    tables = read_tables(study.run.path / "tables")
+    drops = [row for name in DROPS for row in tables.get(name, [])]
+    total = analyses.summary(drops)
+    if total:
+        write_table(study.run.path / "tables", "summary", total)
+    write_json(
+        study.run.path / "run.json",
+        {
+            **study.facts(),
+            "tables": sorted({*tables, *(["summary"] if total else [])}),
+            "summary": [row for row in total if row["analysis"] == "ablation"],
+            "cumulativity": _cumulativity(tables.get("cumulativity", [])),
+            "seconds_of_this_call": seconds,
+        },
+    )
+
+
+def _cumulativity(rows: Sequence[Row]) -> dict[str, Any]:
+    """Macro over relations and sizes, micro over prompts."""
+    values = [row["cumulativity"] for row in rows if row["cumulativity"] is not None]
+    total = sum(row["total"] for row in rows)
+    if not total:
+        return {}
+    return {
+        "macro": sum(values) / len(values),
+        "micro": 1 - sum(row["affected"] for row in rows) / total,
+        "total": total,
+    }
+
+
+def plot(out: str | os.PathLike[str]) -> list[Path]:
+    """Stage 5: a figure of every table that has one; needs no model.
+
+    Raises:
+      DataError: no tables there.
+    """
+    directory = Path(out)
+    tables = read_tables(directory / "tables")
+    if not tables:
+        raise DataError(f"{directory}: no tables here; run the analyses first")
+    run = directory / "run.json"
+    source = read_json(run)["model"]["source"] if run.is_file() else ""
+    return relspec_plots.draw(tables, directory / "figures", source=source)
+
+
+def run_study(
+    lm: LM,
+    relations: Sequence[Relation],
+    out: str | os.PathLike[str],
+    *,
+    settings: RelSpecConfig = RelSpecConfig(),
+    names: Sequence[str] = DEFAULT,
+    counts: Counts | None = None,
+    tell: Tell = lambda stage, done, total: None,
+) -> Study:
+    """Every stage; a stopped call goes on where it was, with identical results.
+
+    Args:
+      lm: the model.
+      relations: at least two.
+      out: the run directory.
+      settings: hyper-parameters.
+      names: analyses, see `ANALYSES`.
+      counts: of facts, for the analysis "frequency".
+      tell: told how far each stage is.
+
+    Raises:
+      DataError: unusable relations or directory, before anything is computed; or a model that
+        knows none of the relations.
+    """
+    study = Study(lm, relations, out, settings=settings, tell=tell)
+    collect(study)
+    neurons(study)
+    analyse(study, names, counts=counts)
+    plot(study.run.path)
+    return study

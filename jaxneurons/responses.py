@@ -1,0 +1,210 @@
+"""Responses of every neuron to every prompt, on disk: they need not fit into memory.
+
+Section 2 of arXiv 2502.17355: a neuron's response is its output, averaged over the prompt's tokens.
+One forward pass per prompt; the mean is taken inside the scan over layers. A zarr array
+[example, layer, neuron] per site, a chunk for every batch and layer, with checksums.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxneurons import batches
+from jaxneurons.config import ModelConfig
+from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.neurons import check_site, site_width
+from jaxneurons.store import digest, write_json
+from jaxneurons.transformer import forward
+
+DTYPES = ("float32", "bfloat16")
+ROWS = 64
+"""Prompts in a batch, and examples in a chunk."""
+
+Read = Callable[[str, int], Float[np.ndarray, "example width"]]
+"""Responses of all examples at one site and layer."""
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sites"))
+def mean_responses(
+    params: Any,
+    tokens: Int[Array, "batch seq"],
+    lengths: Int[Array, " batch"],
+    *,
+    config: ModelConfig,
+    sites: tuple[str, ...],
+) -> dict[str, Float[Array, "layer batch width"]]:
+    """Output of every neuron of `sites`, averaged over the real tokens of each prompt, float32.
+
+    The beginning-of-sequence token counts, if the tokenizer puts one.
+    """
+    out = forward(
+        params, tokens, config=config, lengths=lengths, capture=sites, reduce="mean", at="last"
+    )
+    return out.activations
+
+
+class ResponseStore:
+    """Responses of prompts on disk, written batch by batch, read layer by layer.
+
+    Args:
+      path: a directory of its own.
+      prompts: token ids of the examples.
+      config: the model's shape.
+      identity: what the responses depend on beside the prompts: the model's hash, say.
+      dtype: as stored: float32 or bfloat16.
+
+    Raises:
+      DataError: the directory holds responses of another model, of other prompts or dtype.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        prompts: Sequence[Sequence[int]],
+        *,
+        config: ModelConfig,
+        identity: Mapping[str, Any],
+        dtype: str = "float32",
+    ):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown response dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        if not prompts:
+            raise DataError("no prompts to take responses of")
+        self.path, self.config, self.dtype = Path(path), config, dtype
+        self._plan = batches.by_length(prompts, ROWS)
+        order = np.concatenate([batch.index for batch in self._plan])
+        self._row_of = np.argsort(order)
+        self._about = self.path / "responses.json"
+        self._identity = {
+            **identity,
+            "prompts": digest([list(map(int, prompt)) for prompt in prompts]),
+            "dtype": dtype,
+            "shape": [config.num_layers, *(site_width(config, s) for s in ("up", "down", "q"))],
+        }
+        self._done = self._read_done()
+
+    def _read_done(self) -> dict[str, int]:
+        """Batches finished, by site."""
+        if not self._about.is_file():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise DataError(f"{self.path}: holds files but no responses; give a new directory")
+            return {}
+        try:
+            about = json.loads(self._about.read_text(encoding="utf-8"))
+            known, done = about["identity"], about["done"]
+            other = [key for key in self._identity if known.get(key) != self._identity[key]]
+            done = {str(site): int(count) for site, count in done.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{self._about}: unreadable; delete {self.path}") from None
+        if other:
+            raise DataError(
+                f"{self.path}: holds responses with another {', '.join(other)}; "
+                "delete it, or give a new directory"
+            )
+        return done
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def fill(
+        self,
+        params: Any,
+        sites: Sequence[str],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Take and write the responses at `sites` that are not there yet.
+
+        Args:
+          params: the model's parameters.
+          sites: which outputs.
+          progress: told how many prompts are done, and of how many.
+        """
+        for site in sites:
+            check_site(site)
+        # Sites that have come equally far go through the model together.
+        for done in sorted({self._done.get(site, 0) for site in sites}):
+            together = tuple(site for site in sites if self._done.get(site, 0) == done)
+            arrays = {site: self._open(site, create=True) for site in together}
+            for number in range(done, len(self._plan)):
+                batch = self._plan[number]
+                found = mean_responses(
+                    params, batch.tokens, batch.lengths, config=self.config, sites=together
+                )
+                self._write(number, len(batch.index), arrays, found)
+                if progress is not None:
+                    progress(min((number + 1) * ROWS, len(self)), len(self))
+
+    def write(self, number: int, found: Mapping[str, Array]) -> None:
+        """Write one batch of the plan, [layer, batch, width] by site, made elsewhere."""
+        arrays = {site: self._open(site, create=True) for site in found}
+        self._write(number, len(self._plan[number].index), arrays, found)
+
+    def _write(
+        self, number: int, count: int, arrays: Mapping[str, Any], found: Mapping[str, Array]
+    ) -> None:
+        start = number * ROWS
+        pending = []
+        for site, array in arrays.items():
+            values = np.asarray(found[site])[:, :count].swapaxes(0, 1)
+            pending.append(
+                array[start : start + count].write(values.astype(array.dtype.numpy_dtype))
+            )
+        for one in pending:
+            one.result()
+        for site in arrays:
+            self._done[site] = number + 1
+        write_json(self._about, {"identity": self._identity, "done": self._done})
+
+    def _open(self, site: str, *, create: bool = False) -> Any:
+        import tensorstore as ts
+
+        width = site_width(self.config, site)
+        shape = [len(self), self.config.num_layers, width]
+        chunk = [ROWS, 1, width]
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(self.path / site)},
+            "metadata": {
+                "shape": shape,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                "chunk_key_encoding": {"name": "default"},
+                "data_type": self.dtype,
+                "codecs": [
+                    {"name": "bytes", "configuration": {"endian": "little"}},
+                    {"name": "crc32c"},
+                ],
+            },
+        }
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return ts.open(spec, create=create, open=True).result()
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror})") from None
+        except ValueError as error:
+            reason = str(error).split(" [")[0]
+            raise DataError(f"{self.path / site}: unreadable ({reason}); delete it") from None
+
+    def read(self, site: str, layer: int) -> Float[np.ndarray, "example width"]:
+        """Responses of all examples, in their order, at one site and layer, as float32.
+
+        Raises:
+          DataError: not all written, or damaged.
+        """
+        if self._done.get(site, 0) < len(self._plan):
+            raise DataError(f"{self.path}: the responses at {site!r} are not complete")
+        try:
+            values = self._open(site)[:, layer].read().result()
+        except ValueError as error:
+            raise DataError(
+                f"{self.path / site}: damaged at layer {layer} ({str(error).split(' [')[0]}); "
+                f"delete {self.path} and run again"
+            ) from None
+        return values.astype(np.float32)[self._row_of]
