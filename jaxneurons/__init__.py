@@ -4,7 +4,7 @@ from jaxneurons.attribution import Attribution, integrated_gradients
 from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
 from jaxneurons.load import LM, load
-from jaxneurons.neurons import SITES, Neuron
+from jaxneurons.neurons import SITES, Neuron, NeuronSet
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.save import save
 from jaxneurons.sharding import ShardingRules
@@ -22,6 +22,7 @@ __all__ = [
     "JaxneuronsError",
     "ModelConfig",
     "Neuron",
+    "NeuronSet",
     "Output",
     "Quadrature",
     "RopeConfig",

@@ -50,7 +50,7 @@ def heat_map(
     xlabel: str = "",
     ylabel: str = "",
     boxed: Sequence[tuple[int, int]] = (),
-    rotation: float = 40,
+    rotation: int = 40,
 ) -> Any:
     """A table as colours with the numbers in the cells; NaN is grey, with a dash.
 

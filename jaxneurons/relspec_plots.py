@@ -66,7 +66,7 @@ def inter_relation(rows: Rows, source: str, evaluation: str = "eva") -> Any:
         title=f"Right answers lost (%), {kind}, {source}",
         xlabel=f"relation whose {_k(rows)} neurons are off",
         ylabel="relation asked, with answers right before",
-        limits=(-100, 100),
+        limits=(-100.0, 100.0),
         colours="RdBu_r",
         boxed=[(i, offs.index(name)) for i, name in enumerate(asked)],
     )
@@ -175,7 +175,7 @@ def layers(rows: Rows, source: str, key: str = "relation") -> Any:
         title=f"Share of a relation's neurons in each layer (%), {source}",
         xlabel="layer",
         ylabel="",
-        limits=(0, float(shares.max())),
+        limits=(0.0, float(shares.max())),
         colours="Blues",
         rotation=0,
     )
@@ -205,12 +205,13 @@ def overlap(rows: Rows, source: str) -> Any:
     for row in rows:
         values[names.index(row["relation"]), names.index(row["other"])] = row["shared"]
     others = values[~np.eye(len(names), dtype=bool)]
+    k, chance = rows[0]["k"], rows[0]["by_chance"]
     return heat_map(
         values,
         rows=[_label(name) for name in names],
         columns=[_label(name) for name in names],
-        title=f"Shared neurons of {rows[0]['k']:,}; {rows[0]['by_chance']:.1f} by chance, {source}",
-        limits=(0, float(others.max()) if len(others) else 1.0),
+        title=f"Shared neurons of {k:,} ({chance:.1f} by chance), {source}",
+        limits=(0.0, float(others.max()) if len(others) else 1.0),
         colours="Blues",
     )
 
@@ -250,7 +251,7 @@ def multilingual(rows: Rows, source: str) -> Any:
         rows=[_label(name) for name in names],
         columns=languages,
         title=f"Answered in other languages (%), {unknown} of {len(rows)} unknown, {source}",
-        limits=(0, 100),
+        limits=(0.0, 100.0),
         colours="Blues",
         rotation=0,
     )
@@ -297,7 +298,7 @@ def _paired_bars(found: Sequence[tuple[str, float, Sequence[float]]], title: str
     axes.set_xticks(x, [name for name, *_ in found], rotation=40, ha="right")
     axes.set(ylabel="right answers lost (%)")
     entitle(axes, title)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -314,10 +315,10 @@ def concepts(rows: Rows, source: str) -> Any:
         values,
         rows=[_label(kind) for kind in kinds],
         columns=[_label(name) for name in names],
-        title=f"Neurons shared with concepts; {rows[0]['by_chance']:.1f} by chance, {source}",
+        title=f"Neurons shared with concepts ({rows[0]['by_chance']:.1f} by chance), {source}",
         xlabel="relation (boxed: its subjects are of the type)",
         ylabel="concept",
-        limits=(0, float(max(values.max(), 1))),
+        limits=(0.0, float(max(values.max(), 1))),
         colours="Blues",
         boxed=own,
     )
@@ -330,21 +331,23 @@ def perplexity(rows: Rows, source: str) -> Any:
     x = np.arange(len(names))
     own = [next(r["ratio"] for r in rows if r["relation"] == r["off"] == n) for n in names]
     random = [_controls(rows, n, "random", "ratio") for n in names]
-    axes.bar(x - 0.2, own, 0.4, color=OWN, label="own neurons off")
-    axes.bar(
-        x + 0.2,
-        [np.mean(one) for one in random],
-        0.4,
-        yerr=[np.std(one, ddof=1) if len(one) > 1 else 0 for one in random],
-        color=RANDOM,
-        label="random neurons off",
-        error_kw={"lw": 1},
-    )
+    means = np.array([np.mean(one) for one in random])
+    ends = np.array([[np.min(one), np.max(one)] for one in random]).T
     axes.axhline(1, color="black", lw=0.6)
+    axes.errorbar(
+        x + 0.12,
+        means,
+        yerr=np.abs(ends - means),
+        fmt="s",
+        color=RANDOM,
+        label="random neurons off (mean, range over seeds)",
+        elinewidth=1,
+    )
+    axes.plot(x - 0.12, own, "o", color=OWN, label="own neurons off")
     axes.set_xticks(x, [_label(n) for n in names], rotation=40, ha="right")
-    axes.set(yscale="log", ylabel="perplexity, times that of the untouched model")
+    axes.set(ylabel="perplexity, times the untouched model's")
     entitle(axes, f"Sentences that say nothing of the relation, {source}")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -203,7 +203,9 @@ def plot(out: str | os.PathLike[str]) -> list[Path]:
     if not tables:
         raise DataError(f"{directory}: no tables here; run the analyses first")
     run = directory / "run.json"
-    source = read_json(run)["model"]["source"] if run.is_file() else ""
+    source = str(read_json(run)["model"]["source"]) if run.is_file() else ""
+    if os.path.isabs(source):
+        source = Path(source).name  # titles are short
     return relspec_plots.draw(tables, directory / "figures", source=source)
 
 

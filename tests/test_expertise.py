@@ -12,8 +12,16 @@ from models import compiled, random_tokens, tiny_config, tiny_params
 from sklearn.metrics import average_precision_score
 
 from jaxneurons import RopeConfig, forward
-from jaxneurons.expertise import average_precision, top_neurons
+from jaxneurons.errors import DataError
+from jaxneurons.expertise import (
+    Examples,
+    average_precision,
+    expertise,
+    resolve_k,
+    top_neurons,
+)
 from jaxneurons.generate import greedy
+from jaxneurons.neurons import neuron_count, site_width
 
 
 def oracle(positives, negatives):
@@ -114,3 +122,92 @@ def test_greedy_of_one_step_and_of_an_untouched_model():
     np.testing.assert_array_equal(four[:, :1], one)
     out = forward(params, tokens, config=config, lengths=lengths)
     np.testing.assert_array_equal(one[:, 0], out.logits[:, 0].argmax(-1))
+
+
+# --- layer by layer -------------------------------------------------------------------------------
+
+CONFIG = tiny_config()
+SITES = ("up", "down")
+
+
+@pytest.fixture(scope="module")
+def responses():
+    rng = np.random.default_rng(0)
+    found = {
+        site: rng.standard_normal((40, CONFIG.num_layers, site_width(CONFIG, site)))
+        for site in SITES
+    }
+    found["up"][:, 1, 3] = 0.5  # constant
+    found["up"][:, 2] = np.round(found["up"][:, 2])  # ties
+    return {site: values.astype(np.float32) for site, values in found.items()}
+
+
+EXAMPLES = {
+    "a": Examples(np.arange(10), np.arange(15, 40)),
+    "b": Examples(np.array([3, 20, 21]), np.array([0, 1, 2, 30])),
+}
+
+
+def test_every_neuron_of_every_layer(responses):
+    """Against scikit-learn for every neuron, ties and constants included; never a second layer."""
+    told = []
+    found = expertise(
+        lambda site, layer: responses[site][:, layer],
+        EXAMPLES,
+        config=CONFIG,
+        sites=SITES,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    steps = len(SITES) * CONFIG.num_layers
+    assert told == [(step, steps) for step in range(1, steps + 1)]
+    for name, (positives, negatives) in EXAMPLES.items():
+        for site, values in responses.items():
+            for layer in range(CONFIG.num_layers):
+                wanted = oracle(values[positives, layer], values[negatives, layer])
+                np.testing.assert_allclose(found[name].scores[site][layer], wanted, atol=1e-6)
+            np.testing.assert_array_equal(
+                found[name].medians[site], np.median(values[positives], axis=0)
+            )
+
+
+def test_the_best_neurons_of_some_sites(responses):
+    found = expertise(
+        lambda site, layer: responses[site][:, layer], EXAMPLES, config=CONFIG, sites=SITES
+    )["a"]
+    listed = sorted(
+        (-score, number, site, layer, index)
+        for number, (score, site, layer, index) in enumerate(
+            (float(found.scores[site][layer, index]), site, layer, index)
+            for site in SITES
+            for layer in range(CONFIG.num_layers)
+            for index in range(site_width(CONFIG, site))
+        )
+    )
+    for k in (1, 7, 100):
+        wanted = {(site, layer, index) for *_, site, layer, index in listed[:k]}
+        assert {(site, *neuron) for site, neuron in found.top(SITES, k, CONFIG)} == wanted
+    assert found.top(("down",), 5, CONFIG).codes.keys() == {"down"}
+    for k in (0, 10**6):
+        with pytest.raises(DataError, match=f"{k} neurons asked for, the sites up, down have"):
+            found.top(SITES, k, CONFIG)
+
+
+def test_nothing_to_tell_apart(responses):
+    for examples in (Examples(np.arange(0), np.arange(3)), Examples(np.arange(3), np.arange(0))):
+        with pytest.raises(DataError, match="'x': average precision needs"):
+            expertise(
+                lambda site, layer: responses[site][:, layer],
+                {"x": examples},
+                config=CONFIG,
+                sites=SITES,
+            )
+
+
+def test_numbers_of_neurons():
+    count = neuron_count(CONFIG, SITES)
+    assert resolve_k(7, CONFIG, SITES) == 7
+    assert resolve_k(0.5, CONFIG, SITES) == round(count / 2)
+    assert resolve_k(count, CONFIG, SITES) == count
+    for k in (0, -3, count + 1, 1e-9, 1.5):
+        with pytest.raises(DataError, match=f"give a number from 1 to {count}"):
+            resolve_k(k, CONFIG, SITES)

@@ -1,0 +1,80 @@
+"""Memory of responses and expertise at the size of a 7B model, without the model.
+
+    python benchmarks/responses.py [--examples 200]
+
+Synthetic responses of every FFN neuron of Llama-2 7B (835,584) are written batch by batch, as the
+model would give them, and read layer by layer for average precision. Reports the peak of resident
+memory above what the process held before, time, and the size on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+
+from jaxneurons import ModelConfig, RopeConfig
+from jaxneurons.expertise import Examples, expertise
+from jaxneurons.neurons import FFN, neuron_count, site_width
+from jaxneurons.responses import ROWS, ResponseStore
+
+LLAMA_2_7B = ModelConfig(
+    vocab_size=32_000,
+    hidden_size=4_096,
+    intermediate_size=11_008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    max_position=4_096,
+    rope=RopeConfig(),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Responses of a 7B model's neurons.")
+    parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    options = parser.parse_args()
+    config, count = LLAMA_2_7B, options.examples
+    jax.block_until_ready(jax.numpy.ones(8) + 1)
+    before = psutil.Process().memory_info().rss
+
+    with tempfile.TemporaryDirectory() as directory:
+        store = ResponseStore(
+            directory + "/r",
+            [(1, 2, 3)] * count,
+            config=config,
+            identity={},
+            dtype=options.dtype,
+        )
+        start = time.perf_counter()
+        for number in range(-(-count // ROWS)):
+            key = jax.random.key(number)
+            found = {
+                site: jax.random.normal(key, (config.num_layers, ROWS, site_width(config, site)))
+                for site in FFN
+            }
+            store.write(number, found)
+            del found
+        written = time.perf_counter() - start
+        size = sum(p.stat().st_size for p in Path(directory).rglob("*") if p.is_file())
+        examples = {"relation": Examples(np.arange(count // 5), np.arange(count // 5, count))}
+        start = time.perf_counter()
+        expertise(store.read, examples, config=config, sites=FFN)
+        ranked = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(f"{count} examples x {neuron_count(config, FFN):,} neurons, {options.dtype}")
+    print(f"on disk: {size / 2**30:.2f} GiB, written in {written:.1f} s")
+    print(f"average precision: {ranked:.1f} s")
+    print(f"peak memory above the start: {peak / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()

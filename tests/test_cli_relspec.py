@@ -1,0 +1,176 @@
+"""`jaxneurons relspec` as a new user runs it: whole, stage by stage, and with bad input."""
+
+import json
+import re
+import shutil
+
+import pytest
+from fixtures import write_lm
+from known import write_relations
+
+import jaxneurons
+from jaxneurons.tables import read_tables
+
+SMALL = ("--k", "5%", "--minimum", 5, "--seeds", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_lm(tmp_path_factory.mktemp("lm") / "model")
+
+
+@pytest.fixture(scope="module")
+def relations(model, tmp_path_factory):
+    lm = jaxneurons.load(model)
+    return write_relations(tmp_path_factory.mktemp("relations") / "known", lm)
+
+
+@pytest.fixture(scope="module")
+def done(model, relations, tmp_path_factory):
+    """A directory in which everything has been run, and what was said."""
+    import contextlib
+    import io
+    import sys
+
+    from jaxneurons import cli
+
+    out = tmp_path_factory.mktemp("done") / "run"
+    argv = ["jaxneurons", "relspec", "run", "--model", model, "--relations", relations]
+    argv = [*argv, "--out", out, *SMALL]
+    before, said = sys.argv, io.StringIO()
+    sys.argv = list(map(str, argv))
+    try:
+        with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = before
+    assert not stop.value.code
+    return out, said.getvalue()
+
+
+def fails(result, message):
+    code, _, err = result
+    assert code == 1, err
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+
+
+def test_run(done):
+    out, _ = done
+    assert {path.name for path in out.iterdir()} == {
+        *("neurons", "tables", "figures", "parts", "responses", "run.json", "study.json")
+    }
+    found = read_tables(out / "tables")
+    assert {"ablation", "layers", "overlap", "errors", "summary"} <= set(found)
+    assert "sizes" not in found
+    run = json.loads((out / "run.json").read_text())
+    assert run["neurons"]["k"] == 24
+    assert run["settings"]["seeds"] == 2
+
+
+def test_stage_by_stage_is_the_same(run, done, model, relations, tmp_path):
+    whole, _ = done
+    out = tmp_path / "run"
+    begin = ("--model", model, "--relations", relations, "--out", out, *SMALL)
+    code, said, err = run("relspec", "collect", *begin)
+    assert (code, "error" in err) == (0, False)
+    assert "12/12" in said
+    for stage in ("neurons", "ablate", "analyse", "plot"):
+        code, said, err = run("relspec", stage, "--out", out)
+        assert (code, "Traceback" in err) == (0, False), err
+        assert "Written" in said
+    for folder in ("tables", "neurons"):
+        for path in (whole / folder).iterdir():
+            assert (out / folder / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {p.name for p in (out / "figures").iterdir()} == {
+        p.name for p in (whole / "figures").iterdir()
+    }
+
+
+def test_further_analyses_and_counts(run, done, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(done[0], out)
+    facts = read_tables(out / "tables")["answers"]
+    lines = [f'{r["relation"]},{r["subject"]},"{r["object"]}",7' for r in facts]
+    counts = tmp_path / "counts.csv"
+    counts.write_text("relation,subject,object,count\n" + "\n".join(lines) + "\n")
+    code, _, err = run(
+        "relspec", "analyse", "--out", out, "--analyses", "frequency,sizes", "--counts", counts
+    )
+    assert code == 0, err
+    found = read_tables(out / "tables")
+    assert {row["count"] for row in found["frequency"]} == {7}
+    assert {row["analysis"] for row in found["summary"]} == {"ablation", "sizes"}
+    assert (out / "figures" / "sizes.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--k", "0"), r"--k '0': give a number of neurons, or a share"),
+        (("--k", "many"), "give a number of neurons"),
+        (("--k", "481"), "give a number from 1 to 480"),
+        (("--k", "100.5%"), "or a share such as 0.36%"),
+        (("--templates", "plan"), "no template set 'plan' .* did you mean 'plain'"),
+        (("--templates", ""), "templates must name"),
+        (("--sites", "up,gates"), "unknown site 'gates'; did you mean 'gate'"),
+        (("--analyses", "size"), "unknown analysis 'size'; did you mean 'sizes'"),
+        (("--analyses", "frequency"), "'frequency' needs counts"),
+        (("--counts", "none.csv"), "none.csv: cannot be read"),
+        (("--dtype", "float8"), "unknown response dtype 'float8'"),
+    ],
+)
+def test_bad_options(run, model, relations, tmp_path, more, message):
+    out = tmp_path / "run"
+    options = ("--model", model, "--relations", relations, "--out", out, *more)
+    fails(run("relspec", "run", *options), message)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": [{"subject": "a"}]}, r"b\.json: sample 1: subject and object"),
+        ({"samples": [{"subject": "a", "object": ""}]}, r"b\.json: sample 1: subject and object"),
+        ({"prompt_templates": ["no slot"]}, r"'no slot' must have one \{\}"),
+        ({"prompt_templates": []}, r"b\.json: no templates"),
+        ({"samples": [{"subject": "a", "object": o} for o in "xyz"]}, "'b' has one subject"),
+    ],
+)
+def test_bad_relations(run, model, relations, tmp_path, changes, message):
+    """Before the model is loaded, and nothing is written."""
+    folder = tmp_path / "relations"
+    folder.mkdir()
+    good = json.loads((relations / "in.json").read_text())
+    (folder / "a.json").write_text(json.dumps(good))
+    (folder / "b.json").write_text(json.dumps({**good, **changes}))
+    out = tmp_path / "run"
+    fails(run("relspec", "run", "--model", "none", "--relations", folder, "--out", out), message)
+    assert not out.exists()
+
+
+def test_one_relation(run, relations, tmp_path):
+    folder = tmp_path / "relations"
+    folder.mkdir()
+    shutil.copy(relations / "in.json", folder)
+    options = ("--model", "none", "--out", tmp_path / "run")
+    fails(run("relspec", "run", "--relations", folder, *options), "one relation only")
+    twice = ("--relations", folder, "--relations", folder)
+    fails(run("relspec", "run", *twice, *options), "'in' is there twice")
+
+
+def test_directories_that_are_no_study(run, done, model, relations, tmp_path):
+    for stage in ("neurons", "ablate", "analyse"):
+        fails(run("relspec", stage, "--out", tmp_path / "none"), "no study here; begin one")
+    fails(run("relspec", "plot", "--out", tmp_path / "none"), "no tables here")
+    options = ("--model", model, "--relations", relations, "--out")
+    fails(run("relspec", "run", *options, done[0], "--k", "7"), "another settings")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "main.tex").write_text("x")
+    fails(run("relspec", "run", *options, tmp_path / "thesis"), "no run of ours")
+    shutil.copytree(done[0], tmp_path / "run")
+    (tmp_path / "run" / "tables" / "ablation.parquet").write_bytes(b"PAR1")
+    fails(run("relspec", "plot", "--out", tmp_path / "run"), r"ablation\.parquet: not a readable")
+    (tmp_path / "run" / "study.json").write_text("{}")
+    fails(run("relspec", "neurons", "--out", tmp_path / "run"), "not written by this version")
