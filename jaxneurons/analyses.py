@@ -17,7 +17,7 @@ from jaxneurons import relspec
 from jaxneurons.errors import DataError
 from jaxneurons.matching import ERRORS, error_class
 from jaxneurons.neurons import ATTENTION, FFN, NeuronSet, neuron_count
-from jaxneurons.relations import Triple, wordings
+from jaxneurons.relations import Triple, objects, wordings
 from jaxneurons.relspec import Prompt
 from jaxneurons.study import Study
 
@@ -47,6 +47,7 @@ def relations(study: Study) -> Tables:
                 "relation": name,
                 "subject_type": relation.subject_type,
                 "facts": len(relation.triples),
+                "subjects": len(objects(relation.triples)),
                 "template": found[asked.template],
                 "detection": len(asked.detection),
                 "validated": len(asked.validated),

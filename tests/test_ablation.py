@@ -135,3 +135,23 @@ def test_composes_with_a_users_jit(params):
         keep = {site: mask[0] for site, mask in kept([one], CONFIG, FFN).items()}
         said(jnp.ones((2, 4), jnp.int32), jnp.array([4, 2]), keep)
     assert count == 1
+
+
+@pytest.mark.parametrize("data_model", [(1, 2), (2, 1)])
+def test_on_a_mesh(params, sets, data_model):
+    """Parameters cut over two devices say the same, and respond the same."""
+    from jax.sharding import Mesh
+
+    from jaxneurons.responses import mean_responses
+    from jaxneurons.sharding import shard_params
+
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(data_model), ("data", "model"))
+    cut = shard_params(params, CONFIG, mesh)
+    np.testing.assert_array_equal(run(cut, sets), run(params, sets))
+    batch = by_length(PROMPTS, 8)[0]
+    found, wanted = (
+        mean_responses(p, batch.tokens, batch.lengths, config=CONFIG, sites=SITES)
+        for p in (cut, params)
+    )
+    for site in SITES:
+        np.testing.assert_allclose(found[site], wanted[site], rtol=1e-5, atol=1e-5)

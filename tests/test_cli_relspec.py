@@ -134,7 +134,7 @@ def test_bad_options(run, model, relations, tmp_path, more, message):
         ({"samples": [{"subject": "a"}]}, r"b\.json: sample 1: subject and object"),
         ({"samples": [{"subject": "a", "object": ""}]}, r"b\.json: sample 1: subject and object"),
         ({"prompt_templates": ["no slot"]}, r"'no slot' must have one \{\}"),
-        ({"prompt_templates": []}, r"b\.json: no templates"),
+        ({"prompt_templates": []}, "'b' has no template set 'plain'; known: 'zero-shot'"),
         ({"samples": [{"subject": "a", "object": o} for o in "xyz"]}, "'b' has one subject"),
     ],
 )

@@ -26,6 +26,7 @@ from jaxneurons.convert.hf import read_hf
 from jaxneurons.convert.safetensors_file import open_safetensors
 from jaxneurons.convert.tokenizer import tokenizer_from_gguf
 from jaxneurons.errors import JaxneuronsError
+from jaxneurons.relations import read_relation
 
 ROUNDS = 1500
 SECONDS = 5.0  # for one input
@@ -243,3 +244,48 @@ def test_the_reader_agrees_with_the_safetensors_package(tmp_path):
     entry = open_safetensors(theirs)["t0.0"]
     part = read_rows(Path(theirs), "t0.0", entry, slice(1, 3))
     np.testing.assert_array_equal(part, tensors["t0.0"][1:3])
+
+
+def test_relation_files(tmp_path):
+    """Whatever stands in place of a value, the reader says what is wrong or reads it."""
+    good = {
+        "name": "in",
+        "prompt_templates": ["{} is in"],
+        "prompt_templates_zs": ["Where is {}? In"],
+        "templates": {"mine": ["{}, in"]},
+        "neutral_template": "So much for {}",
+        "properties": {"domain_name": "city"},
+        "translations": {"de": {"prompt_templates": ["{} liegt in"]}},
+        "samples": [
+            {"subject": "a", "object": "b", "translations": {"de": {"subject": "c", "object": "d"}}}
+        ],
+    }
+    rng = random.Random(0)
+    values = [None, 3, -1.5, "", "x", "{}", "{} {}", [], {}, [[]], [None], {"a": []}, True, ["{}"]]
+    path = tmp_path / "r.json"
+
+    def places(value):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in list(items):
+            yield value, key
+            if isinstance(inner, dict | list):
+                yield from places(inner)
+
+    read, messages = 0, []
+    for _ in range(ROUNDS):
+        changed = json.loads(json.dumps(good))
+        for _ in range(rng.choice((1, 1, 2))):
+            where, key = rng.choice(list(places(changed)))
+            where[key] = rng.choice(values)
+        data = json.dumps(changed).encode()
+        path.write_bytes(rng.choice((lambda r, d: d, flip, cut, drop, double))(rng, data))
+        try:
+            relation = read_relation(path)
+        except JaxneuronsError as error:
+            messages.append(str(error))
+        else:
+            read += 1
+            assert relation.triples
+            assert all(t.count("{}") == 1 for s in relation.templates.values() for t in s)
+    assert all("r.json" in message for message in messages)
+    assert min(read, len(messages)) > ROUNDS // 20
