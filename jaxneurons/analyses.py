@@ -39,6 +39,7 @@ TYPES = {
 def relations(study: Study) -> Tables:
     """What was asked, what the model knows, and how often it answers each template."""
     rows, templates = [], []
+    validated = sum(len(asked.validated) for asked in study.asked.values())
     for name, asked in study.asked.items():
         relation = study.relations[name]
         found = relation.wordings(study.settings.templates)
@@ -53,6 +54,10 @@ def relations(study: Study) -> Tables:
                 "validated": len(asked.validated),
                 "detection_accuracy": len(asked.validated) / len(asked.detection),
                 "evaluation": len(asked.evaluation),
+                "negatives": min(
+                    study.settings.negatives * len(asked.validated),
+                    validated - len(asked.validated),
+                ),
                 "known": not asked.unknown,
                 "reason": asked.unknown,
             }
@@ -61,7 +66,8 @@ def relations(study: Study) -> Tables:
             {
                 "relation": name,
                 "template": wording,
-                "asked": len(asked.split.detection),
+                "asked": len(asked.detection),
+                "answered": round(accuracy * len(asked.detection)),
                 "accuracy": accuracy,
                 "chosen": number == asked.template,
             }
@@ -127,14 +133,20 @@ def random_sets(sets: Sequence[NeuronSet], **label: Any) -> list[tuple[Label, Ne
 def ablation(study: Study) -> Tables:
     """Controlled generation (section 4): intra- and inter-relation, held-out and detection facts.
 
-    Beside the paper's k random neurons, random neurons of the same layers and sites ("matched").
+    Beside the paper's k random neurons, random neurons of the same layers and sites ("matched"),
+    unless a relation's neurons are more than half of a layer's.
     """
     neurons = study.neurons()
     sets = own_sets(neurons) + random_sets(study.random(study.settings.seeds))
     rows = measure(study, "ablation", sets, [*study.evaluation, *study.detection])
     for name, one in neurons.items():
         rng = np.random.default_rng([study.settings.seed, 3, *name.encode()])
-        matched = [one.random_like(study.lm.config, rng) for _ in range(study.settings.sweep_seeds)]
+        try:
+            matched = [
+                one.random_like(study.lm.config, rng) for _ in range(study.settings.sweep_seeds)
+            ]
+        except DataError:  # more than half of a layer: no such control
+            continue
         labels = [({"off": "matched", "seed": seed}, each) for seed, each in enumerate(matched)]
         own = study.asked[name].evaluation
         rows += measure(study, "ablation", labels, own)
@@ -196,7 +208,34 @@ def cumulativity(study: Study) -> Tables:
         for i, (a, b) in enumerate(itertools.pairwise(steps)):
             found = relspec.cumulativity(right[i], right[i + 1], alone[i])
             rows.append({"relation": name, "a": a, "b": b, **finite(found._asdict())})
-    return {"cumulativity": rows}
+    return {"cumulativity": rows, "cumulativity_mean": cumulativity_means(rows)}
+
+
+def cumulativity_means(rows: Sequence[Row]) -> list[Row]:
+    """By step, and over all steps (a and b None): macro over relations, micro over prompts.
+
+    Over all steps, macro averages within a relation first.
+    """
+    steps = [*dict.fromkeys((row["a"], row["b"]) for row in rows), (None, None)]
+    found = []
+    for a, b in steps:
+        here = [r for r in rows if r["total"] and (a is None or (r["a"], r["b"]) == (a, b))]
+        each: dict[str, list[float]] = {}
+        for row in here:
+            each.setdefault(row["relation"], []).append(row["cumulativity"])
+        total = sum(row["total"] for row in here)
+        if total:
+            found.append(
+                {
+                    "a": a,
+                    "b": b,
+                    "relations": len(each),
+                    "total": total,
+                    "macro": float(np.mean([np.mean(one) for one in each.values()])),
+                    "micro": 1 - sum(row["affected"] for row in here) / total,
+                }
+            )
+    return found
 
 
 def finite(values: Mapping[str, Any]) -> Row:

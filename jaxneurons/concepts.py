@@ -11,11 +11,13 @@ from jaxneurons.neurons import NeuronSet, neuron_count, random_neurons
 from jaxneurons.relspec import Prompt
 from jaxneurons.study import Study
 
-WORDS = ("can", "has a", "is often", "may be")
+WORDS = ("can", "has a", "is often", "may be", "was")
 """Novel relation words: they name no relation of a run."""
 
 CONCEPT_PROMPTS = 200
 VALIDATION_PROMPTS = 100
+FEWEST = 8
+"""Subjects that make a type."""
 
 
 def concepts(study: Study) -> Tables:
@@ -31,39 +33,30 @@ def concepts(study: Study) -> Tables:
         kind = study.relations[name].subject_type
         for triples, found in ((asked.split.detection, seen), (asked.split.evaluation, held)):
             found.setdefault(kind, {}).update(dict.fromkeys(t.subject for t in triples))
-    kinds = [kind for kind in seen if kind and len(seen[kind]) >= 2 * len(WORDS)]
+    kinds = [kind for kind in seen if kind and len(seen[kind]) >= FEWEST]
     if len(kinds) < 2:
         return {}
-    seed, each = study.settings.seed, VALIDATION_PROMPTS // 2
-    detection = _concept_prompts("detection", {kind: list(seen[kind]) for kind in kinds}, seed)
-    fresh = {k: [s for s in held.get(k, ()) if s not in seen[k]] for k in kinds}
-    validation = _concept_prompts("validation", fresh, seed)
-    ratio = study.settings.negatives
-    found = study.expertise(
-        "concepts", detection, _told_apart(detection, kinds, ratio, seed), study.settings.sites
-    )
-    sets = {
-        kind: one.top(study.settings.sites, study.k, study.lm.config) for kind, one in found.items()
-    }
-    checked = [kind for kind in kinds if sum(p.relation == kind for p in validation) >= 1]
-    held_out = study.expertise(
-        "validation",
-        validation,
-        _told_apart(validation, checked, 1, seed, most=each),
-        study.settings.sites,
-    )
-    chosen = random_neurons(
-        study.lm.config, study.settings.sites, study.k, np.random.default_rng([seed, 4])
-    )
-    validated = [
-        {
-            "concept": kind,
-            "prompts": 2 * min(each, sum(p.relation == kind for p in validation)),
-            "average_precision": _mean_score(one.scores, sets[kind]),
-            "random_neurons": _mean_score(one.scores, chosen),
-        }
-        for kind, one in held_out.items()
-    ]
+    seed, sites = study.settings.seed, study.settings.sites
+    detection = _concept_prompts("detection", seen, kinds, CONCEPT_PROMPTS, seed)
+    told = _told_apart(detection, kinds, study.settings.negatives, seed)
+    found = study.expertise("concepts", detection, told, sites)
+    sets = {kind: one.top(sites, study.k, study.lm.config) for kind, one in found.items()}
+    fresh = {k: dict.fromkeys(s for s in held.get(k, ()) if s not in seen[k]) for k in kinds}
+    checked = [kind for kind in kinds if fresh[kind]]
+    validated = []
+    if len(checked) > 1:
+        prompts = _concept_prompts("validation", fresh, checked, VALIDATION_PROMPTS // 2, seed)
+        told = _told_apart(prompts, checked, 1, seed)
+        chosen = random_neurons(study.lm.config, sites, study.k, np.random.default_rng([seed, 4]))
+        validated = [
+            {
+                "concept": kind,
+                "prompts": sum(map(len, told[kind])),
+                "average_precision": _mean_score(one.scores, sets[kind]),
+                "random_neurons": _mean_score(one.scores, chosen),
+            }
+            for kind, one in study.expertise("validation", prompts, told, sites).items()
+        ]
     chance = study.k**2 / neuron_count(study.lm.config, study.settings.sites)
     shared = [
         {
@@ -81,13 +74,20 @@ def concepts(study: Study) -> Tables:
     return {"concepts": shared, "concept_validation": validated, "concept_ablation": rows}
 
 
-def _concept_prompts(part: str, subjects: dict[str, list[str]], seed: int) -> list[Prompt]:
-    made = relspec.concept_prompts(subjects, words=WORDS, each=CONCEPT_PROMPTS, seed=seed)
-    return [Prompt(k, part, "", s, (), text) for k, some in made.items() for s, text in some]
+def _concept_prompts(
+    part: str,
+    subjects: Mapping[str, Mapping[str, None]],
+    kinds: Sequence[str],
+    each: int,
+    seed: int,
+) -> list[Prompt]:
+    some = {kind: list(subjects[kind]) for kind in kinds}
+    made = relspec.concept_prompts(some, words=WORDS, each=each, seed=seed)
+    return [Prompt(k, part, "", s, (), text) for k, found in made.items() for s, text in found]
 
 
 def _told_apart(
-    prompts: Sequence[Prompt], kinds: Sequence[str], ratio: int, seed: int, most: int | None = None
+    prompts: Sequence[Prompt], kinds: Sequence[str], ratio: int, seed: int
 ) -> dict[str, Examples]:
     """Positives and negatives of each type, every word as often in both as its share allows."""
     endings = np.array([one.text[len(one.subject) :] for one in prompts])
@@ -99,8 +99,6 @@ def _told_apart(
         for ending in np.unique(endings):
             own = np.flatnonzero((endings == ending) & (owner == kind))
             others = np.flatnonzero((endings == ending) & (owner != kind))
-            if most is not None:
-                own = own[: max(most // len(WORDS), 1)]
             count = min(ratio * len(own), len(others))
             positives.append(own)
             negatives.append(rng.choice(others, count, replace=False))

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -135,7 +136,8 @@ def read_relation(path: str | os.PathLike[str]) -> Relation:
         where = f"{path}: translations: {language}"
         if not isinstance(found, dict):
             raise DataError(f"{where}: must be an object with prompt_templates")
-        translations[language] = Translation(_template_sets(found, where), others.get(language, {}))
+        sets = _template_sets(found, where, english=False)
+        translations[language] = Translation(sets, others.get(language, {}))
     neutral = values.get("neutral_template", NEUTRAL)
     if not isinstance(neutral, str) or neutral.count("{}") != 1 or not neutral.endswith("{}"):
         raise DataError(f"{path}: neutral_template must be a text that ends in {{}}")
@@ -168,12 +170,14 @@ def _triple(sample: Any, where: str) -> Triple:
     return Triple(*pair)
 
 
-def _template_sets(values: dict[str, Any], where: str) -> dict[str, tuple[str, ...]]:
+def _template_sets(
+    values: dict[str, Any], where: str, *, english: bool = True
+) -> dict[str, tuple[str, ...]]:
     plain = _templates(values.get("prompt_templates"), f"{where}: prompt_templates")
     sets = {
         "plain": plain,
         "zero-shot": _templates(values.get("prompt_templates_zs"), f"{where}: prompt_templates_zs"),
-        "answer": tuple(map(answer_form, plain)),
+        "answer": tuple(map(answer_form, plain)) if english else (),
     }
     for name, found in _object(values, "templates", where).items():
         sets[name] = _templates(found, f"{where}: templates: {name}")
@@ -191,8 +195,11 @@ def _templates(found: Any, where: str) -> tuple[str, ...]:
 
 
 def answer_form(template: str) -> str:
-    """The paper's form of a plain template: "The CEO of {} is" -> "The CEO of {} is? Answer:"."""
-    return template.rstrip(' ?"') + "? Answer:"
+    """The paper's form of an English plain template: "The CEO of {} is" -> "... is? Answer:".
+
+    An article, colon or quotation mark that the answer would follow is left out.
+    """
+    return re.sub(r'(\s+(a|an|the))?[\s?":]*$', "", template) + "? Answer:"
 
 
 def read_relations(directory: str | os.PathLike[str]) -> list[Relation]:

@@ -23,6 +23,11 @@ from jaxneurons.expertise import Examples
 from jaxneurons.neurons import FFN, check_site
 from jaxneurons.relations import Relation, Triple, objects, prompt
 
+_POSITIVE = (
+    *("evaluation", "negatives", "minimum", "minimum_right"),
+    *("steps", "seeds", "sweep_seeds"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class RelSpecConfig:
@@ -69,11 +74,13 @@ class RelSpecConfig:
             raise ConfigError(f"sites must be some sites, each once, got {self.sites!r}")
         for site in self.sites:
             check_site(site)
-        for name in ("evaluation", "negatives", "minimum", "steps", "seeds", "sweep_seeds"):
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if not 0 <= self.minimum_share <= 1:
             raise ConfigError(f"minimum_share must be from 0 to 1, got {self.minimum_share!r}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0, got {self.seed!r}")
         if self.detection is not None and self.detection < 1:
             raise ConfigError(f"detection must be at least 1, got {self.detection!r}")
 
@@ -143,6 +150,9 @@ def best_template(right: Sequence[np.ndarray]) -> int:
 
 def examples(owner: Sequence[str], relation: str, *, settings: RelSpecConfig) -> Examples:
     """Positives and negatives of a relation among the validated detection prompts (section 3).
+
+    Negatives, too, are prompts that the model answers: a neuron that tells known facts from unknown
+    ones is not what is looked for. There may be fewer than asked for, if others' are few.
 
     Args:
       owner: the relation of each prompt, in the order of the responses.
@@ -244,24 +254,21 @@ def concept_prompts(
 ) -> dict[str, list[tuple[str, str]]]:
     """Prompts that name a subject with a novel relation word, by the subjects' type.
 
-    Every type meets every word equally often, so that a word tells nothing of the type (relations
-    vs concepts, section 5).
+    Every subject meets every word, so that a word tells nothing of the type (relations vs concepts,
+    section 5).
 
     Args:
       subjects: by type.
       words: what follows the subject: "can", "has a".
       each: prompts of a type, at most.
-      seed: of the draw.
+      seed: of the draw of subjects.
 
     Returns:
       By type, (subject, text).
     """
-    per_word = min(each // len(words), *(len(some) // len(words) for some in subjects.values()))
     found = {}
     for kind, some in subjects.items():
         rng = np.random.default_rng([seed, *kind.encode()])
-        drawn = rng.permutation(np.asarray(some, object))[: per_word * len(words)]
-        found[kind] = [
-            (str(subject), f"{subject} {words[i % len(words)]}") for i, subject in enumerate(drawn)
-        ]
+        drawn = rng.permutation(np.asarray(some, object))[: max(each // len(words), 1)]
+        found[kind] = [(str(one), f"{one} {word}") for one in drawn for word in words]
     return found

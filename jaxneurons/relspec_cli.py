@@ -1,6 +1,5 @@
 """The command line of relation-specific neurons: `relspec run` and each of its stages."""
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +38,14 @@ Sites = Annotated[str, typer.Option(help="Neurons, with commas: up, gate, down, 
 Seeds = Annotated[int, typer.Option(min=1, help="Random sets of neurons to compare with.")]
 Evaluation = Annotated[int, typer.Option(min=1, help="Facts held out of each relation.")]
 Minimum = Annotated[int, typer.Option(min=1, help="Answered prompts that make a relation known.")]
+Share = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="The same as a share of the detection prompts.")
+]
+Detection = Annotated[
+    int | None, typer.Option(min=1, help="Facts to detect with, at most; default: all others.")
+]
 Dtype = Annotated[str, typer.Option(help="Responses on disk: float32 or bfloat16.")]
-Seed = Annotated[int, typer.Option(help="Of splits, negatives and random sets.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of splits, negatives and random sets.")]
 
 
 @app.command()
@@ -56,6 +61,8 @@ def run(
     seeds: Seeds = 10,
     evaluation: Evaluation = 50,
     minimum: Minimum = 10,
+    minimum_share: Share = 0.1,
+    detection: Detection = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
 ) -> None:
@@ -65,7 +72,18 @@ def run(
 
     names = choose(analyses, counts=counts is not None)
     table = read_counts(counts) if counts else None
-    settings = _settings(k, templates, sites, seeds, evaluation, minimum, dtype, seed)
+    settings = _settings(
+        k,
+        templates,
+        sites,
+        seeds=seeds,
+        evaluation=evaluation,
+        minimum=minimum,
+        minimum_share=minimum_share,
+        detection=detection,
+        dtype=dtype,
+        seed=seed,
+    )
     with _study(out, model, relations, settings) as study:
         from jaxneurons.relspec_run import analyse, collect, neurons, plot
 
@@ -87,11 +105,24 @@ def collect(
     seeds: Seeds = 10,
     evaluation: Evaluation = 50,
     minimum: Minimum = 10,
+    minimum_share: Share = 0.1,
+    detection: Detection = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
 ) -> None:
     """Stage 1: which prompts does the model answer, and how do its neurons respond to them?"""
-    settings = _settings(k, templates, sites, seeds, evaluation, minimum, dtype, seed)
+    settings = _settings(
+        k,
+        templates,
+        sites,
+        seeds=seeds,
+        evaluation=evaluation,
+        minimum=minimum,
+        minimum_share=minimum_share,
+        detection=detection,
+        dtype=dtype,
+        seed=seed,
+    )
     with _study(out, model, relations, settings) as study:
         from jaxneurons.relspec_run import collect
 
@@ -168,31 +199,14 @@ def _study(
         yield study
 
 
-def _settings(
-    k: str,
-    templates: str,
-    sites: str,
-    seeds: int,
-    evaluation: int,
-    minimum: int,
-    dtype: str,
-    seed: int,
-) -> Any:
+def _settings(k: str, templates: str, sites: str, *, dtype: str, **others: Any) -> Any:
     from jaxneurons.relspec import RelSpecConfig
     from jaxneurons.responses import DTYPES
 
     if dtype not in DTYPES:
         raise DataError(f"unknown response dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    return dataclasses.replace(
-        RelSpecConfig(),
-        k=_number(k),
-        templates=_names(templates),
-        sites=_names(sites),
-        seeds=seeds,
-        evaluation=evaluation,
-        minimum=minimum,
-        dtype=dtype,
-        seed=seed,
+    return RelSpecConfig(
+        k=_number(k), templates=_names(templates), sites=_names(sites), dtype=dtype, **others
     )
 
 

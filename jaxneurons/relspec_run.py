@@ -8,12 +8,12 @@ from); `study.json` says how to go on.
 import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxneurons import analyses, relspec_plots
-from jaxneurons.analyses import Counts, Row, Tables
+from jaxneurons.analyses import Counts, Tables
 from jaxneurons.concepts import concepts
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.load import LM
@@ -88,7 +88,7 @@ def begin(
     write_json(
         Path(out) / STUDY,
         {
-            "model": model,
+            "model": os.path.abspath(model) if os.path.exists(model) else model,
             "relations": [s if s == BUNDLED else os.path.abspath(s) for s in map(str, relations)],
             "settings": dataclasses.asdict(settings),
         },
@@ -138,20 +138,37 @@ def neurons(study: Study) -> None:
 
 
 def analyse(study: Study, names: Sequence[str], *, counts: Counts | None = None) -> Tables:
-    """Stages 3 and 4: the analyses, a table or more of each, written as they finish."""
-    found: Tables = {}
-    seconds = {}
+    """Stages 3 and 4: the analyses, a table or more of each, written as they finish.
+
+    One that cannot be made is skipped, with a `SkippedWarning` and the reason in run.json.
+    """
+    found = analyses.relations(study)
+    _write(study, found)
+    _ = study.known  # nothing can be made without
+    seconds, skipped = {}, {}
     for name in names:
         start = time.perf_counter()
-        if name == "frequency":
-            tables = analyses.frequency(study, counts or {})
-        else:
-            tables = ANALYSES[name](study)
+        try:
+            if name == "frequency":
+                tables = analyses.frequency(study, counts or {})
+            else:
+                tables = ANALYSES[name](study)
+        except DataError as error:
+            skipped[name] = str(error)
+            warnings.warn(f"{name} skipped: {error}", SkippedWarning, stacklevel=2)
+            continue
         seconds[name] = round(time.perf_counter() - start, 2)
+        if not any(tables.values()):
+            skipped[name] = "these relations have nothing to measure"
+            warnings.warn(f"{name} skipped: {skipped[name]}", SkippedWarning, stacklevel=2)
         _write(study, tables)
         found |= tables
-    _finish(study, seconds)
+    _finish(study, seconds, skipped)
     return found
+
+
+class SkippedWarning(UserWarning):
+    """An analysis could not be made; the others were."""
 
 
 def _write(study: Study, tables: Tables) -> None:
@@ -160,7 +177,7 @@ def _write(study: Study, tables: Tables) -> None:
             write_table(study.run.path / "tables", name, rows)
 
 
-def _finish(study: Study, seconds: dict[str, float]) -> None:
+def _finish(study: Study, seconds: dict[str, float], skipped: dict[str, str]) -> None:
     """The summary over all tables that are there, and run.json."""
     tables = read_tables(study.run.path / "tables")
     drops = [row for name in DROPS for row in tables.get(name, [])]
@@ -173,23 +190,10 @@ def _finish(study: Study, seconds: dict[str, float]) -> None:
             **study.facts(),
             "tables": sorted({*tables, *(["summary"] if total else [])}),
             "summary": [row for row in total if row["analysis"] == "ablation"],
-            "cumulativity": _cumulativity(tables.get("cumulativity", [])),
             "seconds_of_this_call": seconds,
+            "skipped_by_this_call": skipped,
         },
     )
-
-
-def _cumulativity(rows: Sequence[Row]) -> dict[str, Any]:
-    """Macro over relations and sizes, micro over prompts."""
-    values = [row["cumulativity"] for row in rows if row["cumulativity"] is not None]
-    total = sum(row["total"] for row in rows)
-    if not total:
-        return {}
-    return {
-        "macro": sum(values) / len(values),
-        "micro": 1 - sum(row["affected"] for row in rows) / total,
-        "total": total,
-    }
 
 
 def plot(out: str | os.PathLike[str]) -> list[Path]:

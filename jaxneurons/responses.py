@@ -85,7 +85,7 @@ class ResponseStore:
         self._identity = {
             **identity,
             "prompts": digest([list(map(int, prompt)) for prompt in prompts]),
-            "dtype": dtype,
+            "stored_as": dtype,
             "shape": [config.num_layers, *(site_width(config, s) for s in ("up", "down", "q"))],
         }
         self._done = self._read_done()
@@ -93,7 +93,7 @@ class ResponseStore:
     def _read_done(self) -> dict[str, int]:
         """Batches finished, by site."""
         if not self._about.is_file():
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(p.name[0] != "." for p in self.path.iterdir()):
                 raise DataError(f"{self.path}: holds files but no responses; give a new directory")
             return {}
         try:
@@ -129,6 +129,7 @@ class ResponseStore:
         """
         for site in sites:
             check_site(site)
+        self._write_about()  # before anything else: a stop leaves nothing that is nobody's
         # Sites that have come equally far go through the model together.
         for done in sorted({self._done.get(site, 0) for site in sites}):
             together = tuple(site for site in sites if self._done.get(site, 0) == done)
@@ -144,6 +145,7 @@ class ResponseStore:
 
     def write(self, number: int, found: Mapping[str, Array]) -> None:
         """Write one batch of the plan, [layer, batch, width] by site, made elsewhere."""
+        self._write_about()
         arrays = {site: self._open(site, create=True) for site in found}
         self._write(number, len(self._plan[number].index), arrays, found)
 
@@ -161,7 +163,14 @@ class ResponseStore:
             one.result()
         for site in arrays:
             self._done[site] = number + 1
-        write_json(self._about, {"identity": self._identity, "done": self._done})
+        self._write_about()
+
+    def _write_about(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self._about, {"identity": self._identity, "done": self._done})
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def _open(self, site: str, *, create: bool = False) -> Any:
         import tensorstore as ts
@@ -184,10 +193,7 @@ class ResponseStore:
             },
         }
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             return ts.open(spec, create=create, open=True).result()
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error.strerror})") from None
         except ValueError as error:
             reason = str(error).split(" [")[0]
             raise DataError(f"{self.path / site}: unreadable ({reason}); delete it") from None

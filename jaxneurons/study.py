@@ -28,6 +28,9 @@ from jaxneurons.relspec import Prompt, RelSpecConfig
 from jaxneurons.responses import ResponseStore
 from jaxneurons.store import RunDirectory, digest
 
+RESERVED = ("none", "random", "matched", "own")
+"""What the tables call the controls."""
+
 Tell = Callable[[str, int, int], None]
 """Called with (stage, done, of)."""
 
@@ -148,7 +151,8 @@ class Study:
             config=self.lm.config,
             steps=self.settings.steps,
             shape=shape,
-            sites=self.settings.sites,
+            # Of all sets, found or not: a resumed run compiles and groups the same program.
+            sites=tuple(dict.fromkeys([*self.settings.sites, *(s for n in sets for s in n.codes)])),
             progress=progress,
         )
         for (name, _), (_, values) in zip(missing.items(), results, strict=True):
@@ -228,6 +232,8 @@ class Study:
     def untouched(self, stage: str, prompts: Mapping[Any, list[Prompt]]) -> dict[Any, np.ndarray]:
         """Which prompts of several groups the model answers with no neuron off."""
         flat = [one for group in prompts.values() for one in group]
+        if not flat:
+            return {key: np.zeros(0, bool) for key in prompts}
         base = default_shape()
         shape = Shape(1, base.sets * base.prompts)
         right = self.right(self.said(stage, [NeuronSet()], flat, shape=shape)[0], flat)
@@ -239,7 +245,7 @@ class Study:
         """Names of the relations whose neurons are looked for.
 
         Raises:
-          DataError: fewer than two.
+          DataError: none.
         """
         found = [name for name, asked in self.asked.items() if not asked.unknown]
         if not found:
@@ -399,6 +405,9 @@ def check_relations(relations: Sequence[Relation], settings: RelSpecConfig) -> N
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"relation {twice[0]!r} is there twice; rename one of the files")
+    for name in names:
+        if name in RESERVED or "/" in name or not name:
+            raise DataError(f"a relation cannot be called {name!r}; rename it")
     if len(names) < 2:
         raise DataError(
             "one relation only: the others' prompts are the negatives that its neurons are told "

@@ -124,13 +124,13 @@ def test_sizes():
 
 
 def test_concept_prompts_are_balanced():
-    subjects = {"city": [f"c{i}" for i in range(9)], "star": [f"s{i}" for i in range(40)]}
-    found = concept_prompts(subjects, words=("can", "has a"), each=100, seed=0)
-    for kind, prompts in found.items():
-        endings = collections.Counter(text[len(subject) + 1 :] for subject, text in prompts)
-        assert endings == {"can": 4, "has a": 4}
-        assert len({subject for subject, _ in prompts}) == 8
-        assert {subject for subject, _ in prompts} <= set(subjects[kind])
+    subjects = {"city": [f"c{i}" for i in range(3)], "star": [f"s{i}" for i in range(40)]}
+    found = concept_prompts(subjects, words=("can", "has a"), each=13, seed=0)
+    for kind, count in (("city", 3), ("star", 6)):
+        endings = collections.Counter(text[len(subject) + 1 :] for subject, text in found[kind])
+        assert endings == {"can": count, "has a": count}
+        assert len({subject for subject, _ in found[kind]}) == count
+        assert {subject for subject, _ in found[kind]} <= set(subjects[kind])
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,8 @@ def test_concept_prompts_are_balanced():
         ({"sites": ("ups",)}, "unknown site 'ups'"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"templates": ()}, "templates must name"),
+        ({"minimum_right": 0}, "minimum_right must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"detection": 0}, "detection must be at least 1"),
         ({"minimum_share": 2.0}, "minimum_share must be from 0 to 1"),
     ],

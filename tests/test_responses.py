@@ -79,7 +79,8 @@ def test_means_against_pytorch(tmp_path):
         with torch.no_grad():
             model(torch.tensor([prompt]))
         for (site, layer), values in seen.items():
-            np.testing.assert_allclose(found[site][layer, row], values, rtol=2e-4, atol=3e-4)
+            loudest = np.abs(values).max()  # these models' weights are loud
+            assert np.abs(found[site][layer, row] - values).max() < 1e-4 * loudest
 
 
 def test_rows_come_back_in_the_order_of_the_prompts(params, tmp_path):
@@ -119,6 +120,20 @@ def test_a_stopped_run_goes_on(params, tmp_path, monkeypatch):
     assert len(calls) == 2
 
 
+def test_a_stop_before_the_first_batch(params, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(responses, "mean_responses", stop)
+        with pytest.raises(KeyboardInterrupt):
+            store(tmp_path / "r").fill(params, ("up",))
+    (tmp_path / "r" / ".responses.json.abc").write_text("{")
+    found = store(tmp_path / "r")
+    found.fill(params, ("up",))
+    check(found, params, ("up",))
+
+
 def test_sites_may_be_added_later(params, tmp_path):
     store(tmp_path / "r").fill(params, ("up",))
     found = store(tmp_path / "r")
@@ -139,7 +154,8 @@ def test_bfloat16(params, tmp_path):
     [
         ({"identity": {"model": "two"}}, "model"),
         ({"prompts": PROMPTS[1:]}, "prompts"),
-        ({"dtype": "bfloat16"}, "dtype"),
+        ({"dtype": "bfloat16"}, "stored_as"),
+        ({"identity": {"model": "one", "dtype": "bfloat16"}}, "dtype"),
         ({"config": tiny_config(num_layers=2)}, "shape"),
     ],
 )

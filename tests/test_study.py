@@ -1,6 +1,7 @@
 """Whole studies of a random model on relations made of what it says."""
 
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -79,7 +80,7 @@ def test_everything_is_written(whole):
     run = json.loads((whole.run.path / "run.json").read_text())
     assert run["relations"]["known"] == sorted(WORDINGS)
     assert run["neurons"] == {"k": 24, "of": 480, "sites": list(FFN)}
-    assert run["cumulativity"]["total"] > 0
+    assert found["cumulativity_mean"][-1]["total"] > 0
     assert set(run["tables"]) == set(found)
     for name, rows in found.items():
         with (whole.run.path / "tables" / f"{name}.csv").open() as file:
@@ -358,6 +359,11 @@ def test_relations_that_make_no_study(lm, relations, tmp_path):
             RelSpecConfig(templates=("plan",)),
             "no template set 'plan'.* did you mean 'plain'",
         ),
+        (
+            [dataclasses.replace(found[0], name="random"), found[1]],
+            SETTINGS,
+            "cannot be called 'random'",
+        ),
         (found, RelSpecConfig(k=481), "give a number from 1 to 480"),
     ):
         with pytest.raises(DataError, match=message):
@@ -365,9 +371,55 @@ def test_relations_that_make_no_study(lm, relations, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_facts_without_counts(whole):
-    with pytest.raises(DataError, match="none of the held-out facts"):
-        analyses.frequency(whole, {("in", Triple("x", "y")): 1.0})
+def test_an_analysis_that_cannot_be_made_is_skipped(whole, lm, relations, tmp_path):
+    """Said so; the others are made, and everything is written."""
+    shutil.copytree(whole.run.path, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    study = Study(lm, read_relations(relations), tmp_path / "run", settings=SETTINGS)
+    counts = {("in", Triple("x", "y")): 1.0}
+    with pytest.warns(relspec_run.SkippedWarning, match="frequency skipped: none of the held-out"):
+        relspec_run.analyse(study, ("layers", "frequency"), counts=counts)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert list(run["skipped_by_this_call"]) == ["frequency"]
+    assert "layers" in run["tables"]
+
+
+def test_relations_without_a_second_wording(lm, relations, tmp_path):
+    found = [
+        dataclasses.replace(one, templates={"plain": one.templates["plain"]}, translations={})
+        for one in read_relations(relations)
+    ]
+    with pytest.warns(relspec_run.SkippedWarning, match="skipped: these relations have nothing"):
+        run_study(
+            lm,
+            found,
+            tmp_path / "run",
+            settings=SETTINGS,
+            names=("layers", "templates", "multilingual"),
+        )
+
+
+def test_more_than_half_of_the_neurons(lm, relations, tmp_path):
+    """No random neurons of the same layers are left: no such control, and no error."""
+    many = dataclasses.replace(SETTINGS, k=300)
+    study = run_study(
+        lm, read_relations(relations), tmp_path / "run", settings=many, names=("ablation",)
+    )
+    assert {r["off"] for r in tables(study)["ablation"]} == {*WORDINGS, "random"}
+
+
+def test_means_of_cumulativity():
+    rows = [
+        {"relation": "x", "a": 1, "b": 2, "total": 4, "affected": 1, "cumulativity": 0.75},
+        {"relation": "x", "a": 2, "b": 3, "total": 2, "affected": 2, "cumulativity": 0.0},
+        {"relation": "y", "a": 1, "b": 2, "total": 2, "affected": 1, "cumulativity": 0.5},
+        {"relation": "y", "a": 2, "b": 3, "total": 0, "affected": 0, "cumulativity": None},
+    ]
+    first, second, every = analyses.cumulativity_means(rows)
+    assert (first["macro"], first["micro"], first["relations"]) == (0.625, pytest.approx(4 / 6), 2)
+    assert (second["macro"], second["micro"], second["total"]) == (0.0, 0.0, 2)
+    assert every["macro"] == pytest.approx((0.375 + 0.5) / 2)
+    assert every["micro"] == pytest.approx(4 / 8)
 
 
 def test_names_of_analyses():
