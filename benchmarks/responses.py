@@ -4,7 +4,8 @@
 
 Synthetic responses of every FFN neuron of Llama-2 7B (835,584) are written batch by batch, as the
 model would give them, and read layer by layer for average precision. Reports the peak of resident
-memory above what the process held before, time, and the size on disk.
+memory above what the process held before, time, and the size on disk; and, from the compiled
+program alone, what the forward pass over a batch needs above its parameters.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from jaxneurons import ModelConfig, RopeConfig
+from jaxneurons import ModelConfig, RopeConfig, Transformer
 from jaxneurons.expertise import Examples, expertise
 from jaxneurons.neurons import FFN, neuron_count, site_width
-from jaxneurons.responses import ROWS, ResponseStore
+from jaxneurons.responses import ROWS, ResponseStore, mean_responses
 
 LLAMA_2_7B = ModelConfig(
     vocab_size=32_000,
@@ -35,6 +38,18 @@ LLAMA_2_7B = ModelConfig(
     max_position=4_096,
     rope=RopeConfig(),
 )
+
+
+def forward_pass(config: ModelConfig, tokens: int) -> int:
+    """Bytes of a batch's forward pass above the parameters: outputs and temporaries."""
+    shapes: Any = jax.eval_shape(
+        Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+    )
+    ids = jax.ShapeDtypeStruct((ROWS, tokens), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
+    lowered = mean_responses.lower(shapes["params"], ids, lengths, config=config, sites=FFN)
+    memory = lowered.compile().memory_analysis()
+    return memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
 def main() -> None:
@@ -74,6 +89,9 @@ def main() -> None:
     print(f"on disk: {size / 2**30:.2f} GiB, written in {written:.1f} s")
     print(f"average precision: {ranked:.1f} s")
     print(f"peak memory above the start: {peak / 2**30:.2f} GiB")
+    for tokens in (16, 32):
+        needed = forward_pass(config, tokens) / 2**30
+        print(f"the pass over {ROWS} prompts of {tokens} tokens: {needed:.2f} GiB")
 
 
 if __name__ == "__main__":

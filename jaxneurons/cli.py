@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from jaxneurons import relspec_cli
-from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
+from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, near_matches
 from jaxneurons.terminal import (
     console,
     counting,
@@ -107,6 +107,33 @@ def qrnca_locate(
     with counting("Attributing") as tell:
         located = locate(lm, asked, out, settings=settings, progress=tell)
     show_located(located, out)
+
+
+@qrnca_app.command("questions")
+def qrnca_questions(
+    source: Annotated[Path, typer.Argument(help="Questions and answers: JSON, JSON Lines, CSV.")],
+    destination: Annotated[Path, typer.Argument(help="Multi-choice file to write: JSON.")],
+    options: Annotated[int, typer.Option(help="Options of a question.")] = 4,
+    wordings: Annotated[int, typer.Option(help="Wordings of a question.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of distractors and their order.")] = 0,
+) -> None:
+    """Make free-form questions multiple-choice, as `qrnca locate` reads them.
+
+    Fields: question, answer, and if you like group (distractors are answers of the same group),
+    language (en, fr, ru, ar, ja, zh) and id.
+    """
+    from jaxneurons.multichoice import multi_choice, read_questions
+    from jaxneurons.store import write_json
+
+    made, left_out = multi_choice(
+        read_questions(source), options=options, wordings=wordings, seed=seed
+    )
+    for name, why in left_out.items():
+        errors.print(f"left out: question {name!r}: {why}", style="yellow", soft_wrap=True)
+    if not made:
+        raise DataError(f"{source}: no question is left; give groups with more answers")
+    write_json(destination, made)
+    console.print(f"Written: {destination} ({len(made)} questions, {wordings} wordings each)")
 
 
 @app.command("convert")

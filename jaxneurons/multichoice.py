@@ -1,0 +1,303 @@
+"""Free-form questions made multiple-choice, so that any answer is one option letter.
+
+Section "multi-choice QA transformation" of arXiv 2406.10868: distractors are answers of other
+questions of the same group; the options are shuffled anew in every wording, so that a letter is not
+what is found; the model is asked for the letter only. Written in the published format, which
+`jaxneurons.queries` reads.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxneurons.errors import DataError, near_matches
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "Choose the right answer to the question. Reply with its letter only, then a period.\n"
+        "Question:\n{question}\n{options}\n\nAnswer:",
+        "Here is a question with several possible answers, one of which is right. Write nothing "
+        "but the letter of that answer, followed by a period.\n{question}\n{options}\n\n"
+        "The letter is:",
+        "Read the question and the options. Give the letter of the correct option and a period; "
+        "do not explain.\n\n{question}\n{options}\n\nResponse:",
+    ),
+    "fr": (
+        "Choisissez la bonne réponse à la question. Répondez seulement par sa lettre, suivie d'un "
+        "point.\nQuestion :\n{question}\n{options}\n\nRéponse :",
+        "Voici une question et plusieurs réponses possibles, dont une seule est juste. N'écrivez "
+        "que la lettre de cette réponse, suivie d'un point.\n{question}\n{options}\n\n"
+        "La lettre est :",
+        "Lisez la question et les options. Donnez la lettre de l'option correcte et un point, sans "
+        "explication.\n\n{question}\n{options}\n\nVotre réponse :",
+    ),
+    "ru": (
+        "Выберите правильный ответ на вопрос. В ответе напишите только его букву и точку.\n"
+        "Вопрос:\n{question}\n{options}\n\nОтвет:",
+        "Перед вами вопрос и несколько вариантов, из которых верен только один. Напишите лишь "
+        "букву этого варианта и поставьте точку.\n{question}\n{options}\n\nБуква ответа:",
+        "Прочитайте вопрос и варианты. Укажите букву верного варианта и точку, без пояснений.\n\n"
+        "{question}\n{options}\n\nВаш ответ:",
+    ),
+    "ar": (
+        "اختر الإجابة الصحيحة عن السؤال. اكتب حرفها فقط متبوعًا بنقطة.\n"
+        "السؤال:\n{question}\n{options}\n\nالإجابة:",
+        "أمامك سؤال وعدة إجابات محتملة، واحدة منها فقط صحيحة. لا تكتب سوى حرف هذه الإجابة "
+        "متبوعًا بنقطة.\n{question}\n{options}\n\nالحرف هو:",
+        "اقرأ السؤال والخيارات، ثم أعط حرف الخيار الصحيح ونقطة دون شرح.\n\n"
+        "{question}\n{options}\n\nإجابتك:",
+    ),
+    "ja": (
+        "質問の正しい答えを選び、その記号だけを書いて句点を付けてください。\n"
+        "質問:\n{question}\n{options}\n\n答え:",
+        "次の質問にはいくつかの選択肢があり、正しいものは一つだけです。その記号だけを句点とともに"
+        "書いてください。\n{question}\n{options}\n\n記号は:",
+        "質問と選択肢を読み、正しい選択肢の記号と句点だけを答えてください。説明は不要です。\n\n"
+        "{question}\n{options}\n\n回答:",
+    ),
+    "zh": (
+        "请选择问题的正确答案,只回答它的字母,并加上句号。\n问题:\n{question}\n{options}\n\n答案:",
+        "下面的问题有几个可能的答案,其中只有一个是对的。请只写出这个答案的字母,后面加句号。\n"
+        "{question}\n{options}\n\n字母是:",
+        "请阅读问题和选项,给出正确选项的字母和句号,不要解释。\n\n{question}\n{options}\n\n回答:",
+    ),
+}
+"""By language, wordings with the question and its options, one to a line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with a free answer.
+
+    Attributes:
+      id: unique.
+      text: the question.
+      answer: the right one.
+      group: domain, relation or language: distractors come from it.
+      language: of the wordings.
+    """
+
+    id: str
+    text: str
+    answer: str
+    group: str = "all"
+    language: str = "en"
+
+
+def read_questions(path: str | os.PathLike[str]) -> list[Question]:
+    """Read questions: CSV, a JSON list or JSON Lines, with question, answer, group, language, id.
+
+    Raises:
+      DataError: a file that cannot be read, or a question without text or answer; says which.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from None
+    records: list[Any]
+    if path.suffix.lower() == ".csv":
+        records = list(csv.DictReader(io.StringIO(text)))
+    else:
+        try:
+            records = json.loads(text)
+        except ValueError:
+            lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+            records = [_line(path, n, line) for n, line in lines]
+        if not isinstance(records, list):
+            raise DataError(f"{path}: a list of questions is needed")
+    found: dict[str, Question] = {}
+    for number, record in enumerate(records, 1):
+        one = _question(record if isinstance(record, Mapping) else {}, number)
+        if not one.text or not one.answer:
+            raise DataError(f"{path}: question {number}: question and answer are needed")
+        if one.id in found:
+            raise DataError(f"{path}: question {number}: the id {one.id!r} is there twice")
+        found[one.id] = one
+    if not found:
+        raise DataError(f"{path}: holds no questions")
+    return list(found.values())
+
+
+def _question(record: Mapping[str, Any], number: int) -> Question:
+    def get(key: str, default: str = "") -> str:
+        value = record.get(key)
+        return str(value).strip() if value not in (None, "") else default
+
+    return Question(
+        id=get("id", str(number)),
+        text=get("question"),
+        answer=get("answer"),
+        group=get("group", "all"),
+        language=get("language", "en"),
+    )
+
+
+def _line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}: line {number}: not JSON ({error})") from None
+
+
+def _same(text: str) -> str:
+    """What two answers that are one have in common."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def multi_choice(
+    questions: Sequence[Question], *, options: int = 4, wordings: int = 3, seed: int = 0
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Questions in the published multi-choice format, several wordings each.
+
+    Args:
+      questions: with free answers; distractors are other answers of their group (and language),
+        never equal to the right one or to each other once case and punctuation are left out.
+      options: options of a question.
+      wordings: of `TEMPLATES`; the options are drawn and shuffled anew in each.
+      seed: of the draws. A question's do not depend on the other questions' order.
+
+    Returns:
+      By id, `sentences`, `obj_label`, `relation_name` (the group), `ori_label` (the answer) and
+      `language`; and by id, why a question is left out: its group has too few other answers.
+
+    Raises:
+      DataError: an unknown language, or numbers of options or wordings that there are not.
+    """
+    if not 2 <= options <= len(LETTERS):
+        raise DataError(f"options must be from 2 to {len(LETTERS)}, got {options}")
+    pools: dict[tuple[str, str], dict[str, str]] = {}
+    for one in questions:
+        if one.language not in TEMPLATES:
+            raise DataError(
+                f"question {one.id!r}: no wordings in language {one.language!r}; "
+                + near_matches(one.language, TEMPLATES)
+            )
+        if not 1 <= wordings <= len(TEMPLATES[one.language]):
+            raise DataError(f"wordings must be from 1 to {len(TEMPLATES[one.language])}")
+        pool = pools.setdefault((one.group, one.language), {})
+        pool.setdefault(_same(one.answer), one.answer)
+    made, left_out = {}, {}
+    for one in questions:
+        pool = pools[one.group, one.language]
+        others = sorted(text for same, text in pool.items() if same != _same(one.answer))
+        if len(others) < options - 1:
+            left_out[one.id] = (
+                f"group {one.group!r} has {len(others)} other answers, {options - 1} needed"
+            )
+            continue
+        key = hashlib.sha256(f"{one.group}\0{one.language}\0{one.text}".encode()).digest()
+        rng = np.random.default_rng([seed, *key[:8]])
+        sentences, labels = [], []
+        for template in TEMPLATES[one.language][:wordings]:
+            chosen = [others[i] for i in rng.choice(len(others), options - 1, replace=False)]
+            place = int(rng.integers(options))
+            chosen.insert(place, one.answer)
+            lines = (f" {LETTERS[i]}. {' '.join(text.split())}" for i, text in enumerate(chosen))
+            sentences.append(
+                template.replace("{options}", "\n".join(lines)).replace("{question}", one.text)
+            )
+            labels.append(LETTERS[place])
+        made[one.id] = {
+            "sentences": sentences,
+            "obj_label": labels,
+            "relation_name": one.group,
+            "ori_label": one.answer,
+            "language": one.language,
+        }
+    return made, left_out
+
+
+class Parts(NamedTuple):
+    """A multi-choice prompt taken apart; put together again it is the same text.
+
+    Attributes:
+      before: everything before the first option.
+      options: their texts, in order.
+      after: everything after the last option.
+    """
+
+    before: str
+    options: tuple[str, ...]
+    after: str
+
+
+_OPTION_LINE = re.compile(r"^ ([A-Z])\. (.*)$", re.MULTILINE)
+
+
+def take_apart(prompt: str) -> Parts:
+    """A prompt in the published form (options as lines " A. ...") as its parts.
+
+    Raises:
+      DataError: no such options in it, from A on and each on a line of its own.
+    """
+    found = list(_OPTION_LINE.finditer(prompt))
+    starts = [i for i, match in enumerate(found) if match.group(1) == "A"]
+    run = found[starts[-1] :] if starts else []
+    letters = [match.group(1) for match in run]
+    joined = all(b.start() == a.end() + 1 for a, b in itertools.pairwise(run))
+    if len(run) < 2 or letters != list(LETTERS[: len(run)]) or not joined:
+        raise DataError(f"no options as lines ' A. ...' in the prompt {prompt[-80:]!r}")
+    return Parts(
+        prompt[: run[0].start()],
+        tuple(match.group(2) for match in run),
+        prompt[run[-1].end() :],
+    )
+
+
+def put_together(parts: Parts) -> str:
+    """The prompt that `take_apart` took apart."""
+    lines = (f" {letter}. {text}" for letter, text in zip(LETTERS, parts.options, strict=False))
+    return parts.before + "\n".join(lines) + parts.after
+
+
+def free_questions(records: Mapping[str, Mapping[str, Any]]) -> list[Question]:
+    """Multi-choice records of the published format as questions with free answers.
+
+    The question is what the wordings have in common right before their options.
+
+    Raises:
+      DataError: a record whose wordings differ in their answer, or have no question in common.
+    """
+    found = []
+    for name, record in records.items():
+        parts = [take_apart(sentence) for sentence in record["sentences"]]
+        answers = {
+            part.options[LETTERS.index(label)]
+            for part, label in zip(parts, record["obj_label"], strict=True)
+        }
+        if len(answers) != 1:
+            raise DataError(f"question {name!r}: its wordings have different right answers")
+        texts = [part.before.rstrip("\n")[::-1] for part in parts]
+        lengths = range(min(map(len, texts)) + 1)
+        common = max(n for n in lengths if len({text[:n] for text in texts}) == 1)
+        text = texts[0][:common][::-1]
+        if len(texts) > 1 and "\n" in text:
+            text = text.split("\n", 1)[1]  # the end of the instructions is no part of it
+        if not text.strip():
+            raise DataError(f"question {name!r}: its wordings have no question in common")
+        found.append(
+            Question(
+                name,
+                text.strip(),
+                " ".join(answers.pop().split()),
+                str(record.get("relation_name", "all")),
+                str(record.get("language", "en")),
+            )
+        )
+    return found
