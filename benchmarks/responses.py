@@ -48,7 +48,7 @@ def forward_pass(config: ModelConfig, tokens: int) -> int:
     ids = jax.ShapeDtypeStruct((ROWS, tokens), jnp.int32)
     lengths = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
     lowered = mean_responses.lower(shapes["params"], ids, lengths, config=config, sites=FFN)
-    memory = lowered.compile().memory_analysis()
+    memory: Any = lowered.compile().memory_analysis()
     return memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 

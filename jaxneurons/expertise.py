@@ -81,9 +81,31 @@ def _reaching(
     return add(total, scores[whole:]).astype(jnp.float32)
 
 
-def top_neurons(scores: Float[Array, " neuron"], k: int) -> Int[Array, " k"]:
-    """Indices of the k neurons with the highest scores, best first; ties by index."""
-    return jax.lax.top_k(scores, k)[1]
+def separation(
+    positives: Float[np.ndarray, "positive neuron"], negatives: Float[np.ndarray, "negative neuron"]
+) -> Float[np.ndarray, " neuron"]:
+    """How far positives are above negatives: difference of the means in pooled standard deviations.
+
+    0 for a constant response. With few positives, thousands of neurons reach an average precision
+    of 1; this says which of them do so by a wide margin.
+    """
+    difference = positives.mean(0) - negatives.mean(0)
+    spread = np.sqrt((positives.var(0) + negatives.var(0)) / 2)
+    return np.where(spread > 0, difference / np.where(spread > 0, spread, 1), 0.0)
+
+
+def top_neurons(
+    scores: Float[np.ndarray, " neuron"], k: int, ties: Float[np.ndarray, " neuron"] | None = None
+) -> Int[np.ndarray, " k"]:
+    """Indices of the k neurons with the highest scores, best first.
+
+    Args:
+      scores: of every neuron.
+      k: how many.
+      ties: what decides between equal scores, the higher first; then, or by default, the index.
+    """
+    keys = (-scores,) if ties is None else (-ties, -scores)
+    return np.lexsort(keys)[:k]
 
 
 class Examples(NamedTuple):
@@ -99,26 +121,33 @@ class Expertise:
 
     Attributes:
       scores: average precision by site, [layer, width].
+      separations: `separation` by site, [layer, width]; decides between equal scores.
       medians: median response to the positives by site, [layer, width]: the value that users give
         a neuron who force it rather than turn it off.
     """
 
     scores: dict[str, Float[np.ndarray, "layer width"]]
+    separations: dict[str, Float[np.ndarray, "layer width"]]
     medians: dict[str, Float[np.ndarray, "layer width"]]
 
     def ranked(self, sites: Sequence[str], k: int) -> Int[np.ndarray, " k"]:
         """The k best neurons of some sites, best first, as flat positions for `NeuronSet.of_flat`.
 
+        Highest average precision first, then the widest separation.
+
         Raises:
           DataError: k is not between 1 and the number of neurons.
         """
-        flat = np.concatenate([self.scores[site].reshape(-1) for site in sites])
+        flat, ties = (
+            np.concatenate([table[site].reshape(-1) for site in sites])
+            for table in (self.scores, self.separations)
+        )
         if not 1 <= k <= len(flat):
             raise DataError(f"{k} neurons asked for, the sites {', '.join(sites)} have {len(flat)}")
-        return np.asarray(top_neurons(jnp.asarray(flat), k))
+        return top_neurons(flat, k, ties)
 
     def top(self, sites: Sequence[str], k: int, config: ModelConfig) -> NeuronSet:
-        """The k neurons of some sites with the highest average precision."""
+        """The k best neurons of some sites, as `ranked`."""
         return NeuronSet.of_flat(self.ranked(sites, k), config, sites)
 
 
@@ -162,7 +191,7 @@ def expertise(
         if not len(one.positives) or not len(one.negatives):
             raise DataError(f"{name!r}: average precision needs positives and negatives")
     tables = {
-        name: Expertise(*({s: _table(config, s) for s in sites} for _ in range(2)))
+        name: Expertise(*({s: _table(config, s) for s in sites} for _ in range(3)))
         for name in examples
     }
     steps = [(site, layer) for site in sites for layer in range(config.num_layers)]
@@ -172,6 +201,7 @@ def expertise(
             found, others = responses[one.positives], responses[one.negatives]
             scores = average_precision(jnp.asarray(found), jnp.asarray(others))
             tables[name].scores[site][layer] = np.asarray(scores)
+            tables[name].separations[site][layer] = separation(found, others)
             tables[name].medians[site][layer] = np.median(found, axis=0)
         if progress is not None:
             progress(step, len(steps))

@@ -132,7 +132,10 @@ def neurons(study: Study) -> None:
     found = study.experts()
     for name, one in study.neurons().items():
         text = neuron_table(
-            one, average_precision=found[name].scores, median_response=found[name].medians
+            one,
+            average_precision=found[name].scores,
+            separation=found[name].separations,
+            median_response=found[name].medians,
         )
         write_text(directory / f"{name}.csv", text)
 

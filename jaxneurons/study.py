@@ -297,7 +297,7 @@ class Study:
                 {name: [part.tolist() for part in one] for name, one in examples.items()},
             ]
         )[:24]
-        parts = {site: self.run.load(f"expertise-{kind}-{site}-{key}") for site in sites}
+        parts = {site: self.run.load(f"experts-{kind}-{site}-{key}") for site in sites}
         missing = [site for site, part in parts.items() if part is None]
         if missing:
             responses.fill(
@@ -316,15 +316,15 @@ class Study:
                 part = {
                     f"{what}-{number}": getattr(one, what)[site]
                     for number, one in enumerate(found.values())
-                    for what in ("scores", "medians")
+                    for what in ("scores", "separations", "medians")
                 }
-                self.run.save(f"expertise-{kind}-{site}-{key}", part)
+                self.run.save(f"experts-{kind}-{site}-{key}", part)
                 parts[site] = part
         return {
             name: Expertise(
                 *(
                     {site: part[f"{what}-{number}"] for site, part in parts.items() if part}
-                    for what in ("scores", "medians")
+                    for what in ("scores", "separations", "medians")
                 )
             )
             for number, name in enumerate(examples)
@@ -342,7 +342,7 @@ class Study:
     def neurons(
         self, k: int | None = None, sites: Sequence[str] | None = None
     ) -> dict[str, NeuronSet]:
-        """The neurons of every known relation: the k with the highest average precision."""
+        """The neurons of every known relation: the k best, see `Expertise.ranked`."""
         sites = tuple(sites or self.settings.sites)
         return {
             name: one.top(sites, self.k if k is None else k, self.lm.config)

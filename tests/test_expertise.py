@@ -18,6 +18,7 @@ from jaxneurons.expertise import (
     average_precision,
     expertise,
     resolve_k,
+    separation,
     top_neurons,
 )
 from jaxneurons.generate import greedy
@@ -67,7 +68,7 @@ def test_the_best_and_the_worst():
 
 
 def test_top_neurons_break_ties_by_index():
-    assert top_neurons(jnp.array([0.1, 0.9, 0.5, 0.9]), 3).tolist() == [1, 3, 2]
+    assert top_neurons(np.array([0.1, 0.9, 0.5, 0.9]), 3).tolist() == [1, 3, 2]
 
 
 # --- generation -----------------------------------------------------------------------------------
@@ -168,6 +169,10 @@ def test_every_neuron_of_every_layer(responses):
             np.testing.assert_array_equal(
                 found[name].medians[site], np.median(values[positives], axis=0)
             )
+            a, b = values[positives].astype(float), values[negatives].astype(float)
+            spread = np.sqrt((a.std(0) ** 2 + b.std(0) ** 2) / 2)
+            wanted = np.divide(a.mean(0) - b.mean(0), spread, out=spread * 0, where=spread > 0)
+            np.testing.assert_allclose(found[name].separations[site], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_best_neurons_of_some_sites(responses):
@@ -175,9 +180,17 @@ def test_the_best_neurons_of_some_sites(responses):
         lambda site, layer: responses[site][:, layer], EXAMPLES, config=CONFIG, sites=SITES
     )["a"]
     listed = sorted(
-        (-score, number, site, layer, index)
+        (-score[0], -score[1], number, site, layer, index)
         for number, (score, site, layer, index) in enumerate(
-            (float(found.scores[site][layer, index]), site, layer, index)
+            (
+                (
+                    float(found.scores[site][layer, index]),
+                    float(found.separations[site][layer, index]),
+                ),
+                site,
+                layer,
+                index,
+            )
             for site in SITES
             for layer in range(CONFIG.num_layers)
             for index in range(site_width(CONFIG, site))
@@ -190,6 +203,20 @@ def test_the_best_neurons_of_some_sites(responses):
     for k in (0, 10**6):
         with pytest.raises(DataError, match=f"{k} neurons asked for, the sites up, down have"):
             found.top(SITES, k, CONFIG)
+
+
+def test_equal_scores_are_told_apart_by_separation():
+    """Not by index: the first layers would win by being first."""
+    rng = np.random.default_rng(0)
+    positives = rng.normal(0, 0.1, (5, 4)).astype(np.float32)
+    positives += np.array([1.0, 9.0, 3.0, 1.0], np.float32)
+    negatives = rng.normal(0, 0.1, (20, 4)).astype(np.float32)
+    scores = np.asarray(average_precision(jnp.asarray(positives), jnp.asarray(negatives)))
+    np.testing.assert_array_equal(scores, 1)
+    ties = separation(positives, negatives)
+    assert top_neurons(scores, 2, ties).tolist() == [1, 2]
+    assert top_neurons(np.array([0.5, 1.0, 0.5]), 3, np.array([1.0, 0, 2.0])).tolist() == [1, 2, 0]
+    assert top_neurons(np.array([0.5, 1.0, 0.5]), 3).tolist() == [1, 0, 2]
 
 
 def test_nothing_to_tell_apart(responses):
