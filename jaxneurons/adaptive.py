@@ -334,7 +334,9 @@ def settle(
     noise = jnp.max(NOISE * p * (1 - p) + 4 * EPSILON * p, axis=-1)
     vector = jnp.square(jnp.linalg.norm(integral - coarse, axis=-1)) / norm
     allowed = quadrature.tolerance * norm
-    excess = jnp.maximum(gap / (allowed + noise), vector / allowed)
+    # The gap is in probability: where attributions are larger than 1 they allow it no more.
+    gap_allowed = jnp.minimum(allowed, quadrature.tolerance) + noise
+    excess = jnp.maximum(gap / gap_allowed, vector / allowed)
     excess = jnp.where(valid, excess, 0.0)
 
     # Split the worst first, while stack and nodes last.
