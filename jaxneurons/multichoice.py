@@ -6,10 +6,8 @@ what is found; the model is asked for the letter only. Written in the published 
 `jaxneurons.queries` reads.
 """
 
-import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxneurons.csv_file import read_csv, read_text
 from jaxneurons.errors import DataError, near_matches
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -78,6 +77,41 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 """By language, wordings with the question and its options, one to a line."""
 
 
+FREE_TEMPLATES: dict[str, tuple[str, ...]] = {
+    "en": (
+        "Question: {question}\nAnswer:",
+        "Answer in a few words.\n{question}\nAnswer:",
+        "{question}\nThe answer is:",
+    ),
+    "fr": (
+        "Question : {question}\nRéponse :",
+        "Répondez en quelques mots.\n{question}\nRéponse :",
+        "{question}\nLa réponse est :",
+    ),
+    "ru": (
+        "Вопрос: {question}\nОтвет:",
+        "Ответьте в нескольких словах.\n{question}\nОтвет:",
+        "{question}\nПравильный ответ:",
+    ),
+    "ar": (
+        "السؤال: {question}\nالإجابة:",
+        "أجب بكلمات قليلة.\n{question}\nالإجابة:",
+        "{question}\nالجواب هو:",
+    ),
+    "ja": (
+        "質問: {question}\n答え:",
+        "短く答えてください。\n{question}\n答え:",
+        "{question}\n正解は:",
+    ),
+    "zh": (
+        "问题: {question}\n答案:",
+        "请简短回答。\n{question}\n答案:",
+        "{question}\n正确答案是:",
+    ),
+}
+"""By language, wordings that the whole answer follows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """A question with a free answer.
@@ -104,16 +138,11 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
       DataError: a file that cannot be read, or a question without text or answer; says which.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from None
     records: list[Any]
     if path.suffix.lower() == ".csv":
-        records = list(csv.DictReader(io.StringIO(text)))
+        records = list(read_csv(path))
     else:
+        text = read_text(path)
         try:
             records = json.loads(text)
         except ValueError:
@@ -161,7 +190,12 @@ def _same(text: str) -> str:
 
 
 def multi_choice(
-    questions: Sequence[Question], *, options: int = 4, wordings: int = 3, seed: int = 0
+    questions: Sequence[Question],
+    *,
+    options: int = 4,
+    wordings: int = 3,
+    seed: int = 0,
+    templates: Mapping[str, Sequence[str]] = TEMPLATES,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Questions in the published multi-choice format, several wordings each.
 
@@ -169,8 +203,9 @@ def multi_choice(
       questions: with free answers; distractors are other answers of their group (and language),
         never equal to the right one or to each other once case and punctuation are left out.
       options: options of a question.
-      wordings: of `TEMPLATES`; the options are drawn and shuffled anew in each.
+      wordings: of the language's templates; the options are drawn and shuffled anew in each.
       seed: of the draws. A question's do not depend on the other questions' order.
+      templates: by language, texts with `{question}` and `{options}`.
 
     Returns:
       By id, `sentences`, `obj_label`, `relation_name` (the group), `ori_label` (the answer) and
@@ -183,13 +218,13 @@ def multi_choice(
         raise DataError(f"options must be from 2 to {len(LETTERS)}, got {options}")
     pools: dict[tuple[str, str], dict[str, str]] = {}
     for one in questions:
-        if one.language not in TEMPLATES:
+        if one.language not in templates:
             raise DataError(
                 f"question {one.id!r}: no wordings in language {one.language!r}; "
-                + near_matches(one.language, TEMPLATES)
+                + near_matches(one.language, templates)
             )
-        if not 1 <= wordings <= len(TEMPLATES[one.language]):
-            raise DataError(f"wordings must be from 1 to {len(TEMPLATES[one.language])}")
+        if not 1 <= wordings <= len(templates[one.language]):
+            raise DataError(f"wordings must be from 1 to {len(templates[one.language])}")
         pool = pools.setdefault((one.group, one.language), {})
         pool.setdefault(_same(one.answer), one.answer)
     made, left_out = {}, {}
@@ -204,7 +239,7 @@ def multi_choice(
         key = hashlib.sha256(f"{one.group}\0{one.language}\0{one.text}".encode()).digest()
         rng = np.random.default_rng([seed, *key[:8]])
         sentences, labels = [], []
-        for template in TEMPLATES[one.language][:wordings]:
+        for template in templates[one.language][:wordings]:
             chosen = [others[i] for i in rng.choice(len(others), options - 1, replace=False)]
             place = int(rng.integers(options))
             chosen.insert(place, one.answer)
@@ -221,6 +256,37 @@ def multi_choice(
             "language": one.language,
         }
     return made, left_out
+
+
+def free_form(questions: Sequence[Question], *, wordings: int = 3) -> list[dict[str, Any]]:
+    """Questions with their whole answers, in the cloze format of query files.
+
+    The ids are those of `multi_choice`, so that both forms of a question can be compared.
+
+    Raises:
+      DataError: an unknown language, or numbers of wordings that there are not.
+    """
+    made = []
+    for one in questions:
+        if one.language not in FREE_TEMPLATES:
+            raise DataError(
+                f"question {one.id!r}: no wordings in language {one.language!r}; "
+                + near_matches(one.language, FREE_TEMPLATES)
+            )
+        if not 1 <= wordings <= len(FREE_TEMPLATES[one.language]):
+            raise DataError(f"wordings must be from 1 to {len(FREE_TEMPLATES[one.language])}")
+        made.append(
+            {
+                "id": one.id,
+                "group": one.group,
+                "prompts": [
+                    template.replace("{question}", one.text)
+                    for template in FREE_TEMPLATES[one.language][:wordings]
+                ],
+                "answer": one.answer,
+            }
+        )
+    return made
 
 
 class Parts(NamedTuple):

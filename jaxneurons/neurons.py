@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from jaxneurons.config import ModelConfig
+from jaxneurons.csv_file import read_csv
 from jaxneurons.errors import ConfigError, DataError, near_matches
 
 Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
@@ -271,14 +272,8 @@ def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
       DataError: a file that cannot be read or is not of this format; names the line.
     """
     path = Path(path)
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not CSV in UTF-8: {error}") from None
     found: dict[str, list[tuple[int, int]]] = {}
-    for line, row in enumerate(rows, 2):
+    for line, row in enumerate(read_csv(path), 2):
         try:
             site, pair = row["site"], (int(row["layer"]), int(row["index"]))
             check_site(site)

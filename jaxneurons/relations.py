@@ -6,9 +6,7 @@ and `translations` (templates by language, and the subject and object of each sa
 data: a run names its set, since small models answer the plain form far better than the paper's.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import re
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxneurons.csv_file import read_csv
 from jaxneurons.errors import DataError, near_matches
 
 TEMPLATE_SETS = ("plain", "zero-shot", "answer")
@@ -224,17 +223,11 @@ def read_counts(path: str | os.PathLike[str]) -> dict[tuple[str, Triple], float]
       DataError: a file that cannot be read or is not of this format; names the line.
     """
     path = Path(path)
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not CSV in UTF-8: {error}") from None
     found = {}
-    for line, row in enumerate(rows, 2):
-        texts = [(row.get(key) or "").strip() for key in ("relation", "subject", "object")]
+    for line, row in enumerate(read_csv(path), 2):
+        texts = [row.get(key, "").strip() for key in ("relation", "subject", "object")]
         try:
-            count = float(row.get("count") or "")
+            count = float(row.get("count", ""))
         except ValueError:
             count = -1.0
         if not all(texts) or not 0 <= count < float("inf"):

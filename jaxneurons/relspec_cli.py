@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxneurons.errors import DataError
-from jaxneurons.terminal import console, load_and_say, show_study, stages
+from jaxneurons.terminal import console, load_and_say, show_comparison, show_study, stages
 
 if TYPE_CHECKING:
     from jaxneurons.study import Study
@@ -164,6 +164,17 @@ def plot_command(out: Out) -> None:
 
     made = plot(out)
     console.print(f"Written: {out}/figures/ ({', '.join(path.name for path in made)})")
+
+
+@app.command("compare")
+def compare_command(
+    out: Annotated[Path, typer.Argument(help="A run directory.")],
+    other: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """How many neurons do relations of one name share in two runs, in which wordings?"""
+    from jaxneurons.relspec_run import compare
+
+    show_comparison(compare(out, other))
 
 
 def _analyse(out: Path, analyses: str, counts: Path | None) -> None:

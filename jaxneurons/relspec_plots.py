@@ -148,16 +148,8 @@ def sizes(rows: Rows, source: str) -> Any:
     axes.set(xscale="log", xlabel="neurons off", ylabel="right answers lost (%)")
     lowest = min(-10.0, min(100 * r["drop"] for r in used if r["off"] == r["relation"]))
     axes.set_ylim(max(lowest, -60) - 5, 105)
-    entitle(axes, f"Number of neurons, {source}")
+    entitle(axes, f"Number of neurons, {source} (bands: s.e. over relations; random: s.d.)")
     axes.legend(frameon=False, loc="upper left")
-    figure.text(
-        0.99,
-        0.005,
-        "bands: standard error over relations; random: s.d. over seeds; thin: single relations",
-        ha="right",
-        fontsize=7,
-        color="#555555",
-    )
     return figure
 
 
@@ -233,8 +225,8 @@ def cumulativity(rows: Rows, source: str) -> Any:
     axes.set_xticks(x, [f"{a:,} to {b:,}" for a, b in steps], rotation=25, ha="right")
     axes.set(ylabel="held-out answers, all relations")
     entitle(axes, f"Cumulativity (above the bars), {source}")
-    axes.legend(frameon=False)
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.35 * max(1, *sums["total"]))
+    axes.legend(frameon=False, loc="upper left", ncols=2)
     return figure
 
 

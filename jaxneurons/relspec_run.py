@@ -11,13 +11,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxneurons import analyses, relspec_plots
 from jaxneurons.analyses import Counts, Tables
 from jaxneurons.concepts import concepts
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.load import LM
-from jaxneurons.neurons import neuron_table
+from jaxneurons.neurons import neuron_table, read_neurons
 from jaxneurons.perplexity import perplexity
 from jaxneurons.relations import Relation, bundled_relations, read_relations
 from jaxneurons.relspec import RelSpecConfig
@@ -214,6 +215,48 @@ def plot(out: str | os.PathLike[str]) -> list[Path]:
     if os.path.isabs(source):
         source = Path(source).name  # titles are short
     return relspec_plots.draw(tables, directory / "figures", source=source)
+
+
+def compare(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Neurons that relations of one name share in two runs, beside those of different names.
+
+    A row for each relation that both runs know: its wording in each, neurons in each, `shared`, and
+    `shared_others`, the mean over the other run's other relations.
+
+    Raises:
+      DataError: a directory without neurons or tables, or no relation in both.
+    """
+    sets, wordings = [], []
+    for directory in map(Path, (run, other)):
+        found = {
+            path.stem: read_neurons(path) for path in sorted((directory / "neurons").glob("*.csv"))
+        }
+        rows = read_tables(directory / "tables").get("relations", [])
+        if not found or not rows:
+            raise DataError(
+                f"{directory}: no neurons of a run; `jaxneurons relspec run` makes them"
+            )
+        sets.append(found)
+        wordings.append({row["relation"]: row["template"] for row in rows})
+    both = [name for name in sets[0] if name in sets[1]]
+    if not both:
+        raise DataError(f"{other}: knows none of the relations that {run} knows")
+    rows = []
+    for name in both:
+        others = [len(sets[0][name] & one) for key, one in sets[1].items() if key != name]
+        rows.append(
+            {
+                "relation": name,
+                "template": wordings[0][name],
+                "other_template": wordings[1][name],
+                "same_wording": wordings[0][name] == wordings[1][name],
+                "neurons": len(sets[0][name]),
+                "other_neurons": len(sets[1][name]),
+                "shared": len(sets[0][name] & sets[1][name]),
+                "shared_others": sum(others) / len(others) if others else None,
+            }
+        )
+    return rows
 
 
 def run_study(

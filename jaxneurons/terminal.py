@@ -289,6 +289,27 @@ def show_study(out: Path) -> None:
     console.print(f"Written: {out}/{{{','.join(made)}}}, {len(tables)} tables")
 
 
+def show_comparison(rows: list[dict[str, Any]]) -> None:
+    """Neurons that relations share in two runs."""
+    table = Table(
+        title="Neurons of relations of one name in two runs",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("relation", no_wrap=True)
+    for name in ("neurons", "shared", "with other relations", "wording"):
+        table.add_column(name, justify="right")
+    for row in sorted(rows, key=lambda row: (-row["same_wording"], -row["shared"])):
+        table.add_row(
+            row["relation"],
+            f"{row['neurons']}, {row['other_neurons']}",
+            str(row["shared"]),
+            _number(row["shared_others"], ".0f"),
+            "the same" if row["same_wording"] else "other",
+        )
+    console.print(table)
+
+
 def _is_own(row: dict[str, Any]) -> bool:
     return row["off"] == row["relation"] and row["evaluation"] == "eva"
 
@@ -303,3 +324,79 @@ def _drops(rows: list[dict[str, Any]], relation: str) -> list[str]:
     )
     found = [[value for value in group if value is not None] for group in groups]
     return [f"{sum(group) / len(group):.0%}" if group else "" for group in found]
+
+
+def show_evaluation(rows: list[dict[str, Any]]) -> None:
+    """The probability change ratio of every method, all groups together."""
+    for change in dict.fromkeys(row["change"] for row in rows):
+        table = _narrow(f"{change.capitalize()}: relative change of the answer's probability")
+        for name in ("related", "unrelated", "PCR", "95 %", "share", "beyond"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            if row["group"] == "all" and row["change"] == change:
+                table.add_row(
+                    row["method"],
+                    f"{row['related']:+.1%}",
+                    f"{row['unrelated']:+.1%}",
+                    _number(row["pcr"], ".1f"),
+                    f"{_number(row['pcr_low'], '.1f')} to {_number(row['pcr_high'], '.1f')}",
+                    _number(row["share"], ".0%"),
+                    _number(row["beyond"], "+.1%"),
+                )
+        console.print(table)
+    console.print(
+        "PCR: |related| / |unrelated|; share: of all attribution, held by the neurons; beyond: "
+        "related change less that of random neurons matched in layer and activation."
+    )
+
+
+def show_editing(rows: list[dict[str, Any]]) -> None:
+    """Answers turned by every method, all groups together."""
+    for turns in dict.fromkeys(row["turns"] for row in rows):
+        here = [row for row in rows if row["turns"] == turns and row["group"] == "all"]
+        if not here[0]["prompts"]:
+            console.print(f"Answers turned {turns}: none could be.")
+            continue
+        title = f"Answers turned {turns} ({here[0]['change']}, of {here[0]['prompts']} prompts)"
+        table = _narrow(title)
+        for name in ("turned", "95 %", "by an unrelated query's"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in here:
+            table.add_row(
+                row["method"],
+                _number(row["rate"], ".1%"),
+                f"{_number(row['rate_low'], '.1%')} to {_number(row['rate_high'], '.1%')}",
+                _number(row["unrelated"], ".1%"),
+            )
+        console.print(table)
+
+
+def _narrow(title: str) -> Table:
+    """A table of methods that fits 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True)
+    return table
+
+
+def show_prediction(rows: list[dict[str, Any]]) -> None:
+    """Accuracy of reading answers off neurons, by group."""
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    table = Table(
+        title="Right answers read off a group's neurons", title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("readout, neurons", no_wrap=True)
+    for group in groups:
+        table.add_column(group, justify="right")
+    kinds = list(dict.fromkeys((row["readout"], row["pool"]) for row in rows))
+    for readout, pool in kinds:
+        cells = [
+            f"{row['accuracy']:.0%}"
+            for row in rows
+            if (row["readout"], row["pool"]) == (readout, pool)
+        ]
+        table.add_row(f"{readout}, {pool}" if pool else readout, *cells)
+    console.print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -9,6 +9,8 @@ from fixtures import write_lm
 from known import write_relations
 
 import jaxneurons
+from jaxneurons.neurons import read_neurons
+from jaxneurons.relspec_run import compare
 from jaxneurons.tables import read_tables
 
 SMALL = ("--k", "5%", "--minimum", 5, "--seeds", 2)
@@ -86,6 +88,23 @@ def test_stage_by_stage_is_the_same(run, done, model, relations, tmp_path):
     assert {p.name for p in (out / "figures").iterdir()} == {
         p.name for p in (whole / "figures").iterdir()
     }
+
+
+def test_compare(run, done, tmp_path):
+    whole, _ = done
+    code, said, err = run("relspec", "compare", whole, whole)
+    assert code == 0, err
+    assert said.count("the same") == len(list((whole / "neurons").iterdir()))
+    rows = compare(whole, whole)
+    for row in rows:
+        assert row["shared"] == row["neurons"] == row["other_neurons"] == 24
+        others = [
+            len(read_neurons(whole / "neurons" / f"{row['relation']}.csv") & read_neurons(path))
+            for path in (whole / "neurons").iterdir()
+            if path.stem != row["relation"]
+        ]
+        assert row["shared_others"] == sum(others) / len(others)
+    fails(run("relspec", "compare", whole, tmp_path), "no neurons of a run")
 
 
 def test_further_analyses_and_counts(run, done, tmp_path):

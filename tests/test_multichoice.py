@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from jaxneurons.errors import DataError
 from jaxneurons.multichoice import (
+    FREE_TEMPLATES,
     TEMPLATES,
     Parts,
     Question,
+    free_form,
     free_questions,
     multi_choice,
     put_together,
@@ -30,6 +32,35 @@ def made(count=12, groups=2, **changes):
         Question(f"q{i}", f"What is {i}?", f"answer {i}", f"g{i % groups}", **changes)
         for i in range(count)
     ]
+
+
+@pytest.mark.parametrize("language", sorted(FREE_TEMPLATES))
+def test_free_form_in_every_language(tmp_path, language):
+    """Read back by the reader of queries: the ids of the multi-choice form, the whole answer."""
+    questions = made(language=language)
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in free_form(questions)))
+    queries = read_queries(path)
+    assert [query.id for query in queries] == [one.id for one in questions]
+    for query, one in zip(queries, questions, strict=True):
+        assert (query.group, set(query.answers)) == (one.group, {one.answer})
+        assert len(set(query.prompts)) == 3
+        assert all(one.text in prompt and one.answer not in prompt for prompt in query.prompts)
+        assert not any(query.options)
+    assert set(FREE_TEMPLATES) == set(TEMPLATES)
+
+
+def test_free_form_refuses():
+    with pytest.raises(DataError, match="no wordings in language 'xx'"):
+        free_form(made(language="xx"))
+    with pytest.raises(DataError, match="wordings must be from 1 to 3"):
+        free_form(made(), wordings=4)
+
+
+def test_templates_of_ones_own():
+    own = {"xx": ("Q {question}\n{options}\nA:",)}
+    records, _ = multi_choice(made(language="xx"), templates=own, wordings=1)
+    assert all(record["sentences"][0].startswith("Q What is") for record in records.values())
 
 
 @pytest.mark.parametrize("language", sorted(TEMPLATES))
@@ -196,6 +227,13 @@ def test_from_the_command_line(run, tmp_path):
     assert (code, "6 questions, 3 wordings each" in said) == (0, True)
     assert err.count("left out: question 'q7': group 'g1' has 1 other answers, 3 needed") == 1
     assert [query.id for query in read_queries(out)] == [f"q{i}" for i in range(6)]
+    code, said, _ = run("qrnca", "questions", source, tmp_path / "free.jsonl", "--form", "free")
+    assert (code, "8 questions" in said) == (0, True)
+    assert [query.id for query in read_queries(tmp_path / "free.jsonl")] == [
+        record["id"] for record in records
+    ]
+    code, _, err = run("qrnca", "questions", source, tmp_path / "x", "--form", "fre")
+    assert (code, "did you mean 'free'" in err) == (1, True)
     source.write_text(json.dumps(records[6:]))
     code, _, err = run("qrnca", "questions", source, tmp_path / "none.json")
     assert (code, err.splitlines()[-1].startswith("error: ")) == (1, True)
