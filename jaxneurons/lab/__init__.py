@@ -1,0 +1,9 @@
+"""The lab: a small model with known contents, `jaxneurons.load("lab")`, and the world it was told.
+
+A few million parameters, trained from scratch on an invented world (`world`): whatever it knows was
+put there, and what was left out it cannot know. Made by `python -m jaxneurons.lab.train`.
+"""
+
+from jaxneurons.lab.world import DOMAINS, VALDIC, Fact, choice, cloze, facts
+
+__all__ = ["DOMAINS", "VALDIC", "Fact", "choice", "cloze", "facts"]
