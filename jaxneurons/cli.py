@@ -1,6 +1,5 @@
-"""The command line: `demo`, `qrnca locate`, `relspec ...`, `convert`, `verify`, `inspect`."""
+"""The command line: `demo`, `qrnca ...`, `relspec ...`, `convert`, `verify`, `inspect`."""
 
-import dataclasses
 import os
 import sys
 import warnings
@@ -9,8 +8,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from jaxneurons import relspec_cli
-from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, near_matches
+from jaxneurons import qrnca_cli, relspec_cli
+from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.terminal import (
     console,
     counting,
@@ -21,7 +20,6 @@ from jaxneurons.terminal import (
     show_certificate,
     show_demo,
     show_description,
-    show_located,
 )
 
 app = typer.Typer(
@@ -29,13 +27,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-qrnca_app = typer.Typer(
-    help="Query-relevant neurons (QRNCA, arXiv 2406.10868).", no_args_is_help=True
-)
-app.add_typer(qrnca_app, name="qrnca")
+app.add_typer(qrnca_cli.app, name="qrnca")
 app.add_typer(relspec_cli.app, name="relspec")
 
-MODES = ("paper", "reference")
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer has turned into SystemExit
 
@@ -53,87 +47,24 @@ def _top(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="Model source: name, path or hub id.")] = (
-        "smollm2-135m"
-    ),
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Model source: lab (ships with the package), smollm2-135m (98 MB, fetched once), "
+            "path or hub id."
+        ),
+    ] = "lab",
     out: Annotated[Path, typer.Option(help="Run directory to write.")] = Path("runs/demo"),
 ) -> None:
     """Locate the neurons of a few dozen facts, turn them off, and see what is lost."""
     lm = load_and_say(model)
-    from jaxneurons.demo import bundled_facts, run_demo
+    from jaxneurons.demo import demo_facts, run_demo
 
-    facts = bundled_facts(per_group=6)
+    facts = demo_facts(lm.source)
     console.print(f"Asking it {len(facts)} facts in 3 wordings each.")
     with counting("Attributing") as tell:
         result = run_demo(lm, out, facts=facts, progress=tell)
     show_demo(result, out)
-
-
-@qrnca_app.command("locate")
-def qrnca_locate(
-    model: Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")],
-    queries: Annotated[Path, typer.Option(help="Query file: published JSON or cloze JSON Lines.")],
-    out: Annotated[Path, typer.Option(help="Run directory; a stopped run is taken up again.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many queries.")] = (
-        None
-    ),
-    steps: Annotated[int | None, typer.Option(min=1, help="Nodes of a fixed rule.")] = None,
-    rule: Annotated[
-        str | None,
-        typer.Option(help="adaptive (converged), gauss, right (the paper's), reference."),
-    ] = None,
-    mode: Annotated[
-        str, typer.Option(help="paper, or reference: what its public code computes.")
-    ] = "paper",
-    site: Annotated[str, typer.Option(help="Neurons: up, gate, act, down, q, k, v or o.")] = "up",
-) -> None:
-    """Find the neurons that the answer to each query depends on."""
-    from jaxneurons import qrnca
-    from jaxneurons.queries import read_queries
-
-    if mode not in MODES:
-        raise ConfigError(f"unknown mode {mode!r}; {near_matches(mode, MODES)}")
-    settings = qrnca.QRNCAConfig() if mode == "paper" else qrnca.QRNCAConfig.reference()
-    changes: dict[str, Any] = {"rule": rule, "steps": steps}
-    changes = {key: value for key, value in changes.items() if value is not None}
-    quadrature = dataclasses.replace(settings.quadrature, **changes)
-    settings = dataclasses.replace(settings, quadrature=quadrature, site=site)
-    asked = read_queries(queries)[:limit]
-    qrnca.check_count(len(asked))
-
-    lm = load_and_say(model)
-    from jaxneurons.locate import locate
-
-    with counting("Attributing") as tell:
-        located = locate(lm, asked, out, settings=settings, progress=tell)
-    show_located(located, out)
-
-
-@qrnca_app.command("questions")
-def qrnca_questions(
-    source: Annotated[Path, typer.Argument(help="Questions and answers: JSON, JSON Lines, CSV.")],
-    destination: Annotated[Path, typer.Argument(help="Multi-choice file to write: JSON.")],
-    options: Annotated[int, typer.Option(help="Options of a question.")] = 4,
-    wordings: Annotated[int, typer.Option(help="Wordings of a question.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Of distractors and their order.")] = 0,
-) -> None:
-    """Make free-form questions multiple-choice, as `qrnca locate` reads them.
-
-    Fields: question, answer, and if you like group (distractors are answers of the same group),
-    language (en, fr, ru, ar, ja, zh) and id.
-    """
-    from jaxneurons.multichoice import multi_choice, read_questions
-    from jaxneurons.store import write_json
-
-    made, left_out = multi_choice(
-        read_questions(source), options=options, wordings=wordings, seed=seed
-    )
-    for name, why in left_out.items():
-        errors.print(f"left out: question {name!r}: {why}", style="yellow", soft_wrap=True)
-    if not made:
-        raise DataError(f"{source}: no question is left; give groups with more answers")
-    write_json(destination, made)
-    console.print(f"Written: {destination} ({len(made)} questions, {wordings} wordings each)")
 
 
 @app.command("convert")

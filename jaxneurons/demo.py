@@ -7,7 +7,6 @@ them off at the last prompt position, and turns off random neurons of the same l
 import dataclasses
 import functools
 import os
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons import batches
+from jaxneurons.bundled import bundled_queries
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
 from jaxneurons.evaluate import scale_array, scaled_answers
-from jaxneurons.load import LM
+from jaxneurons.load import LAB, LM
 from jaxneurons.locate import Located, Progress, encode_queries, locate
 from jaxneurons.neurons import Neuron, matched_random, site_width
 from jaxneurons.plots import neuron_map
 from jaxneurons.qrnca import QRNCAConfig
 from jaxneurons.quadrature import Quadrature
-from jaxneurons.queries import Query, read_queries
+from jaxneurons.queries import Query
 from jaxneurons.rows import prefill
 from jaxneurons.store import write_json
 
@@ -79,8 +79,7 @@ class Demo:
 
 def bundled_facts(per_group: int | None = None) -> list[Query]:
     """The facts that ship with the package, or the first few of each group."""
-    with resources.as_file(resources.files("jaxneurons.data") / "facts.jsonl") as path:
-        facts = read_queries(path)
+    facts = bundled_queries("facts")
     if per_group is None:
         return facts
     seen: dict[str, int] = {}
@@ -90,6 +89,16 @@ def bundled_facts(per_group: int | None = None) -> list[Query]:
         if seen[fact.group] <= per_group:
             chosen.append(fact)
     return chosen
+
+
+def demo_facts(source: str) -> list[Query]:
+    """Six facts of each group that a model may know: of its own world for the lab model."""
+    if source != LAB:
+        return bundled_facts(per_group=6)
+    groups: dict[str, list[Query]] = {}
+    for query in bundled_queries("lab-cloze"):
+        groups.setdefault(query.group, []).append(query)
+    return [fact for own in groups.values() for fact in own[:: len(own) // 6][:6]]
 
 
 def known(lm: LM, facts: list[Query], settings: QRNCAConfig = SETTINGS) -> list[bool]:
@@ -112,7 +121,7 @@ def run_demo(
     Args:
       lm: the model.
       out: the run directory: that of `locate`, with `effects.json` and `neurons.png`.
-      facts: default: six bundled facts of each group.
+      facts: default: `demo_facts`.
       draws: random control sets per fact.
       seed: of those draws.
       progress: told how many prompts are attributed.
@@ -120,7 +129,7 @@ def run_demo(
     Raises:
       DataError: the model knows fewer than two of the facts.
     """
-    facts = bundled_facts(per_group=6) if facts is None else facts
+    facts = demo_facts(lm.source) if facts is None else facts
     knows = known(lm, facts)
     unknown = [fact.id for fact, yes in zip(facts, knows, strict=True) if not yes]
     facts = [fact for fact, yes in zip(facts, knows, strict=True) if yes]
@@ -211,8 +220,7 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
     pre = prefill(params, tokens, jnp.asarray(batch.targets), config=config, lengths=lengths)
-    last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-    return scaled_answers(params, pre, last, scales, config=config, site=SETTINGS.site)
+    return scaled_answers(params, pre, scales, config=config, site=SETTINGS.site)[:2]
 
 
 def _scaled(

@@ -225,7 +225,7 @@ def unembed(
     params: Mapping[str, Any], x: Float[Array, "*batch hidden"], config: ModelConfig
 ) -> Float[Array, "*batch vocab"]:
     """Final norm and projection to the vocabulary: logits, float32."""
-    return _project(params, rms_norm(x, params["final_norm"]["scale"], config.norm_eps), config)
+    return project(params, rms_norm(x, params["final_norm"]["scale"], config.norm_eps), config)
 
 
 def token_probability(
@@ -247,11 +247,12 @@ def token_probability(
         chosen = jnp.moveaxis(params["unembed"]["kernel"][:, tokens], 0, -1)
     logit = jnp.einsum("...h,...h->...", h, chosen, preferred_element_type=jnp.float32)
     own = jnp.arange(config.vocab_size) == tokens[..., None]
-    others = jnp.where(own, MASKED, _project(params, h, config))
+    others = jnp.where(own, MASKED, project(params, h, config))
     return jax.nn.sigmoid(logit - jax.nn.logsumexp(others, axis=-1))
 
 
-def _project(params: Mapping[str, Any], h: Array, config: ModelConfig) -> Array:
+def project(params: Mapping[str, Any], h: Array, config: ModelConfig) -> Array:
+    """A normed residual times the unembedding: logits, float32."""
     weights = params["embed"]["embedding"] if config.tied else params["unembed"]["kernel"]
     equation = "...h,vh->...v" if config.tied else "...h,hv->...v"
     return jnp.einsum(equation, h, weights, preferred_element_type=jnp.float32)

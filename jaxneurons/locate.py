@@ -1,7 +1,8 @@
 """Locating query-relevant neurons for a file of queries, resumable, into a run directory.
 
-Writes `neurons.jsonl` (a line per query), `common_neurons.json` and `run.json` (where everything
-came from and how exact it is); `parts/` holds what a killed run had finished.
+Writes `queries.jsonl` (what was asked), `neurons.jsonl` (a line per query), `common_neurons.json`
+and `run.json` (where everything came from and how exact it is); `parts/` holds what a killed run
+had finished.
 """
 
 import dataclasses
@@ -24,6 +25,10 @@ from jaxneurons.neurons import Neuron, site_width
 from jaxneurons.qrnca import PromptScores, QRNCAConfig, QueryNeurons
 from jaxneurons.queries import Query
 from jaxneurons.store import RunDirectory, digest, write_json, write_json_lines
+
+FORMAT = 2
+"""Of the parts; counts up when what is in them changes."""
+QUERIES, RUN = "queries.jsonl", "run.json"
 
 Progress = Callable[[int, int], None]
 """Called with (prompts done, prompts in all)."""
@@ -116,8 +121,10 @@ def locate(
         "queries": digest([[q.id, q.group] for q in queries]),
         "prompts": digest(prompts),
         "batch size": batch_size or batches.default_batch_size(),
+        "format": FORMAT,
     }
     run = RunDirectory(out, identity)
+    write_json_lines(run.path / QUERIES, map(dataclasses.asdict, queries))
 
     done = 0
     results: dict[int, PromptScores] = {}
@@ -189,6 +196,8 @@ def _unpack(part: dict[str, np.ndarray]) -> dict[int, PromptScores]:
             gap=part["gap"][i],
             error=part["error"][i],
             nodes=int(part["nodes"][i]),
+            active=part["active"][i],
+            activation=part["activation"][i],
         )
         for i, index in enumerate(part["index"])
     }
@@ -295,4 +304,4 @@ def _write(
             ],
         },
     )
-    write_json(run.path / "run.json", facts)
+    write_json(run.path / RUN, facts)

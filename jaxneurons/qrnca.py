@@ -80,6 +80,10 @@ class QRNCAConfig:
         return cls(**{**settings, **changes})
 
 
+ACTIVE = 64
+"""Neurons of highest activation that are kept of every prompt."""
+
+
 class PromptScores(NamedTuple):
     """One prompt's coarse neurons and what is known about its attribution.
 
@@ -93,6 +97,8 @@ class PromptScores(NamedTuple):
       gap: completeness gap of each layer, in probability.
       error: estimated relative error of each layer.
       nodes: quadrature nodes spent.
+      active: flat indices of the `ACTIVE` neurons of highest |activation| there, highest first.
+      activation: their |activation|.
     """
 
     neurons: np.ndarray
@@ -104,6 +110,8 @@ class PromptScores(NamedTuple):
     gap: np.ndarray
     error: np.ndarray
     nodes: int
+    active: np.ndarray = np.zeros(0, np.int32)
+    activation: np.ndarray = np.zeros(0, np.float32)
 
 
 class QueryNeurons(NamedTuple):
@@ -125,21 +133,32 @@ class QueryNeurons(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def _run_batch(
     params: Any, batch: Batch, *, config: ModelConfig, settings: QRNCAConfig
-) -> tuple[Attribution, jax.Array, jax.Array]:
+) -> tuple[Attribution, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
-    pre = prefill(params, tokens, jnp.asarray(batch.targets), config=config, lengths=lengths)
+    site = settings.site
+    pre = prefill(
+        params,
+        tokens,
+        jnp.asarray(batch.targets),
+        config=config,
+        lengths=lengths,
+        capture=(site,),
+    )
     found = attribute(
         params,
         pre,
         config=config,
         answer_lengths=jnp.asarray(batch.answer_lengths),
-        site=settings.site,
+        site=site,
         quadrature=settings.quadrature,
     )
     first = jax.nn.softmax(pre.logits[:, 0], axis=-1)
     options = jnp.take_along_axis(first, batch.options, axis=-1)
     top = pre.logits.argmax(-1)
-    return found, options, jnp.all(top == batch.targets, axis=-1)
+    strength = jnp.abs(pre.captured[site][:, :, 0]).astype(jnp.float32).swapaxes(0, 1)
+    strength = strength.reshape(len(tokens), -1)
+    activation, active = jax.lax.top_k(strength, min(ACTIVE, strength.shape[1]))
+    return found, options, jnp.all(top == batch.targets, axis=-1), (activation, active)
 
 
 def attribute_batch(
@@ -150,7 +169,7 @@ def attribute_batch(
     Source: section "neuron attribution" of the paper; the coarse threshold is applied here, so
     that the scores of all neurons need not be kept.
     """
-    found, options, says = jax.device_get(
+    found, options, says, (activation, active) = jax.device_get(
         _run_batch(params, batch, config=config, settings=settings)
     )
     results = {}
@@ -174,6 +193,8 @@ def attribute_batch(
             gap=found.gap[row],
             error=found.error[row],
             nodes=int(found.nodes[row].sum()),
+            active=active[row],
+            activation=activation[row],
         )
     return results
 

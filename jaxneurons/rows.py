@@ -31,6 +31,7 @@ class Prefill(NamedTuple):
       targets: the answer tokens.
       probability: of each answer token, model untouched.
       logits: at the answer positions, float32.
+      captured: activations asked for, at the answer positions, by site.
     """
 
     cache: transformer.Cache
@@ -40,6 +41,7 @@ class Prefill(NamedTuple):
     targets: Int[Array, "batch answer"]
     probability: Float[Array, "batch answer"]
     logits: Float[Array, "batch answer vocab"]
+    captured: dict[str, Float[Array, "layer batch answer width"]]
 
 
 def prefill(
@@ -49,8 +51,12 @@ def prefill(
     *,
     config: ModelConfig,
     lengths: Int[Array, " batch"],
+    capture: tuple[str, ...] = (),
 ) -> Prefill:
-    """Run prompts (and all but the last token of their answers) once."""
+    """Run prompts (and all but the last token of their answers) once.
+
+    `capture` names sites whose activations at the answer positions are wanted.
+    """
     batch, seq = tokens.shape
     answers = targets.shape[1]
     positions = lengths[:, None] - 1 + jnp.arange(answers)
@@ -69,13 +75,21 @@ def prefill(
         lengths=lengths,
         at=positions,
         cache=transformer.init_cache(config, batch, seq, dtype),
-        capture=("residual", "o", "down"),
+        capture=tuple(dict.fromkeys(("residual", "o", "down", *capture))),
     )
     probability = layers.token_probability(params, out.final, targets, config)
     assert out.cache is not None
-    added = dict(out.activations)
-    residual = added.pop("residual")
-    return Prefill(out.cache, residual, added, positions, targets, probability, out.logits)
+    seen = out.activations
+    return Prefill(
+        out.cache,
+        seen["residual"],
+        {name: seen[name] for name in ("o", "down")},
+        positions,
+        targets,
+        probability,
+        out.logits,
+        {name: seen[name] for name in capture},
+    )
 
 
 def row_probabilities(

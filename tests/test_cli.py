@@ -260,7 +260,7 @@ def test_options_that_the_tokenizer_cannot_tell_apart(run, gguf_file, tmp_path):
 
 def test_demo_of_a_model_that_knows_nothing(run, model, tmp_path, facts, monkeypatch):
     few = read_queries(facts)[:1]
-    monkeypatch.setattr("jaxneurons.demo.bundled_facts", lambda per_group: few)
+    monkeypatch.setattr("jaxneurons.demo.demo_facts", lambda source: few)
     fails(
         run("demo", "--model", model, "--out", tmp_path / "run"), "the model knows 0 of the facts"
     )
@@ -299,6 +299,17 @@ def test_neuron_map(tmp_path, found):
     assert 1000 <= width <= 4000
     assert 500 <= height <= 3000
     assert path.stat().st_size > 5000
+
+
+def test_demo_needs_no_download(run, tmp_path):
+    """The default: six facts of each domain of the lab model's world."""
+    code, out, err = run("demo", "--out", tmp_path / "run")
+    assert code == 0, err
+    effects = json.loads((tmp_path / "run" / "effects.json").read_text())["effects"]
+    assert [effect["group"] for effect in effects][-1] == "all"
+    assert len(effects) == 7
+    assert effects[-1]["suppressed"] < effects[-1]["random"] - 0.1
+    assert "geography" in out
 
 
 # --- the demo on the real model -------------------------------------------------------------------

@@ -1,0 +1,308 @@
+"""The command line of query-relevant neurons: `qrnca locate`, and everything after it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.terminal import (
+    console,
+    counting,
+    errors,
+    load_and_say,
+    show_editing,
+    show_evaluation,
+    show_located,
+    show_prediction,
+)
+
+if TYPE_CHECKING:
+    from jaxneurons.neurons import Neuron
+    from jaxneurons.qrnca_run import Run
+    from jaxneurons.trials import Outcomes
+
+app = typer.Typer(help="Query-relevant neurons (QRNCA, arXiv 2406.10868).", no_args_is_help=True)
+
+MODES = ("paper", "reference")
+FORMS = ("choice", "free")
+Directory = Annotated[Path, typer.Option("--run", help="Run directory of `qrnca locate`.")]
+Model = Annotated[
+    str | None, typer.Option(help="Where the run's model is now; default: where it was.")
+]
+OwnNeurons = Annotated[
+    Path | None,
+    typer.Option(help="CSV of site, layer, index: neurons of your own, one more method."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of unrelated queries, controls and resamples.")]
+
+
+@app.command()
+def locate(
+    model: Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")],
+    queries: Annotated[
+        str,
+        typer.Option(
+            help="Query file (published JSON or cloze JSON Lines), or one that ships with the "
+            "package: lab, lab-all, lab-cloze, lab-languages, facts."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory; a stopped run is taken up again.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many queries.")] = (
+        None
+    ),
+    steps: Annotated[int | None, typer.Option(min=1, help="Nodes of a fixed rule.")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="adaptive (converged), gauss, right (the paper's), reference."),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="paper, or reference: what its public code computes.")
+    ] = "paper",
+    site: Annotated[str, typer.Option(help="Neurons: up, gate, act, down, q, k, v or o.")] = "up",
+) -> None:
+    """Find the neurons that the answer to each query depends on."""
+    from jaxneurons import qrnca
+    from jaxneurons.bundled import bundled_queries
+
+    if mode not in MODES:
+        raise ConfigError(f"unknown mode {mode!r}; {near_matches(mode, MODES)}")
+    settings = qrnca.QRNCAConfig() if mode == "paper" else qrnca.QRNCAConfig.reference()
+    changes: dict[str, Any] = {"rule": rule, "steps": steps}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    quadrature = dataclasses.replace(settings.quadrature, **changes)
+    settings = dataclasses.replace(settings, quadrature=quadrature, site=site)
+    asked = bundled_queries(queries)[:limit]
+    qrnca.check_count(len(asked))
+
+    lm = load_and_say(model)
+    from jaxneurons.locate import locate as find
+
+    with counting("Attributing") as tell:
+        located = find(lm, asked, out, settings=settings, progress=tell)
+    show_located(located, out)
+
+
+@app.command()
+def questions(
+    source: Annotated[Path, typer.Argument(help="Questions and answers: JSON, JSON Lines, CSV.")],
+    destination: Annotated[Path, typer.Argument(help="Multi-choice file to write: JSON.")],
+    options: Annotated[int, typer.Option(help="Options of a question.")] = 4,
+    wordings: Annotated[int, typer.Option(help="Wordings of a question.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of distractors and their order.")] = 0,
+    form: Annotated[
+        str, typer.Option(help="choice: the answer is a letter; free: the whole answer is.")
+    ] = "choice",
+) -> None:
+    """Make free-form questions multiple-choice, or wordings of them, as `qrnca locate` reads them.
+
+    Fields: question, answer, and if you like group (distractors are answers of the same group),
+    language (en, fr, ru, ar, ja, zh) and id.
+    """
+    from jaxneurons.multichoice import free_form, multi_choice, read_questions
+    from jaxneurons.store import write_json, write_json_lines
+
+    if form not in FORMS:
+        raise ConfigError(f"unknown form {form!r}; {near_matches(form, FORMS)}")
+    if form == "free":
+        records = free_form(read_questions(source), wordings=wordings)
+        write_json_lines(destination, records)
+        console.print(
+            f"Written: {destination} ({len(records)} questions, answers as they are)",
+            soft_wrap=True,
+        )
+        return
+    made, left_out = multi_choice(
+        read_questions(source), options=options, wordings=wordings, seed=seed
+    )
+    for name, why in left_out.items():
+        errors.print(f"left out: question {name!r}: {why}", style="yellow", soft_wrap=True)
+    if not made:
+        raise DataError(f"{source}: no question is left; give groups with more answers")
+    write_json(destination, made)
+    console.print(
+        f"Written: {destination} ({len(made)} questions, {wordings} wordings each)", soft_wrap=True
+    )
+
+
+@app.command()
+def evaluate(
+    run: Directory, model: Model = None, neurons: OwnNeurons = None, seed: Seed = 0
+) -> None:
+    """Boost and suppress each query's neurons, beside five baselines and matched random ones.
+
+    Writes tables/evaluation, tables/changes and figures: the probability change ratio with
+    intervals, how much of the attribution a set holds, and its effect beyond the matched control.
+    """
+    extra = _own(neurons)
+    with _opened(run, model) as found:
+        from jaxneurons.qrnca_effects import change_rows, evaluation_rows
+
+        outcomes = _trials(found, extra, seed)
+        rows = change_rows(found, outcomes)
+        table = evaluation_rows(rows, seed=seed)
+        _write(found, {"changes": rows, "evaluation": table})
+        _write_facts(found, outcomes, seed)
+    show_evaluation(table)
+    attribution = found.located.run["seconds"]["attribution"]
+    console.print(
+        f"Trials: {outcomes.seconds:.1f} s; attribution took {attribution:.1f} s where it was done."
+    )
+    _say(run)
+
+
+@app.command()
+def edit(run: Directory, model: Model = None, neurons: OwnNeurons = None, seed: Seed = 0) -> None:
+    """Which answers turn? Right ones when neurons are suppressed, wrong ones when boosted.
+
+    Writes tables/editing and its figure; shares its passes with `evaluate`.
+    """
+    extra = _own(neurons)
+    with _opened(run, model) as found:
+        from jaxneurons.qrnca_effects import editing_rows
+
+        outcomes = _trials(found, extra, seed)
+        rows = editing_rows(found, outcomes, seed=seed)
+        _write(found, {"editing": rows})
+        _write_facts(found, outcomes, seed)
+    show_editing(rows)
+    _say(run)
+
+
+@app.command()
+def predict(run: Directory, model: Model = None, seed: Seed = 0) -> None:
+    """Answer each half of the queries from the neurons located in the other half alone.
+
+    Writes tables/prediction and its figure. The protocol is that of `jaxneurons.prediction`.
+    """
+    with _opened(run, model) as found:
+        from jaxneurons.prediction import predict as read_off
+
+        with counting("Reading neurons") as tell:
+            rows = read_off(found, seed=seed, progress=tell)
+        _write(found, {"prediction": rows})
+    show_prediction(rows)
+    _say(run)
+
+
+@app.command()
+def analyse(
+    run: Directory,
+    model: Model = None,
+    kinds: Annotated[
+        str, typer.Option(help="Kinds of neurons to compare, with commas: up,gate,act; or none.")
+    ] = "none",
+    kinds_limit: Annotated[int, typer.Option(min=4, help="Queries to compare kinds on.")] = 60,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another run: how far do the neurons of the same queries agree?"),
+    ] = None,
+) -> None:
+    """Counts, overlap, layers, map and words of the neurons; kinds of neurons and runs compared.
+
+    Writes tables and figures; `kinds` locates again at each site, on some of the queries.
+    """
+    with _opened(run, model) as found:
+        from jaxneurons import qrnca_analyses as analyses
+
+        neurons = analyses.neuron_rows(found)
+        tables = {
+            "neurons": neurons,
+            "counts": analyses.count_rows(found),
+            "overlap": analyses.overlap_rows(neurons),
+            "layers": analyses.layer_rows(found, neurons),
+        }
+        if found.settings.site in ("q", "k", "v"):
+            errors.print("skipped: words (q, k and v write nothing to the residual stream)")
+        else:
+            tables["words"] = analyses.word_rows(found, neurons)
+        if kinds != "none":
+            chosen = [name.strip() for name in kinds.split(",") if name.strip()]
+            with counting("Locating at each site") as tell:
+                pairs, effects = analyses.kind_rows(
+                    found, kinds=chosen, limit=kinds_limit, progress=tell
+                )
+            tables.update({"kind_overlap": pairs, "kinds": effects})
+        if against is not None:
+            tables["against"] = analyses.against_rows(found, against)
+        _write(found, tables)
+    _say(run)
+
+
+def _own(path: Path | None) -> dict[str, list["Neuron"]]:
+    """A user's neurons by site, to be changed in every query; checked before anything runs."""
+    if path is None:
+        return {}
+    from jaxneurons.neurons import read_neurons
+
+    found: dict[str, list[Neuron]] = {}
+    for site, neuron in read_neurons(path):
+        found.setdefault(site, []).append(neuron)
+    if not found:
+        raise DataError(f"{path}: holds no neurons")
+    return found
+
+
+def _trials(run: "Run", own: dict[str, list["Neuron"]], seed: int) -> "Outcomes":
+    from jaxneurons.neurons import NeuronSet
+    from jaxneurons.trials import run_trials
+
+    extra = {}
+    if own:
+        site = run.settings.site
+        if set(own) != {site}:
+            raise DataError(f"this run is of neurons at {site!r}, the file's are at {sorted(own)}")
+        NeuronSet.of(**{site: own[site]}).check(run.lm.config)
+        extra["yours"] = {query.id: own[site] for query in run.queries}
+    with counting("Changing neurons") as tell:
+        return run_trials(run, extra=extra, seed=seed, progress=tell)
+
+
+def _write_facts(run: "Run", outcomes: "Outcomes", seed: int) -> None:
+    """What a table was made with."""
+    from jaxneurons.pcr import DRAWS, FACTORS
+    from jaxneurons.store import write_json
+
+    write_json(
+        run.path / "evaluation.json",
+        {
+            "changed_at": "last prompt position",
+            "factors": FACTORS,
+            "seeds": {"unrelated queries, random neurons, bootstrap": seed},
+            "bootstrap_draws": DRAWS,
+            "seconds": round(outcomes.seconds, 3),
+            "seconds_of_attribution": run.located.run["seconds"]["attribution"],
+            "unrelated": outcomes.other,
+        },
+    )
+
+
+@contextmanager
+def _opened(path: Path, model: str | None) -> Iterator["Run"]:
+    from jaxneurons.qrnca_run import open_run, source_of
+
+    source = source_of(path) if model is None else model
+    yield open_run(path, load_and_say(source))
+
+
+def _write(run: "Run", tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    from jaxneurons.qrnca_plots import draw
+    from jaxneurons.tables import write_table
+
+    for name, rows in tables.items():
+        if rows:
+            write_table(run.path / "tables", name, rows)
+    draw(
+        {name: list(rows) for name, rows in tables.items()},
+        run.path / "figures",
+        source=run.name,
+    )
+
+
+def _say(run: Path) -> None:
+    console.print(
+        f"Written: {run / 'tables'} (CSV, Parquet) and {run / 'figures'} (PNG)", soft_wrap=True
+    )

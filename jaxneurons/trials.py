@@ -1,0 +1,250 @@
+"""Every query with its neurons changed, and another query with them: by each method, and controls.
+
+One pass over the prompts: each is run once, then once more with one token for each trial on its
+cached keys and values. Finished batches are kept in the run directory.
+"""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxneurons import batches
+from jaxneurons.baselines import MATCHED, METHODS, matched_neurons, method_sets
+from jaxneurons.config import ModelConfig
+from jaxneurons.evaluate import Answers, scale_array, scaled_answers
+from jaxneurons.neurons import Neuron
+from jaxneurons.pcr import FACTORS, unrelated_queries
+from jaxneurons.qrnca_run import Progress, Run
+from jaxneurons.rows import prefill
+from jaxneurons.store import digest
+
+OWN = "QRNCA"
+Sets = Mapping[str, Mapping[str, Sequence[Neuron]]]
+"""By method and query, neurons."""
+
+
+class Trial(NamedTuple):
+    """What is changed on a prompt.
+
+    Attributes:
+      method: whose neurons.
+      change: how, of the factors.
+      source: 0: those of the prompt's own query; 1, 2, ...: of the first, second, ... query that
+        has the prompt's as its unrelated one.
+      matched: not these neurons, but random ones matched in layer and activation on this prompt.
+    """
+
+    method: str
+    change: str
+    source: int
+    matched: bool
+
+
+class Outcome(NamedTuple):
+    """What some prompts came to. For answers of several tokens: their first one.
+
+    Attributes:
+      before: probability of the answer, model untouched, [prompt].
+      right_before: the answer is the most probable option (token, for a free answer), [prompt].
+      after: its probability, [prompt].
+      right_after: whether it still is, [prompt].
+    """
+
+    before: np.ndarray
+    right_before: np.ndarray
+    after: np.ndarray
+    right_after: np.ndarray
+
+    @property
+    def change(self) -> float:
+        """Relative change of the probability, mean over the prompts."""
+        return float((self.after / self.before - 1).mean())
+
+
+class Outcomes(NamedTuple):
+    """All trials of a run.
+
+    Attributes:
+      related: by method, change and query: its own prompts with its neurons changed.
+      unrelated: the prompts of its unrelated query with its neurons changed.
+      matched: its own prompts with random neurons changed, matched to its own.
+      sets: by method and query, the neurons.
+      other: the unrelated query of each query.
+      seconds: that the trials took, prompts run once included.
+    """
+
+    related: dict[tuple[str, str, str], Outcome]
+    unrelated: dict[tuple[str, str, str], Outcome]
+    matched: dict[tuple[str, str, str], Outcome]
+    sets: dict[str, dict[str, list[Neuron]]]
+    other: dict[str, str]
+    seconds: float
+
+
+@functools.partial(jax.jit, static_argnames=("config", "site"))
+def _prefill(params: Any, batch: batches.Batch, *, config: ModelConfig, site: str) -> Any:
+    return prefill(
+        params,
+        jnp.asarray(batch.tokens),
+        jnp.asarray(batch.targets),
+        config=config,
+        lengths=jnp.asarray(batch.lengths),
+        capture=(site,),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "site"))
+def _answers(
+    params: Any,
+    pre: Any,
+    scales: jax.Array,
+    options: jax.Array,
+    *,
+    config: ModelConfig,
+    site: str,
+) -> Answers:
+    return scaled_answers(params, pre, scales, config=config, site=site, options=options)
+
+
+def run_trials(
+    run: Run,
+    *,
+    methods: Sequence[str] = METHODS,
+    extra: Sets | None = None,
+    factors: Mapping[str, float] = FACTORS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Outcomes:
+    """Change the neurons that each method gives each query, on its prompts and another query's.
+
+    Args:
+      run: with its neurons.
+      methods: of `METHODS`.
+      extra: neurons of your own for every query, by a name of your own.
+      factors: by name, what the neurons' activations are multiplied by.
+      seed: of the unrelated queries and the random sets.
+      progress: told how many prompts are done.
+
+    Raises:
+      DataError: one group only.
+    """
+    other = unrelated_queries(run.queries, seed)
+    located = run.located
+    sets = method_sets(
+        located.prompts,
+        located.neurons,
+        [neuron for neuron, _ in located.common],
+        layers=run.layers,
+        width=run.width,
+        settings=run.settings,
+        seed=seed,
+    )
+    sets = {method: sets[method] for method in methods}
+    sets |= {
+        name: {q: list(own) for q, own in by_query.items()}
+        for name, by_query in (extra or {}).items()
+    }
+    sources: dict[str, list[str]] = {query.id: [query.id] for query in run.queries}
+    for query, unrelated in other.items():
+        sources[unrelated].append(query)
+    trials = [
+        Trial(method, change, source, matched)
+        for method in sets
+        for change in factors
+        for source in range(max(map(len, sources.values())))
+        for matched in (False, True)
+        # One control for each set on its own query; unrelated queries have that of QRNCA's alone.
+        if not matched or (method != "random" and source == 0) or method == OWN
+    ]
+    named = {m: {q: list(map(list, own)) for q, own in by.items()} for m, by in sets.items()}
+    key = digest([named, dict(factors), seed, sources, FORMAT])[:16]
+    prompts, owners = run.encoded(), run.owners()
+    plan = batches.plan(prompts, run.batch_size)
+    results: dict[int, dict[str, np.ndarray]] = {}
+    seconds = 0.0
+    for number, batch in enumerate(plan):
+        name = f"trials-{key}-{number:05d}"
+        part = run.store.load(name)
+        if part is None:
+            start = time.perf_counter()
+            part = _run_batch(run, batch, owners, trials, sets, sources, dict(factors), seed)
+            part["seconds"] = np.array(time.perf_counter() - start)
+            run.store.save(name, part)
+        seconds += float(part["seconds"])
+        for row, index in enumerate(batch.index.tolist()):
+            if index >= 0:
+                results[index] = {name: part[name][:, row] for name in ("p", "right")}
+        if progress is not None:
+            progress(len(results), len(prompts))
+    by_query: dict[str, list[dict[str, np.ndarray]]] = {}
+    for index, owner in enumerate(owners):
+        by_query.setdefault(owner, []).append(results[index])
+    found = Outcomes({}, {}, {}, sets, other, seconds)
+    for query, each in by_query.items():
+        p = np.stack([one["p"] for one in each], axis=-1).astype(np.float64)
+        right = np.stack([one["right"] for one in each], axis=-1)
+        for number, trial in enumerate(trials, 1):
+            if trial.source >= len(sources[query]):
+                continue
+            outcome = Outcome(p[0], right[0], p[number], right[number])
+            whose = sources[query][trial.source]
+            if not trial.matched:
+                where = found.unrelated if trial.source else found.related
+                where[trial.method, trial.change, whose] = outcome
+            elif not trial.source:
+                found.matched[trial.method, trial.change, whose] = outcome
+            if trial.matched and trial.method == OWN:  # the control as a method of its own
+                where = found.unrelated if trial.source else found.related
+                where[MATCHED, trial.change, whose] = outcome
+    return found
+
+
+FORMAT = 2
+"""Of the parts; counts up when what is in them, or how it is computed, changes."""
+
+
+def _run_batch(
+    run: Run,
+    batch: batches.Batch,
+    owners: list[str],
+    trials: list[Trial],
+    sets: dict[str, dict[str, list[Neuron]]],
+    sources: dict[str, list[str]],
+    factors: dict[str, float],
+    seed: int,
+) -> dict[str, np.ndarray]:
+    config, site = run.lm.config, run.settings.site
+    pre = _prefill(run.lm.params, batch, config=config, site=site)
+    active = np.abs(np.asarray(pre.captured[site][:, :, 0], np.float32)).swapaxes(0, 1)
+    scales = np.ones((1 + len(trials), len(batch.index), run.layers, run.width), np.float32)
+    for row, index in enumerate(batch.index.tolist()):
+        if index < 0:
+            continue
+        rng = np.random.default_rng([seed, index])
+        own = sources[owners[index]]
+        matched: dict[tuple[str, int], list[Neuron]] = {}
+        for number, (method, change, source, is_matched) in enumerate(trials, 1):
+            if source >= len(own):
+                continue
+            neurons = sets[method][own[source]]
+            if is_matched:
+                if (method, source) not in matched:  # the same ones for every change
+                    matched[method, source] = matched_neurons(neurons, active[row], rng)
+                neurons = matched[method, source]
+            scales[number, row] = scale_array(
+                neurons, factors[change], num_layers=run.layers, width=run.width
+            )
+    options = jnp.asarray(batch.options)
+    found = jax.device_get(
+        _answers(run.lm.params, pre, jnp.asarray(scales), options, config=config, site=site)
+    )
+    right = found.first
+    if batch.options.shape[1]:
+        answer = (batch.options == batch.targets[:, :1]).argmax(1)
+        right = found.options.argmax(-1) == answer
+    return {"p": found.probability, "right": right}
