@@ -308,7 +308,9 @@ def test_demo_needs_no_download(run, tmp_path):
     effects = json.loads((tmp_path / "run" / "effects.json").read_text())["effects"]
     assert [effect["group"] for effect in effects][-1] == "all"
     assert len(effects) == 7
-    assert effects[-1]["suppressed"] < effects[-1]["random"] - 0.1
+    # The lab model is sure of its facts: a few neurons off cost little, random ones nothing.
+    assert effects[-1]["suppressed"] < effects[-1]["random"] - 0.03
+    assert effects[-1]["lost"] > effects[-1]["random_lost"]
     assert "geography" in out
 
 

@@ -8,14 +8,16 @@ from fixtures import write_lm
 import jaxneurons as jn
 from jaxneurons.bundled import bundled_queries
 from jaxneurons.cli import app
-from jaxneurons.demo import SETTINGS
 from jaxneurons.locate import locate
+from jaxneurons.qrnca import QRNCAConfig
 from jaxneurons.qrnca_analyses import balanced
 from jaxneurons.qrnca_effects import change_rows, evaluation_rows
 from jaxneurons.qrnca_run import make_run
+from jaxneurons.quadrature import Quadrature
 from jaxneurons.tables import read_tables
 from jaxneurons.trials import run_trials
 
+SETTINGS = QRNCAConfig(quadrature=Quadrature("gauss", 4))
 STAGES = ("evaluate", "edit", "predict", "analyse")
 
 
