@@ -20,6 +20,8 @@ from fixtures import cloze, multi_choice, write_lm, write_queries
 import jaxneurons
 from jaxneurons.neurons import Neuron
 from jaxneurons.plots import neuron_map
+from jaxneurons.qrnca import QRNCAConfig
+from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import read_queries
 
 PROGRAM = (sys.executable, "-m", "jaxneurons.cli")
@@ -301,8 +303,10 @@ def test_neuron_map(tmp_path, found):
     assert path.stat().st_size > 5000
 
 
-def test_demo_needs_no_download(run, tmp_path):
+def test_demo_needs_no_download(run, tmp_path, monkeypatch):
     """The default: six facts of each domain of the lab model's world."""
+    few = QRNCAConfig(quadrature=Quadrature("gauss", 6))  # compiles in half the time
+    monkeypatch.setattr("jaxneurons.demo.SETTINGS", few)
     code, out, err = run("demo", "--out", tmp_path / "run")
     assert code == 0, err
     effects = json.loads((tmp_path / "run" / "effects.json").read_text())["effects"]

@@ -423,7 +423,8 @@ def test_what_is_read_off_is_what_the_plain_model_has(run):
                 else np.asarray(lm.params["unembed"]["kernel"])[:, token]
             )
             for n, (layer, neuron) in enumerate(where):
-                assert seen[row, o, n] == pytest.approx(up[layer, 0, 0, neuron], abs=1e-4)
+                want = up[layer, 0, 0, neuron]
+                assert seen[row, o, n] == pytest.approx(want, rel=1e-4, abs=1e-4)
                 want = act[layer, 0, 0, neuron] * (down[layer, neuron] * weight) @ said
                 assert added[row, o, n] == pytest.approx(want, rel=1e-4, abs=1e-4)
 
