@@ -189,6 +189,21 @@ def _same(text: str) -> str:
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
 
 
+def _wordings(
+    question: Question, templates: Mapping[str, Sequence[str]], count: int
+) -> Sequence[str]:
+    """The first so many templates of the question's language."""
+    if question.language not in templates:
+        raise DataError(
+            f"question {question.id!r}: no wordings in language {question.language!r}; "
+            + near_matches(question.language, templates)
+        )
+    own = templates[question.language]
+    if not 1 <= count <= len(own):
+        raise DataError(f"wordings must be from 1 to {len(own)}")
+    return own[:count]
+
+
 def multi_choice(
     questions: Sequence[Question],
     *,
@@ -218,13 +233,7 @@ def multi_choice(
         raise DataError(f"options must be from 2 to {len(LETTERS)}, got {options}")
     pools: dict[tuple[str, str], dict[str, str]] = {}
     for one in questions:
-        if one.language not in templates:
-            raise DataError(
-                f"question {one.id!r}: no wordings in language {one.language!r}; "
-                + near_matches(one.language, templates)
-            )
-        if not 1 <= wordings <= len(templates[one.language]):
-            raise DataError(f"wordings must be from 1 to {len(templates[one.language])}")
+        _wordings(one, templates, wordings)
         pool = pools.setdefault((one.group, one.language), {})
         pool.setdefault(_same(one.answer), one.answer)
     made, left_out = {}, {}
@@ -239,7 +248,7 @@ def multi_choice(
         key = hashlib.sha256(f"{one.group}\0{one.language}\0{one.text}".encode()).digest()
         rng = np.random.default_rng([seed, *key[:8]])
         sentences, labels = [], []
-        for template in templates[one.language][:wordings]:
+        for template in _wordings(one, templates, wordings):
             chosen = [others[i] for i in rng.choice(len(others), options - 1, replace=False)]
             place = int(rng.integers(options))
             chosen.insert(place, one.answer)
@@ -268,20 +277,13 @@ def free_form(questions: Sequence[Question], *, wordings: int = 3) -> list[dict[
     """
     made = []
     for one in questions:
-        if one.language not in FREE_TEMPLATES:
-            raise DataError(
-                f"question {one.id!r}: no wordings in language {one.language!r}; "
-                + near_matches(one.language, FREE_TEMPLATES)
-            )
-        if not 1 <= wordings <= len(FREE_TEMPLATES[one.language]):
-            raise DataError(f"wordings must be from 1 to {len(FREE_TEMPLATES[one.language])}")
         made.append(
             {
                 "id": one.id,
                 "group": one.group,
                 "prompts": [
                     template.replace("{question}", one.text)
-                    for template in FREE_TEMPLATES[one.language][:wordings]
+                    for template in _wordings(one, FREE_TEMPLATES, wordings)
                 ],
                 "answer": one.answer,
             }

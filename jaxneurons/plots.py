@@ -1,7 +1,7 @@
 """Figures. Each function draws on data in hand and writes one PNG."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,31 @@ def save_figure(figure: Any, path: Path) -> Path:
 
     FigureCanvasAgg(figure).print_figure(path, dpi=160)
     return path
+
+
+def draw_tables(
+    figures: Mapping[str, tuple[str, Callable[[Any, str], Any]]],
+    tables: Mapping[str, Sequence[Any]],
+    directory: Path,
+    *,
+    source: str,
+) -> list[Path]:
+    """Every figure whose table is there, as PNG.
+
+    Args:
+      figures: by file name, the table that a figure is drawn from, and how; that may give None.
+      tables: rows by name.
+      directory: made if it is missing.
+      source: the model, for titles.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, (table, function) in figures.items():
+        rows = tables.get(table)
+        figure = function(rows, source) if rows else None
+        if figure is not None:
+            made.append(save_figure(figure, directory / f"{name}.png"))
+    return made
 
 
 def heat_map(

@@ -1,8 +1,7 @@
 """The command line of query-relevant neurons: `qrnca locate`, and everything after it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +20,7 @@ from jaxneurons.terminal import (
 )
 
 if TYPE_CHECKING:
-    from jaxneurons.neurons import Neuron
+    from jaxneurons.neurons import NeuronSet
     from jaxneurons.qrnca_run import Run
     from jaxneurons.trials import Outcomes
 
@@ -138,14 +137,14 @@ def evaluate(
     intervals, how much of the attribution a set holds, and its effect beyond the matched control.
     """
     extra = _own(neurons)
-    with _opened(run, model) as found:
-        from jaxneurons.qrnca_effects import change_rows, evaluation_rows
+    found = _opened(run, model)
+    from jaxneurons.qrnca_effects import change_rows, evaluation_rows
 
-        outcomes = _trials(found, extra, seed)
-        rows = change_rows(found, outcomes)
-        table = evaluation_rows(rows, seed=seed)
-        _write(found, {"changes": rows, "evaluation": table})
-        _write_facts(found, outcomes, seed)
+    outcomes = _trials(found, extra, seed)
+    rows = change_rows(found, outcomes)
+    table = evaluation_rows(rows, seed=seed)
+    _write(found, {"changes": rows, "evaluation": table})
+    _write_facts(found, outcomes, seed)
     show_evaluation(table)
     attribution = found.located.run["seconds"]["attribution"]
     console.print(
@@ -161,13 +160,13 @@ def edit(run: Directory, model: Model = None, neurons: OwnNeurons = None, seed: 
     Writes tables/editing and its figure; shares its passes with `evaluate`.
     """
     extra = _own(neurons)
-    with _opened(run, model) as found:
-        from jaxneurons.qrnca_effects import editing_rows
+    found = _opened(run, model)
+    from jaxneurons.qrnca_effects import editing_rows
 
-        outcomes = _trials(found, extra, seed)
-        rows = editing_rows(found, outcomes, seed=seed)
-        _write(found, {"editing": rows})
-        _write_facts(found, outcomes, seed)
+    outcomes = _trials(found, extra, seed)
+    rows = editing_rows(found, outcomes, seed=seed)
+    _write(found, {"editing": rows})
+    _write_facts(found, outcomes, seed)
     show_editing(rows)
     _say(run)
 
@@ -178,12 +177,12 @@ def predict(run: Directory, model: Model = None, seed: Seed = 0) -> None:
 
     Writes tables/prediction and its figure. The protocol is that of `jaxneurons.prediction`.
     """
-    with _opened(run, model) as found:
-        from jaxneurons.prediction import predict as read_off
+    found = _opened(run, model)
+    from jaxneurons.prediction import predict as read_off
 
-        with counting("Reading neurons") as tell:
-            rows = read_off(found, seed=seed, progress=tell)
-        _write(found, {"prediction": rows})
+    with counting("Reading neurons") as tell:
+        rows = read_off(found, seed=seed, progress=tell)
+    _write(found, {"prediction": rows})
     show_prediction(rows)
     _say(run)
 
@@ -205,58 +204,56 @@ def analyse(
 
     Writes tables and figures; `kinds` locates again at each site, on some of the queries.
     """
-    with _opened(run, model) as found:
-        from jaxneurons import qrnca_analyses as analyses
+    found = _opened(run, model)
+    from jaxneurons import qrnca_analyses as analyses
 
-        neurons = analyses.neuron_rows(found)
-        tables = {
-            "neurons": neurons,
-            "counts": analyses.count_rows(found),
-            "overlap": analyses.overlap_rows(neurons),
-            "layers": analyses.layer_rows(found, neurons),
-        }
-        if found.settings.site in ("q", "k", "v"):
-            errors.print("skipped: words (q, k and v write nothing to the residual stream)")
-        else:
-            tables["words"] = analyses.word_rows(found, neurons)
-        if kinds != "none":
-            chosen = [name.strip() for name in kinds.split(",") if name.strip()]
-            with counting("Locating at each site") as tell:
-                pairs, effects = analyses.kind_rows(
-                    found, kinds=chosen, limit=kinds_limit, progress=tell
-                )
-            tables.update({"kind_overlap": pairs, "kinds": effects})
-        if against is not None:
-            tables["against"] = analyses.against_rows(found, against)
-        _write(found, tables)
+    neurons = analyses.neuron_rows(found)
+    tables = {
+        "neurons": neurons,
+        "counts": analyses.count_rows(found),
+        "overlap": analyses.overlap_rows(neurons),
+        "layers": analyses.layer_rows(found, neurons),
+    }
+    if found.settings.site in ("q", "k", "v"):
+        errors.print("skipped: words (q, k and v write nothing to the residual stream)")
+    else:
+        tables["words"] = analyses.word_rows(found, neurons)
+    if kinds != "none":
+        chosen = [name.strip() for name in kinds.split(",") if name.strip()]
+        with counting("Locating at each site") as tell:
+            pairs, effects = analyses.kind_rows(
+                found, kinds=chosen, limit=kinds_limit, progress=tell
+            )
+        tables.update({"kind_overlap": pairs, "kinds": effects})
+    if against is not None:
+        tables["against"] = analyses.against_rows(found, against)
+    _write(found, tables)
     _say(run)
 
 
-def _own(path: Path | None) -> dict[str, list["Neuron"]]:
-    """A user's neurons by site, to be changed in every query; checked before anything runs."""
-    if path is None:
-        return {}
+def _own(path: Path | None) -> "NeuronSet | None":
+    """A user's neurons, to be changed in every query; read before anything runs."""
     from jaxneurons.neurons import read_neurons
 
-    found: dict[str, list[Neuron]] = {}
-    for site, neuron in read_neurons(path):
-        found.setdefault(site, []).append(neuron)
-    if not found:
+    found = None if path is None else read_neurons(path)
+    if found is not None and not len(found):
         raise DataError(f"{path}: holds no neurons")
     return found
 
 
-def _trials(run: "Run", own: dict[str, list["Neuron"]], seed: int) -> "Outcomes":
-    from jaxneurons.neurons import NeuronSet
+def _trials(run: "Run", own: "NeuronSet | None", seed: int) -> "Outcomes":
     from jaxneurons.trials import run_trials
 
     extra = {}
-    if own:
+    if own is not None:
         site = run.settings.site
-        if set(own) != {site}:
-            raise DataError(f"this run is of neurons at {site!r}, the file's are at {sorted(own)}")
-        NeuronSet.of(**{site: own[site]}).check(run.lm.config)
-        extra["yours"] = {query.id: own[site] for query in run.queries}
+        if set(own.codes) != {site}:
+            raise DataError(
+                f"this run is of neurons at {site!r}, the file's are at {', '.join(own.codes)}"
+            )
+        own.check(run.lm.config)
+        neurons = [neuron for _, neuron in own]
+        extra["yours"] = {query.id: neurons for query in run.queries}
     with counting("Changing neurons") as tell:
         return run_trials(run, extra=extra, seed=seed, progress=tell)
 
@@ -280,12 +277,10 @@ def _write_facts(run: "Run", outcomes: "Outcomes", seed: int) -> None:
     )
 
 
-@contextmanager
-def _opened(path: Path, model: str | None) -> Iterator["Run"]:
+def _opened(path: Path, model: str | None) -> "Run":
     from jaxneurons.qrnca_run import open_run, source_of
 
-    source = source_of(path) if model is None else model
-    yield open_run(path, load_and_say(source))
+    return open_run(path, load_and_say(source_of(path) if model is None else model))
 
 
 def _write(run: "Run", tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:

@@ -103,8 +103,8 @@ def editing_rows(run: Run, outcomes: Outcomes, *, seed: int = 0) -> list[Row]:
 
     A row for each group (and all), method and change: `prompts` that could turn, `turned` of them,
     `rate` with its interval (bootstrap over queries), and `unrelated`, the rate among the prompts
-    of unrelated queries under the same neurons. Factors below 1 are to turn right answers wrong,
-    the others the reverse.
+    of unrelated queries under the same neurons. The change "boost" is to turn wrong answers
+    right, every other one the reverse.
     """
     keys = list(dict.fromkeys((method, change) for method, change, _ in outcomes.related))
     found = []

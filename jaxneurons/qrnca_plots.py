@@ -6,26 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxneurons.plots import PALETTE, entitle, heat_map, new_figure, save_figure
+from jaxneurons.plots import PALETTE, draw_tables, entitle, heat_map, new_figure
 
 Row = dict[str, Any]
 Rows = Sequence[Row]
 OWN, OTHER = PALETTE[0], "#B0B0B0"
-COLOURS = {"boost": PALETTE[0], "suppress": PALETTE[1]}
 BINS = 64
 """Columns of a neuron heat map, at most: each is as many neurons of a layer as it takes."""
 
 
 def draw(tables: dict[str, list[Row]], directory: Path, *, source: str = "") -> list[Path]:
     """Every figure whose table is there, as PNG, by the names of `FIGURES`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, (table, function) in FIGURES.items():
-        rows = tables.get(table)
-        figure = function(rows, source) if rows else None
-        if figure is not None:
-            made.append(save_figure(figure, directory / f"{name}.png"))
-    return made
+    return draw_tables(FIGURES, tables, directory, source=source)
 
 
 def _names(rows: Rows, key: str) -> list[str]:
@@ -51,6 +43,39 @@ def _percent(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     )
     spread = np.nan_to_num(np.stack([value - low, high - value]))
     return 100 * value, 100 * np.maximum(spread, 0)
+
+
+def _related_bars(
+    panels: Sequence[Any],
+    rows: Rows,
+    key: str,
+    names: Sequence[str],
+    changes: Sequence[str],
+    *,
+    rotation: int = 0,
+) -> None:
+    """A panel for each change: related beside unrelated, for each value of a column."""
+    for axes, change in zip(panels, changes, strict=True):
+        for i, (which, colour) in enumerate((("related", OWN), ("unrelated", OTHER))):
+            found = [next(r for r in rows if (r[key], r["change"]) == (n, change)) for n in names]
+            heights, spread = _percent(found, which)
+            axes.bar(
+                np.arange(len(names)) + (i - 0.5) * 0.38,
+                heights,
+                0.38,
+                color=colour,
+                label=f"{which} queries",
+                yerr=spread,
+                error_kw={"lw": 1},
+            )
+        axes.axhline(0, color="black", lw=0.8)
+        axes.grid(axis="y", alpha=0.25, lw=0.5)
+        axes.set_xticks(
+            range(len(names)), names, rotation=rotation, ha="right" if rotation else "center"
+        )
+        entitle(axes, change)
+    panels[0].set_ylabel("relative change of P(answer), %")
+    panels[0].legend(frameon=False, fontsize=8)
 
 
 def pcr(rows: Rows, source: str) -> Any:
@@ -100,27 +125,7 @@ def changes(rows: Rows, source: str) -> Any:
     if not groups:
         return None
     figure, panels = _subplots(len(kinds), 1.4 + 0.62 * len(groups) * len(kinds), 3.9)
-    for axes, change in zip(panels, kinds, strict=True):
-        for i, (which, colour) in enumerate((("related", OWN), ("unrelated", OTHER))):
-            found = [
-                next(r for r in rows if (r["group"], r["change"]) == (g, change)) for g in groups
-            ]
-            heights, spread = _percent(found, which)
-            axes.bar(
-                np.arange(len(groups)) + (i - 0.5) * 0.38,
-                heights,
-                0.38,
-                color=colour,
-                label=f"{which} queries",
-                yerr=spread,
-                error_kw={"lw": 1},
-            )
-        axes.axhline(0, color="black", lw=0.8)
-        axes.grid(axis="y", alpha=0.25, lw=0.5)
-        axes.set_xticks(range(len(groups)), groups, rotation=40, ha="right")
-        entitle(axes, change)
-    panels[0].set_ylabel("relative change of P(answer), %")
-    panels[0].legend(frameon=False, fontsize=8)
+    _related_bars(panels, rows, "group", groups, kinds, rotation=40)
     figure.suptitle(
         f"QRNCA neurons changed, {source} (whiskers: 95 %)", x=0.01, ha="left", fontsize=11
     )
@@ -301,27 +306,7 @@ def kinds(rows: Rows, source: str) -> Any:
     if not sites:
         return None
     figure, panels = _subplots(len(steps), 3.4 * len(steps), 3.4)
-    for axes, change in zip(panels, steps, strict=True):
-        for i, (which, colour) in enumerate((("related", OWN), ("unrelated", OTHER))):
-            found = [
-                next(r for r in rows if (r["site"], r["change"]) == (s, change)) for s in sites
-            ]
-            heights, spread = _percent(found, which)
-            axes.bar(
-                np.arange(len(sites)) + (i - 0.5) * 0.38,
-                heights,
-                0.38,
-                yerr=spread,
-                color=colour,
-                label=f"{which} queries",
-                error_kw={"lw": 1},
-            )
-        axes.axhline(0, color="black", lw=0.8)
-        axes.grid(axis="y", alpha=0.25, lw=0.5)
-        axes.set_xticks(range(len(sites)), sites)
-        entitle(axes, change)
-    panels[0].set_ylabel("relative change of P(answer), %")
-    panels[0].legend(frameon=False, fontsize=8)
+    _related_bars(panels, rows, "site", sites, steps)
     figure.suptitle(f"Kinds of neurons, {source} (whiskers: 95 %)", x=0.01, ha="left", fontsize=11)
     return figure
 

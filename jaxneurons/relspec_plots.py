@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.matching import ERRORS
-from jaxneurons.plots import PALETTE, entitle, heat_map, new_figure, save_figure
+from jaxneurons.plots import PALETTE, draw_tables, entitle, heat_map, new_figure
 
 Row = dict[str, Any]
 Rows = Sequence[Row]
@@ -17,14 +17,7 @@ BEFORE = "#CFE3F0"
 
 def draw(tables: dict[str, list[Row]], directory: Path, *, source: str = "") -> list[Path]:
     """Every figure whose table is there, as PNG, by the names of `FIGURES`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, (table, function) in FIGURES.items():
-        rows = tables.get(table)
-        figure = function(rows, source) if rows else None
-        if figure is not None:
-            made.append(save_figure(figure, directory / f"{name}.png"))
-    return made
+    return draw_tables(FIGURES, tables, directory, source=source)
 
 
 def _names(rows: Rows, key: str = "relation") -> list[str]:

@@ -83,6 +83,23 @@ def test_a_stage_says_what_it_found(run, located, everything):
     assert "tables" in out
 
 
+def test_neurons_of_ones_own(run, located, everything, tmp_path):
+    own = tmp_path / "own.csv"
+    own.write_text("site,layer,index\nup,5,418\nup,5,194\n")
+    code, out, err = run("qrnca", "edit", "--run", located, "--neurons", own)
+    assert code == 0, err
+    assert "yours" in out
+    for text, message in (
+        ("down,5,18\n", "neurons at 'up', the file's are at down"),
+        ("up,6,18\n", "layer 6"),
+        ("", "holds no neurons"),
+    ):
+        own.write_text("site,layer,index\n" + text)
+        code, _, err = run("qrnca", "evaluate", "--run", located, "--neurons", own)
+        assert code == 1
+        assert message in " ".join(err.split())
+
+
 def test_locate_on_bundled_queries(run, tmp_path):
     code, _, err = run(
         "qrnca", "locate", "--model", "lab", "--queries", "lab-cloze", "--limit", 4,
