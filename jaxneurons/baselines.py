@@ -74,12 +74,10 @@ def matched_neurons(
     found = []
     for layer, index in neurons:
         gaps = np.abs(activations[layer] - activations[layer, index])
-        near = []
-        for other in np.argsort(gaps, kind="stable").tolist():
-            if len(near) == NEAREST:
-                break
-            if (layer, other) not in taken:
-                near.append(Neuron(layer, other))
+        enough = min(NEAREST + len(taken), len(gaps))  # however many of them are taken
+        close = np.flatnonzero(gaps <= np.partition(gaps, enough - 1)[enough - 1])
+        ranked = close[np.argsort(gaps[close], kind="stable")].tolist()
+        near = [Neuron(layer, n) for n in ranked if (layer, n) not in taken][:NEAREST]
         if near:  # else the layer is used up
             found.append(near[int(rng.integers(len(near)))])
             taken.add(found[-1])

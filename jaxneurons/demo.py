@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons import batches
 from jaxneurons.bundled import bundled_queries
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
-from jaxneurons.evaluate import scale_array, scaled_answers
+from jaxneurons.evaluate import Answers, Changes, changes, last_position, scaled_answers
 from jaxneurons.load import LAB, LM
 from jaxneurons.locate import Located, Progress, encode_queries, locate
 from jaxneurons.neurons import Neuron, matched_random, site_width
 from jaxneurons.plots import neuron_map
-from jaxneurons.qrnca import QRNCAConfig
+from jaxneurons.qrnca import QRNCAConfig, run_prompts
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import Query
-from jaxneurons.rows import prefill
+from jaxneurons.rows import Prefill
 from jaxneurons.store import write_json
 
 SETTINGS = QRNCAConfig(quadrature=Quadrature())
@@ -101,9 +100,9 @@ def demo_facts(source: str) -> list[Query]:
     return [fact for own in groups.values() for fact in own[:: len(own) // 6][:6]]
 
 
-def known(lm: LM, facts: list[Query], settings: QRNCAConfig = SETTINGS) -> list[bool]:
+def known(lm: LM, facts: list[Query]) -> list[bool]:
     """Whether the model says the answer, greedily, after every wording of each fact."""
-    says = _scaled(lm, facts, [np.ones((1, *_shape(lm, settings)), np.float32)] * len(facts))[1]
+    says = _suppressed(lm, facts, [[[]]] * len(facts))[1]
     return [bool(each[0].all()) for each in says]
 
 
@@ -138,7 +137,7 @@ def run_demo(
             f"the model knows {len(facts)} of the facts, too few to locate: "
             "try another model, or facts of your own with `jaxneurons qrnca locate`"
         )
-    located = locate(lm, facts, out, settings=SETTINGS, progress=progress)
+    located = locate(lm, facts, out, settings=SETTINGS, cache_bytes=0, progress=progress)
     effects = suppress(lm, facts, located, draws=draws, seed=seed)
     record = {
         "suppressed_at": "last prompt position",
@@ -157,15 +156,13 @@ def suppress(
 ) -> list[Effect]:
     """Each fact's answer with its own neurons off, and with random ones of the same layers off."""
     rng = np.random.default_rng(seed)
-    layers, width = _shape(lm, SETTINGS)
+    width = site_width(lm.config, SETTINGS.site)
     trials = []
     for fact in facts:
         own = located.neurons[fact.id].neurons
         sets = [[], own] + [matched_random(own, width=width, rng=rng) for _ in range(draws)]
-        trials.append(
-            np.stack([scale_array(each, 0.0, num_layers=layers, width=width) for each in sets])
-        )
-    p, says = _scaled(lm, facts, trials)
+        trials.append(sets)
+    p, says = _suppressed(lm, facts, trials)
 
     def effect(group: str, members: list[int]) -> Effect:
         chance = np.concatenate([p[i] for i in members], axis=1)  # [trial, prompt]
@@ -199,36 +196,27 @@ def draw(lm: LM, facts: list[Query], located: Located, path: Path) -> Path:
         found = located.neurons[fact.id]
         for neuron, naica in zip(found.neurons, found.naica, strict=True):
             group[neuron] = group.get(neuron, 0.0) + naica
-    layers, width = _shape(lm, SETTINGS)
     return neuron_map(
         groups,
         path,
-        num_layers=layers,
-        width=width,
+        num_layers=lm.config.num_layers,
+        width=site_width(lm.config, SETTINGS.site),
         common=[neuron for neuron, _ in located.common],
         title=f"Query-relevant neurons of {len(facts)} facts, {lm.source} (size: naica)",
     )
 
 
-def _shape(lm: LM, settings: QRNCAConfig) -> tuple[int, int]:
-    return lm.config.num_layers, site_width(lm.config, settings.site)
-
-
 @functools.partial(jax.jit, static_argnames=("config",))
-def _run(
-    params: Any, batch: batches.Batch, scales: jax.Array, *, config: ModelConfig
-) -> tuple[jax.Array, jax.Array]:
-    tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
-    pre = prefill(params, tokens, jnp.asarray(batch.targets), config=config, lengths=lengths)
-    return scaled_answers(params, pre, scales, config=config, site=SETTINGS.site)[:2]
+def _answers(params: Any, pre: Prefill, off: Changes, *, config: ModelConfig) -> Answers:
+    return scaled_answers(params, last_position(pre), off, config=config, site=SETTINGS.site)
 
 
-def _scaled(
-    lm: LM, facts: list[Query], trials: list[np.ndarray]
+def _suppressed(
+    lm: LM, facts: list[Query], trials: list[list[list[Neuron]]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per fact, [trial, prompt]: the answer's probability and whether it comes first.
 
-    `trials` holds [trial, layer, width] multipliers for each fact.
+    `trials` holds the sets of neurons to be turned off, for each fact.
     """
     prompts = encode_queries(lm, facts, SETTINGS)
     owner = [i for i, fact in enumerate(facts) for _ in fact.prompts[: SETTINGS.prompts]]
@@ -237,8 +225,10 @@ def _scaled(
     for batch in batches.plan(prompts):
         index = batch.index[batch.index >= 0]
         rows = np.where(batch.index >= 0, batch.index, index[0])
-        scales = np.stack([trials[owner[i]] for i in rows], axis=1)
-        got = jax.device_get(_run(lm.params, batch, scales, config=lm.config))
-        p[:, index], says[:, index] = got[0][:, : len(index)], got[1][:, : len(index)]
+        off = [[(trials[owner[i]][t], 0.0) for i in rows] for t in range(len(trials[0]))]
+        pre = run_prompts(lm.params, batch, config=lm.config, site=SETTINGS.site)
+        got = jax.device_get(_answers(lm.params, pre, changes(off), config=lm.config))
+        p[:, index] = got.probability[:, : len(index)]
+        says[:, index] = got.first[:, : len(index)]
     members = [np.flatnonzero(np.array(owner) == i) for i in range(len(facts))]
     return [p[:, m] for m in members], [says[:, m] for m in members]

@@ -2,7 +2,7 @@
 
 Writes `queries.jsonl` (what was asked), `neurons.jsonl` (a line per query), `common_neurons.json`
 and `run.json` (where everything came from and how exact it is); `parts/` holds what a killed run
-had finished.
+had finished, `caches/` what later stages would compute again without it.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxneurons import batches, qrnca
 from jaxneurons.answers import LOW_OPTION_MASS, TokenPrompt, encode_query
+from jaxneurons.caches import Caches, prompts_of
 from jaxneurons.errors import DataError
 from jaxneurons.load import LM
 from jaxneurons.neurons import Neuron, site_width
@@ -92,6 +93,7 @@ def locate(
     *,
     settings: QRNCAConfig = QRNCAConfig(),
     batch_size: int | None = None,
+    cache_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Located:
     """Find the query-relevant neurons of every query and write them to `out`.
@@ -105,6 +107,8 @@ def locate(
       out: the run directory.
       settings: hyper-parameters.
       batch_size: prompts per batch; default: what suits the platform.
+      cache_bytes: keys and values that may be kept in `caches/` for later stages, which then need
+        not run the prompts again; default: `caches.default_limit`.
       progress: told how many prompts are done.
 
     Raises:
@@ -125,6 +129,7 @@ def locate(
     }
     run = RunDirectory(out, identity)
     write_json_lines(run.path / QUERIES, map(dataclasses.asdict, queries))
+    caches = Caches(run.path, cache_bytes)
 
     done = 0
     results: dict[int, PromptScores] = {}
@@ -133,7 +138,11 @@ def locate(
         part = run.load(number)
         if part is None:
             start = time.perf_counter()
-            found = qrnca.attribute_batch(lm.params, batch, config=lm.config, settings=settings)
+            pre = qrnca.run_prompts(lm.params, batch, config=lm.config, site=settings.site)
+            found = qrnca.attribute_batch(
+                lm.params, batch, pre, config=lm.config, settings=settings
+            )
+            caches.keep(number, prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1]))
             run.save(number, _pack(found, time.perf_counter() - start))
             part = run.load(number)
             assert part is not None

@@ -24,7 +24,7 @@ from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons import Neuron, check_site
 from jaxneurons.quadrature import Quadrature
-from jaxneurons.rows import prefill
+from jaxneurons.rows import Prefill, prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,47 +130,50 @@ class QueryNeurons(NamedTuple):
     ica: list[float]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"))
-def _run_batch(
-    params: Any, batch: Batch, *, config: ModelConfig, settings: QRNCAConfig
-) -> tuple[Attribution, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
-    tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)
-    site = settings.site
-    pre = prefill(
+@functools.partial(jax.jit, static_argnames=("config", "site"))
+def run_prompts(params: Any, batch: Batch, *, config: ModelConfig, site: str) -> Prefill:
+    """`prefill` of a batch, with the activations of a site: the same program for every stage."""
+    return prefill(
         params,
-        tokens,
+        jnp.asarray(batch.tokens),
         jnp.asarray(batch.targets),
         config=config,
-        lengths=lengths,
+        lengths=jnp.asarray(batch.lengths),
         capture=(site,),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"))
+def _attribute(
+    params: Any, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
+) -> tuple[Attribution, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
     found = attribute(
         params,
         pre,
         config=config,
         answer_lengths=jnp.asarray(batch.answer_lengths),
-        site=site,
+        site=settings.site,
         quadrature=settings.quadrature,
     )
     first = jax.nn.softmax(pre.logits[:, 0], axis=-1)
     options = jnp.take_along_axis(first, batch.options, axis=-1)
     top = pre.logits.argmax(-1)
-    strength = jnp.abs(pre.captured[site][:, :, 0]).astype(jnp.float32).swapaxes(0, 1)
-    strength = strength.reshape(len(tokens), -1)
+    strength = jnp.abs(pre.captured[settings.site][:, :, 0]).astype(jnp.float32).swapaxes(0, 1)
+    strength = strength.reshape(len(batch.tokens), -1)
     activation, active = jax.lax.top_k(strength, min(ACTIVE, strength.shape[1]))
     return found, options, jnp.all(top == batch.targets, axis=-1), (activation, active)
 
 
 def attribute_batch(
-    params: Any, batch: Batch, *, config: ModelConfig, settings: QRNCAConfig
+    params: Any, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
 ) -> dict[int, PromptScores]:
-    """Attribution of a batch of prompts, by their index in the plan.
+    """Attribution of a batch of prompts that `run_prompts` has run, by their index in the plan.
 
     Source: section "neuron attribution" of the paper; the coarse threshold is applied here, so
     that the scores of all neurons need not be kept.
     """
     found, options, says, (activation, active) = jax.device_get(
-        _run_batch(params, batch, config=config, settings=settings)
+        _attribute(params, batch, pre, config=config, settings=settings)
     )
     results = {}
     for row, index in enumerate(batch.index.tolist()):

@@ -62,6 +62,15 @@ def locate(
         str, typer.Option(help="paper, or reference: what its public code computes.")
     ] = "paper",
     site: Annotated[str, typer.Option(help="Neurons: up, gate, act, down, q, k, v or o.")] = "up",
+    caches: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="GiB of the prompts' keys and values to keep in OUT/caches, so that evaluate and "
+            "edit need not run them again (delete them at any time). Default: on a CPU 16, at most "
+            "a fifth of the free disk; on an accelerator none.",
+        ),
+    ] = None,
 ) -> None:
     """Find the neurons that the answer to each query depends on."""
     from jaxneurons import qrnca
@@ -81,7 +90,14 @@ def locate(
     from jaxneurons.locate import locate as find
 
     with counting("Attributing") as tell:
-        located = find(lm, asked, out, settings=settings, progress=tell)
+        located = find(
+            lm,
+            asked,
+            out,
+            settings=settings,
+            cache_bytes=None if caches is None else int(caches * 2**30),
+            progress=tell,
+        )
     show_located(located, out)
 
 

@@ -140,6 +140,7 @@ def make_run(
     settings: QRNCAConfig,
     *,
     batch_size: int | None = None,
+    cache_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """`locate` as a `Run`: what is not finished there is located first."""
@@ -152,7 +153,15 @@ def make_run(
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LowOptionMassWarning)  # said when it was located
-        located = locate(lm, queries, path, settings=settings, batch_size=size, progress=progress)
+        located = locate(
+            lm,
+            queries,
+            path,
+            settings=settings,
+            batch_size=size,
+            cache_bytes=cache_bytes,
+            progress=progress,
+        )
     identity = read_json(path / "parts" / "identity.json")
     return Run(path, lm, list(queries), settings, located, RunDirectory(path, identity), size)
 

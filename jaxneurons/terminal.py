@@ -200,6 +200,15 @@ def show_located(located: "Located", out: Path) -> None:
     if empty:
         console.print(f"{empty} queries have no neurons of their own: all of theirs are common.")
     console.print(f"Written: {out}/neurons.jsonl, common_neurons.json, run.json")
+    from jaxneurons.caches import Caches
+
+    kept = Caches(out).size()
+    if kept:
+        console.print(
+            f"Kept for evaluate and edit: {kept / 2**30:.2f} GiB in {out}/caches; "
+            "without it they run every prompt again.",
+            soft_wrap=True,
+        )
 
 
 def show_demo(result: "Demo", out: Path) -> None:

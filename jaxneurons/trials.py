@@ -1,13 +1,12 @@
 """Every query with its neurons changed, and another query with them: by each method, and controls.
 
-One pass over the prompts: each is run once, then once more with one token for each trial on its
-cached keys and values. Finished batches are kept in the run directory.
+One token for each trial and prompt, on the keys and values of the prompt: those that locating kept,
+else it is run once more. Finished batches are kept in the run directory.
 """
 
-import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,12 @@ import numpy as np
 
 from jaxneurons import batches
 from jaxneurons.baselines import MATCHED, METHODS, matched_neurons, method_sets
-from jaxneurons.config import ModelConfig
-from jaxneurons.evaluate import Answers, scale_array, scaled_answers
+from jaxneurons.caches import Caches, prompts_of
+from jaxneurons.evaluate import changes, scaled_answers
 from jaxneurons.neurons import Neuron
 from jaxneurons.pcr import FACTORS, unrelated_queries
+from jaxneurons.qrnca import run_prompts
 from jaxneurons.qrnca_run import Progress, Run
-from jaxneurons.rows import prefill
 from jaxneurons.store import digest
 
 OWN = "QRNCA"
@@ -86,29 +85,7 @@ class Outcomes(NamedTuple):
     seconds: float
 
 
-@functools.partial(jax.jit, static_argnames=("config", "site"))
-def _prefill(params: Any, batch: batches.Batch, *, config: ModelConfig, site: str) -> Any:
-    return prefill(
-        params,
-        jnp.asarray(batch.tokens),
-        jnp.asarray(batch.targets),
-        config=config,
-        lengths=jnp.asarray(batch.lengths),
-        capture=(site,),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "site"))
-def _answers(
-    params: Any,
-    pre: Any,
-    scales: jax.Array,
-    options: jax.Array,
-    *,
-    config: ModelConfig,
-    site: str,
-) -> Answers:
-    return scaled_answers(params, pre, scales, config=config, site=site, options=options)
+_answers = jax.jit(scaled_answers, static_argnames=("config", "site"))
 
 
 def run_trials(
@@ -165,6 +142,7 @@ def run_trials(
     key = digest([named, dict(factors), seed, sources, FORMAT])[:16]
     prompts, owners = run.encoded(), run.owners()
     plan = batches.plan(prompts, run.batch_size)
+    caches = Caches(run.path)
     results: dict[int, dict[str, np.ndarray]] = {}
     seconds = 0.0
     for number, batch in enumerate(plan):
@@ -172,7 +150,9 @@ def run_trials(
         part = run.store.load(name)
         if part is None:
             start = time.perf_counter()
-            part = _run_batch(run, batch, owners, trials, sets, sources, dict(factors), seed)
+            part = _run_batch(
+                run, caches, number, batch, owners, trials, sets, sources, dict(factors), seed
+            )
             part["seconds"] = np.array(time.perf_counter() - start)
             run.store.save(name, part)
         seconds += float(part["seconds"])
@@ -204,12 +184,14 @@ def run_trials(
     return found
 
 
-FORMAT = 2
+FORMAT = 3
 """Of the parts; counts up when what is in them, or how it is computed, changes."""
 
 
 def _run_batch(
     run: Run,
+    caches: Caches,
+    number: int,
     batch: batches.Batch,
     owners: list[str],
     trials: list[Trial],
@@ -219,16 +201,21 @@ def _run_batch(
     seed: int,
 ) -> dict[str, np.ndarray]:
     config, site = run.lm.config, run.settings.site
-    pre = _prefill(run.lm.params, batch, config=config, site=site)
-    active = np.abs(np.asarray(pre.captured[site][:, :, 0], np.float32)).swapaxes(0, 1)
-    scales = np.ones((1 + len(trials), len(batch.index), run.layers, run.width), np.float32)
+    kept = caches.load(number)
+    if kept is None:
+        pre = run_prompts(run.lm.params, batch, config=config, site=site)
+        kept = prompts_of(pre, site=site, seq=batch.tokens.shape[1])
+    active = np.abs(np.asarray(kept.active, np.float32)).swapaxes(0, 1)
+    changed: list[list[tuple[list[Neuron], float]]] = [
+        [([], 1.0) for _ in batch.index] for _ in range(1 + len(trials))
+    ]
     for row, index in enumerate(batch.index.tolist()):
         if index < 0:
             continue
         rng = np.random.default_rng([seed, index])
         own = sources[owners[index]]
         matched: dict[tuple[str, int], list[Neuron]] = {}
-        for number, (method, change, source, is_matched) in enumerate(trials, 1):
+        for place, (method, change, source, is_matched) in enumerate(trials, 1):
             if source >= len(own):
                 continue
             neurons = sets[method][own[source]]
@@ -236,12 +223,16 @@ def _run_batch(
                 if (method, source) not in matched:  # the same ones for every change
                     matched[method, source] = matched_neurons(neurons, active[row], rng)
                 neurons = matched[method, source]
-            scales[number, row] = scale_array(
-                neurons, factors[change], num_layers=run.layers, width=run.width
-            )
-    options = jnp.asarray(batch.options)
+            changed[place][row] = neurons, factors[change]
     found = jax.device_get(
-        _answers(run.lm.params, pre, jnp.asarray(scales), options, config=config, site=site)
+        _answers(
+            run.lm.params,
+            kept.last,
+            changes(changed),
+            config=config,
+            site=site,
+            options=jnp.asarray(batch.options),
+        )
     )
     right = found.first
     if batch.options.shape[1]:

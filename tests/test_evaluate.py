@@ -11,7 +11,7 @@ from models import random_tokens, tiny_config, tiny_params
 from jaxneurons import forward
 from jaxneurons.attribution import prefill
 from jaxneurons.errors import DataError
-from jaxneurons.evaluate import scale_array, scaled_answers
+from jaxneurons.evaluate import TRIALS, changes, last_position, scaled_answers
 from jaxneurons.neurons import Neuron, matched_random, site_width
 
 CONFIG = tiny_config()
@@ -30,10 +30,11 @@ def model():
     return params, tokens, pre
 
 
-def answers(model, scales, site="up"):
+def answers(model, trials, site="up"):
+    """`trials`: (neurons, factor) of each trial and prompt."""
     params, _, pre = model
     return jax.device_get(
-        scaled_answers(params, pre, jnp.asarray(scales), config=CONFIG, site=site)[:2]
+        scaled_answers(params, last_position(pre), changes(trials), config=CONFIG, site=site)
     )
 
 
@@ -43,13 +44,16 @@ def test_as_a_full_forward_with_the_last_position_scaled(model, site):
     params, tokens, pre = model
     width = site_width(CONFIG, site)
     rng = np.random.default_rng(0)
-    scales = rng.choice([0.0, 1.0, 2.0], size=(3, 2, CONFIG.num_layers, width)).astype(np.float32)
-    p, first = answers(model, scales, site)
+    sizes, factors = [[0, 5], [37, 8], [1, 30]], [[2.0, 0.0], [2.0, -1.5], [0.0, 2.0]]
+    sets = [[draw(rng, size, width) for size in each] for each in sizes]
+    trials = [list(zip(*each, strict=True)) for each in zip(sets, factors, strict=True)]
+    p, first, _ = answers(model, trials, site)
     changed = 0
     for trial in range(3):
         for row, length in enumerate(LENGTHS):
             full = np.ones((CONFIG.num_layers, 1, length, width), np.float32)
-            full[:, 0, -1] = scales[trial, row]
+            for layer, index in sets[trial][row]:
+                full[layer, 0, -1, index] = factors[trial][row]
             out = forward(
                 params,
                 jnp.asarray(tokens[row : row + 1, :length]),
@@ -66,20 +70,41 @@ def test_as_a_full_forward_with_the_last_position_scaled(model, site):
     assert changed  # the scales do matter
 
 
-def test_factor_one_changes_nothing(model):
-    p, first = answers(model, np.ones((1, 2, CONFIG.num_layers, 40), np.float32))
+def draw(rng, size, width):
+    places = rng.choice(CONFIG.num_layers * width, size, replace=False)
+    return [Neuron(*divmod(int(place), width)) for place in places]
+
+
+@pytest.mark.parametrize("neurons", [[], [Neuron(0, 1), Neuron(1, 39)]])
+def test_factor_one_changes_nothing(model, neurons):
+    p, first, options = answers(model, [[(neurons, 1.0)] * 2])
     _, _, pre = model
     np.testing.assert_allclose(p[0], pre.probability[:, 0], rtol=1e-5)
     np.testing.assert_array_equal(first[0], pre.logits[:, 0].argmax(-1) == pre.targets[:, 0])
+    assert options.shape == (1, 2, 0)
 
 
-def test_scale_array():
-    neurons = [Neuron(0, 1), Neuron(2, 3)]
-    scales = scale_array(neurons, 0.0, num_layers=3, width=5)
-    assert (scales.shape, scales.dtype, scales.sum()) == ((3, 5), np.float32, 13)
-    assert scales[0, 1] == scales[2, 3] == 0
-    assert (scale_array([], 0.0, num_layers=2, width=2) == 1).all()
-    assert scale_array(neurons, 2.0, num_layers=3, width=5).sum() == 17
+def test_more_trials_than_run_together(model):
+    """Each by itself, and as one of many that do not fill the last part."""
+    rng = np.random.default_rng(1)
+    trials = [[(draw(rng, 9, 40), 0.0) for _ in range(2)] for _ in range(TRIALS + 3)]
+    together = answers(model, trials)
+    assert together.probability.shape == (TRIALS + 3, 2)
+    for place in (0, TRIALS // 2 + 2, TRIALS + 2):
+        (alone,) = answers(model, [trials[place]]).probability
+        np.testing.assert_allclose(together.probability[place], alone, rtol=1e-5)
+    assert len(set(together.probability[:, 0].tolist())) > TRIALS
+
+
+def test_the_options_log_probabilities(model):
+    params, _, pre = model
+    options = jnp.array([[5, 7, 2], [11, 0, 3]])
+    found = scaled_answers(
+        params, last_position(pre), changes([[([], 1.0)] * 2]), config=CONFIG, options=options
+    )
+    want = jax.nn.log_softmax(pre.logits[:, 0])[jnp.arange(2)[:, None], options]
+    np.testing.assert_allclose(found.options[0], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.exp(found.options[0, :, 0]), found.probability[0], rtol=1e-5)
 
 
 NEURONS = st.sets(st.builds(Neuron, st.integers(0, 3), st.integers(0, 19)), max_size=30)

@@ -98,7 +98,7 @@ def test_run_file(whole, lm):
 
 def test_no_litter(whole):
     _, out = whole
-    names = (*RESULTS, "queries.jsonl", "run.json", "parts")
+    names = (*RESULTS, "queries.jsonl", "run.json", "parts", "caches")
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
 
 
@@ -203,7 +203,7 @@ def test_stopped_run_gives_the_same_bytes(whole, lm, queries, tmp_path, after):
 
     with pytest.raises(KeyboardInterrupt):
         locate(lm, queries, out, settings=SETTINGS, batch_size=2, progress=stop)
-    assert {p.name for p in out.iterdir()} == {"queries.jsonl", "parts"}  # and no results
+    assert {p.name for p in out.iterdir()} == {"queries.jsonl", "parts", "caches"}  # and no results
     assert len(list((out / "parts").glob("*.npz"))) == after + 1
     again = []
     located = locate(

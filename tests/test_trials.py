@@ -13,7 +13,6 @@ import jaxneurons
 from jaxneurons import batches, forward
 from jaxneurons.baselines import MATCHED, matched_neurons
 from jaxneurons.errors import DataError
-from jaxneurons.evaluate import scale_array
 from jaxneurons.neurons import Neuron
 from jaxneurons.pcr import FACTORS
 from jaxneurons.prediction import READOUTS, _read, halves, pools, predict
@@ -65,6 +64,14 @@ def outcomes(run):
     return run_trials(run)
 
 
+def multipliers(neurons, factor):
+    """[layer, width]."""
+    scales = np.ones((LAYERS, WIDTH), np.float32)
+    for layer, index in neurons:
+        scales[layer, index] = factor
+    return scales
+
+
 def option_logits(lm, prompt, scales=None):
     """Log-probabilities after a prompt: not padded, nothing cached."""
     tokens = jnp.array([prompt.prompt])
@@ -96,7 +103,7 @@ def test_every_trial_as_a_full_pass(run, outcomes, which):
                 assert found.before[wording] == pytest.approx(p, rel=CLOSE)
                 assert found.right_before[wording] == (before[options].argmax() == right)
                 neurons = outcomes.sets[method][query]
-                scales = scale_array(neurons, FACTORS[change], num_layers=LAYERS, width=WIDTH)
+                scales = multipliers(neurons, FACTORS[change])
                 want = option_logits(run.lm, prompt, scales)
                 after = np.exp(want[prompt.answer[0]])
                 assert found.after[wording] == pytest.approx(after, rel=CLOSE), (method, change)
@@ -121,7 +128,7 @@ def test_matched_neurons_are_changed_as_said(run, outcomes):
             # An unrelated query's control is drawn right after it.
             (source,) = (q for q, other in outcomes.other.items() if other == "q5")
             matched_neurons(outcomes.sets[method][source], active, rng)
-        scales = scale_array(drawn, 0.0, num_layers=LAYERS, width=WIDTH)
+        scales = multipliers(drawn, 0.0)
         want = np.exp(option_logits(run.lm, prompt, scales)[prompt.answer[0]])
         assert outcomes.matched[method, "suppress", "q5"].after[0] == pytest.approx(want, rel=CLOSE)
         if method == "QRNCA":
@@ -229,7 +236,7 @@ def test_free_answers_and_a_group_of_most_queries(lm, tmp_path):
             outcome = getattr(found, which)["QRNCA", "suppress", query]
             prompt = prompts[owners.index(asked)]
             neurons = free.located.neurons[query].neurons
-            scales = scale_array(neurons, 0.0, num_layers=LAYERS, width=WIDTH)
+            scales = multipliers(neurons, 0.0)
             want = option_logits(free.lm, prompt, scales)
             assert outcome.after[0] == pytest.approx(np.exp(want[prompt.answer[0]]), rel=CLOSE)
             assert outcome.right_after[0] == (want.argmax() == prompt.answer[0])
