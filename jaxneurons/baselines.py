@@ -70,17 +70,20 @@ def matched_neurons(
       activations: |activation| of every neuron, [layer, width].
       rng: draws among the `NEAREST`.
     """
-    taken = set(neurons)
+    taken: dict[int, list[int]] = {}
+    for layer, index in neurons:
+        taken.setdefault(layer, []).append(index)
     found = []
     for layer, index in neurons:
         gaps = np.abs(activations[layer] - activations[layer, index])
-        enough = min(NEAREST + len(taken), len(gaps))  # however many of them are taken
-        close = np.flatnonzero(gaps <= np.partition(gaps, enough - 1)[enough - 1])
-        ranked = close[np.argsort(gaps[close], kind="stable")].tolist()
-        near = [Neuron(layer, n) for n in ranked if (layer, n) not in taken][:NEAREST]
-        if near:  # else the layer is used up
-            found.append(near[int(rng.integers(len(near)))])
-            taken.add(found[-1])
+        gaps[taken[layer]] = np.inf
+        free = min(NEAREST, len(gaps) - len(taken[layer]))
+        if free < 1:  # the layer is used up
+            continue
+        close = np.flatnonzero(gaps <= np.partition(gaps, free - 1)[free - 1])
+        near = close[np.argsort(gaps[close], kind="stable")][:free]
+        found.append(Neuron(layer, int(near[int(rng.integers(free))])))
+        taken[layer].append(found[-1].index)
     return found
 
 
