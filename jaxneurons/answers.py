@@ -163,3 +163,9 @@ def option_letters(prompt: str) -> tuple[str, ...]:
         if len(letters) > 1 or not found:  # a lone "A:" after the options is no run
             found = letters
     return tuple(found)
+
+
+def option_lines(prompt: str) -> tuple[str, ...]:
+    """Letters of all lines that look like options, but for a lone "A:" that asks for the answer."""
+    found = tuple(_OPTION.findall(prompt))
+    return found[:-1] if len(found) > 1 and found[-1] == "A" else found

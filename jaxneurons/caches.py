@@ -18,8 +18,10 @@ import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by name with it)
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxneurons.batches import Batch
 from jaxneurons.evaluate import LastPosition, last_position
 from jaxneurons.rows import Prefill
+from jaxneurons.store import digest
 
 MOST = 16 << 30
 """Bytes that are kept by default, at most."""
@@ -76,13 +78,13 @@ class Caches:
         """Bytes kept."""
         return sum(file.stat().st_size for file in self.path.glob("*.bin"))
 
-    def keep(self, number: int, prompts: Prompts) -> bool:
+    def keep(self, number: int, batch: Batch, prompts: Prompts) -> bool:
         """Write a batch, unless the limit (or the disk) has no room for it; whether it did."""
         leaves = jax.tree.leaves(prompts)
         if self.size() + sum(leaf.nbytes for leaf in leaves) > self.limit:
             return False
         arrays = [np.ascontiguousarray(leaf) for leaf in jax.device_get(leaves)]
-        head = json.dumps([[array.dtype.name, array.shape] for array in arrays]).encode()
+        head = json.dumps([_of(batch), *([a.dtype.name, a.shape] for a in arrays)]).encode()
         check = zlib.crc32(head)
         file = self._file(number)
         writing = file.with_suffix(".tmp")
@@ -99,10 +101,13 @@ class Caches:
         except OSError:
             writing.unlink(missing_ok=True)
             return False
+        except BaseException:
+            writing.unlink(missing_ok=True)
+            raise
         return True
 
-    def load(self, number: int) -> Prompts | None:
-        """A batch, or None where it is not kept, or not as it was written."""
+    def load(self, number: int, batch: Batch) -> Prompts | None:
+        """A batch, or None where it is not kept, or not as it was written, or is another."""
         try:
             with self._file(number).open("rb") as file:
                 head = file.readline()[:-1]
@@ -113,11 +118,20 @@ class Caches:
             return None
         if zlib.crc32(raw[:-4].data, zlib.crc32(head)) != int.from_bytes(raw[-4:].tobytes(), "big"):
             return None
+        of, *arrays = json.loads(head)
+        if of != _of(batch):
+            return None
         leaves, at = [], 0
-        for name, shape in json.loads(head):
+        for name, shape in arrays:
             dtype = np.dtype(name)
             size = math.prod(shape) * dtype.itemsize
             leaves.append(raw[at : at + size].view(dtype).reshape(shape))
             at += size
         count = len(LastPosition._fields)
         return Prompts(LastPosition(*leaves[:count]), *leaves[count:])
+
+
+def _of(batch: Batch) -> str:
+    """What a file is about: its layout and its prompts."""
+    prompts = [batch.tokens.tolist(), batch.lengths.tolist(), batch.targets.tolist()]
+    return digest([LastPosition._fields, Prompts._fields, prompts])

@@ -101,7 +101,7 @@ def demo_facts(source: str) -> list[Query]:
 
 
 def known(lm: LM, facts: list[Query]) -> list[bool]:
-    """Whether the model says the answer, greedily, after every wording of each fact."""
+    """Whether the answer's first token is the most probable one after every wording of a fact."""
     says = _suppressed(lm, facts, [[[]]] * len(facts))[1]
     return [bool(each[0].all()) for each in says]
 

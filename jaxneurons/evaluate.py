@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxneurons import layers
 from jaxneurons.config import EVERYTHING, ModelConfig
+from jaxneurons.errors import DataError
 from jaxneurons.neurons import Neuron, site_width
 from jaxneurons.rows import Prefill
 
@@ -161,6 +162,8 @@ def scaled_answers(
 
     # In parts of equal size: another size would be another program.
     count = len(change.layer)
+    if not count:
+        raise DataError("no trials: give a set of neurons, or none of them, for each prompt")
     parts = -(-count // TRIALS)
     each = -(-count // parts)
     filled = Changes(

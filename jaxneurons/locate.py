@@ -26,10 +26,13 @@ from jaxneurons.neurons import Neuron, site_width
 from jaxneurons.qrnca import PromptScores, QRNCAConfig, QueryNeurons
 from jaxneurons.queries import Query
 from jaxneurons.store import RunDirectory, digest, write_json, write_json_lines
+from jaxneurons.tables import read_json
 
 FORMAT = 2
 """Of the parts; counts up when what is in them changes."""
 QUERIES, RUN = "queries.jsonl", "run.json"
+NO_GROUP = "all"
+"""The group of queries that name none, and of rows over every query."""
 
 Progress = Callable[[int, int], None]
 """Called with (prompts done, prompts in all)."""
@@ -81,6 +84,16 @@ def encode_queries(lm: LM, queries: Sequence[Query], settings: QRNCAConfig) -> l
     return encoded
 
 
+def check_groups(queries: Sequence[Query]) -> None:
+    """Raise `DataError` if some queries are in a group and some in none."""
+    loose = [query.id for query in queries if query.group == NO_GROUP]
+    if 0 < len(loose) < len(queries):
+        raise DataError(
+            f"query {loose[0]!r} is in no group (or in one called {NO_GROUP!r}), as are "
+            f"{len(loose)} of {len(queries)}: give each a group, or none of them"
+        )
+
+
 def prompt_count(query: Query, settings: QRNCAConfig) -> int:
     """Prompts of a query that are used."""
     return min(len(query.prompts), settings.prompts)
@@ -115,6 +128,7 @@ def locate(
       DataError: unusable queries or directory, before anything is computed.
     """
     qrnca.check_count(len(queries), settings.common)
+    check_groups(queries)
     prompts = encode_queries(lm, queries, settings)
     plan = batches.plan(prompts, batch_size)
     identity = {
@@ -131,7 +145,7 @@ def locate(
     write_json_lines(run.path / QUERIES, map(dataclasses.asdict, queries))
     caches = Caches(run.path, cache_bytes)
 
-    done = 0
+    done = computed = 0
     results: dict[int, PromptScores] = {}
     seconds: list[float] = []
     for number, batch in enumerate(plan):
@@ -142,10 +156,13 @@ def locate(
             found = qrnca.attribute_batch(
                 lm.params, batch, pre, config=lm.config, settings=settings
             )
-            caches.keep(number, prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1]))
+            caches.keep(
+                number, batch, prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
+            )
             run.save(number, _pack(found, time.perf_counter() - start))
             part = run.load(number)
             assert part is not None
+            computed += 1
         results.update(_unpack(part))
         seconds.append(float(part["seconds"]))
         done += int((batch.index >= 0).sum())
@@ -161,7 +178,10 @@ def locate(
     neurons, common = qrnca.rank(
         clusters, width=site_width(lm.config, settings.site), settings=settings
     )
-    facts = _facts(lm, queries, settings, by_query, neurons, seconds)
+    if not computed and (run.path / RUN).is_file():  # what it was made with stays as it is
+        facts = read_json(run.path / RUN)
+    else:
+        facts = _facts(lm, queries, settings, by_query, neurons, seconds)
     _write(run, queries, neurons, common, by_query, facts, len(clusters))
     if facts["answers"]["option_mass_mean"] is not None:
         mass = facts["answers"]["option_mass_mean"]
@@ -226,7 +246,6 @@ def _facts(
     errors = np.array([prompt.error for prompt in prompts])
     mass = np.array([p.option_mass for p in prompts if not math.isnan(p.option_mass)])
     counts = np.array([len(found.neurons) for found in neurons.values()])
-    packages = ("jaxneurons", "jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
     return {
         "method": "QRNCA (arXiv 2406.10868)",
         "model": {
@@ -268,11 +287,17 @@ def _facts(
             "attribution": round(sum(seconds), 3),
             "per_prompt": round(sum(seconds) / len(prompts), 4),
         },
-        "versions": {
-            **{name: metadata.version(name) for name in packages},
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers may depend on, and of the machine."""
+    packages = ("jaxneurons", "jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
+    return {
+        **{name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
     }
 
 

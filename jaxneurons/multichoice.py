@@ -122,6 +122,7 @@ class Question:
       answer: the right one.
       group: domain, relation or language: distractors come from it.
       language: of the wordings.
+      relation: of the fact, where a group holds several: distractors are then of the same one.
     """
 
     id: str
@@ -129,10 +130,18 @@ class Question:
     answer: str
     group: str = "all"
     language: str = "en"
+    relation: str = ""
+
+    @property
+    def pool(self) -> tuple[str, str, str]:
+        """Questions that share it lend each other their answers as distractors."""
+        return self.group, self.language, self.relation
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-    """Read questions: CSV, a JSON list or JSON Lines, with question, answer, group, language, id.
+    """Read questions: CSV, a JSON list or JSON Lines.
+
+    Fields: question, answer; if you like group, language, relation, id.
 
     Raises:
       DataError: a file that cannot be read, or a question without text or answer; says which.
@@ -145,9 +154,13 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
         text = read_text(path)
         try:
             records = json.loads(text)
-        except ValueError:
+        except ValueError as error:
+            if text.lstrip().startswith("["):
+                raise DataError(f"{path}: not JSON ({error})") from None
             lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
             records = [_line(path, n, line) for n, line in lines]
+        if isinstance(records, Mapping) and "question" in records:  # JSON Lines of one line
+            records = [records]
         if not isinstance(records, list):
             raise DataError(f"{path}: a list of questions is needed")
     found: dict[str, Question] = {}
@@ -174,6 +187,7 @@ def _question(record: Mapping[str, Any], number: int) -> Question:
         answer=get("answer"),
         group=get("group", "all"),
         language=get("language", "en"),
+        relation=get("relation"),
     )
 
 
@@ -185,8 +199,15 @@ def _line(path: Path, number: int, line: str) -> Any:
 
 
 def _same(text: str) -> str:
-    """What two answers that are one have in common."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    """What two answers that are one have in common: all but case, spaces and outer punctuation.
+
+    Punctuation inside stays, as do signs before a number: "-1" is not "1", "C++" not "C".
+    """
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return plain.strip(_OUTER) or plain
+
+
+_OUTER = " .,;:!?\"'`()[]{}。、，．：；！？「」『』《》«»“”‘’؟،؛"
 
 
 def _wordings(
@@ -215,8 +236,9 @@ def multi_choice(
     """Questions in the published multi-choice format, several wordings each.
 
     Args:
-      questions: with free answers; distractors are other answers of their group (and language),
-        never equal to the right one or to each other once case and punctuation are left out.
+      questions: with free answers; distractors are other answers of their group, language and
+        relation, never equal to the right one or to each other but for case, spaces and outer
+        punctuation.
       options: options of a question.
       wordings: of the language's templates; the options are drawn and shuffled anew in each.
       seed: of the draws. A question's do not depend on the other questions' order.
@@ -224,21 +246,26 @@ def multi_choice(
 
     Returns:
       By id, `sentences`, `obj_label`, `relation_name` (the group), `ori_label` (the answer) and
-      `language`; and by id, why a question is left out: its group has too few other answers.
+      `language` (and `relation`, where it has one); and by id, why a question is left out: its
+      group has too few other answers.
 
     Raises:
-      DataError: an unknown language, or numbers of options or wordings that there are not.
+      DataError: an unknown language, an empty answer, or numbers of options or wordings that there
+        are not.
     """
     if not 2 <= options <= len(LETTERS):
         raise DataError(f"options must be from 2 to {len(LETTERS)}, got {options}")
-    pools: dict[tuple[str, str], dict[str, str]] = {}
+    pools: dict[tuple[str, str, str], dict[str, str]] = {}
     for one in questions:
         _wordings(one, templates, wordings)
-        pool = pools.setdefault((one.group, one.language), {})
-        pool.setdefault(_same(one.answer), one.answer)
+        if not one.answer.strip():
+            raise DataError(f"question {one.id!r}: its answer is empty")
+        pool = pools.setdefault(one.pool, {})
+        # Of equal answers the first in the alphabet: which it is must not depend on their order.
+        pool[_same(one.answer)] = min(pool.get(_same(one.answer), one.answer), one.answer)
     made, left_out = {}, {}
     for one in questions:
-        pool = pools[one.group, one.language]
+        pool = pools[one.pool]
         others = sorted(text for same, text in pool.items() if same != _same(one.answer))
         if len(others) < options - 1:
             left_out[one.id] = (
@@ -263,6 +290,7 @@ def multi_choice(
             "relation_name": one.group,
             "ori_label": one.answer,
             "language": one.language,
+            **({"relation": one.relation} if one.relation else {}),
         }
     return made, left_out
 
@@ -337,7 +365,8 @@ def put_together(parts: Parts) -> str:
 def free_questions(records: Mapping[str, Mapping[str, Any]]) -> list[Question]:
     """Multi-choice records of the published format as questions with free answers.
 
-    The question is what the wordings have in common right before their options.
+    The question is what the wordings have in common right before their options; what some repeat
+    after them belongs to the wording. A group that is the name of a language says the language.
 
     Raises:
       DataError: a record whose wordings differ in their answer, or have no question in common.
@@ -359,13 +388,15 @@ def free_questions(records: Mapping[str, Mapping[str, Any]]) -> list[Question]:
             text = text.split("\n", 1)[1]  # the end of the instructions is no part of it
         if not text.strip():
             raise DataError(f"question {name!r}: its wordings have no question in common")
+        group = str(record.get("relation_name", "all"))
         found.append(
             Question(
                 name,
                 text.strip(),
                 " ".join(answers.pop().split()),
-                str(record.get("relation_name", "all")),
-                str(record.get("language", "en")),
+                group,
+                str(record.get("language", group if group in TEMPLATES else "en")),
+                str(record.get("relation", "")),
             )
         )
     return found

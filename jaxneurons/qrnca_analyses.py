@@ -231,6 +231,7 @@ def kind_rows(
             queries,
             dataclasses.replace(run.settings, site=kind),
             batch_size=run.batch_size,
+            cache_bytes=0,  # each is evaluated once, with one method
             progress=progress,
         )
         for kind in kinds

@@ -1,6 +1,7 @@
 """The command line of query-relevant neurons: `qrnca locate`, and everything after it."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,7 +96,7 @@ def locate(
             asked,
             out,
             settings=settings,
-            cache_bytes=None if caches is None else int(caches * 2**30),
+            cache_bytes=None if caches is None else int(min(caches, 2.0**30) * 2**30),
             progress=tell,
         )
     show_located(located, out)
@@ -160,7 +161,7 @@ def evaluate(
     rows = change_rows(found, outcomes)
     table = evaluation_rows(rows, seed=seed)
     _write(found, {"changes": rows, "evaluation": table})
-    _write_facts(found, outcomes, seed)
+    _write_facts(found, "evaluation", outcomes, neurons, seed)
     show_evaluation(table)
     attribution = found.located.run["seconds"]["attribution"]
     console.print(
@@ -182,7 +183,7 @@ def edit(run: Directory, model: Model = None, neurons: OwnNeurons = None, seed: 
     outcomes = _trials(found, extra, seed)
     rows = editing_rows(found, outcomes, seed=seed)
     _write(found, {"editing": rows})
-    _write_facts(found, outcomes, seed)
+    _write_facts(found, "editing", outcomes, neurons, seed)
     show_editing(rows)
     _say(run)
 
@@ -274,21 +275,34 @@ def _trials(run: "Run", own: "NeuronSet | None", seed: int) -> "Outcomes":
         return run_trials(run, extra=extra, seed=seed, progress=tell)
 
 
-def _write_facts(run: "Run", outcomes: "Outcomes", seed: int) -> None:
+def _write_facts(
+    run: "Run", table: str, outcomes: "Outcomes", neurons: Path | None, seed: int
+) -> None:
     """What a table was made with."""
+    from jaxneurons.locate import versions
     from jaxneurons.pcr import DRAWS, FACTORS
     from jaxneurons.store import write_json
 
     write_json(
-        run.path / "evaluation.json",
+        run.path / f"{table}.json",
         {
+            "site": run.settings.site,
             "changed_at": "last prompt position",
+            "probability_of": "the answer's first token",
+            "methods": list(outcomes.sets),
+            "neurons_file": None
+            if neurons is None
+            else {
+                "path": str(neurons),
+                "sha256": hashlib.sha256(neurons.read_bytes()).hexdigest(),
+            },
             "factors": FACTORS,
             "seeds": {"unrelated queries, random neurons, bootstrap": seed},
             "bootstrap_draws": DRAWS,
             "seconds": round(outcomes.seconds, 3),
             "seconds_of_attribution": run.located.run["seconds"]["attribution"],
             "unrelated": outcomes.other,
+            "versions": versions(),
         },
     )
 

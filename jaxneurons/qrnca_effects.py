@@ -10,10 +10,11 @@ import numpy as np
 
 from jaxneurons import pcr
 from jaxneurons.baselines import MATCHED
+from jaxneurons.locate import NO_GROUP
 from jaxneurons.neurons import Neuron
 from jaxneurons.pcr import Interval
 from jaxneurons.qrnca import PromptScores
-from jaxneurons.qrnca_run import NO_GROUP, Run
+from jaxneurons.qrnca_run import Run
 from jaxneurons.trials import OWN, Outcomes
 
 Row = dict[str, Any]

@@ -28,8 +28,6 @@ from jaxneurons.store import RunDirectory
 from jaxneurons.tables import read_json
 
 Progress = Callable[[int, int], None]
-NO_GROUP = "all"
-"""The group of queries that name none, and of rows over every query."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +143,6 @@ def make_run(
 ) -> Run:
     """`locate` as a `Run`: what is not finished there is located first."""
     size = batch_size or batches.default_batch_size()
-    loose = [query.id for query in queries if query.group == NO_GROUP]
-    if 0 < len(loose) < len(queries):
-        raise DataError(
-            f"query {loose[0]!r} is in no group (or in one called {NO_GROUP!r}), as are "
-            f"{len(loose)} of {len(queries)}: give each a group, or none of them"
-        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LowOptionMassWarning)  # said when it was located
         located = locate(

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxneurons.answers import option_letters
+from jaxneurons.answers import option_letters, option_lines
 from jaxneurons.errors import DataError
 
 
@@ -173,6 +173,12 @@ def _multi_choice(where: str, name: str, record: Mapping[str, Any]) -> Query:
         if label not in letters:
             found = "the options " + ", ".join(letters) if letters else "no options"
             raise DataError(f"{where}: label {label!r} is no option: sentence {i + 1} has {found}")
+        lines = option_lines(prompts[i])
+        if len(letters) < 2 or lines[-len(letters) :] != letters:
+            raise DataError(
+                f"{where}: sentence {i + 1} has option lines {', '.join(lines)}: "
+                "they must be A, B, ... in order, two at least"
+            )
     return Query(name, str(record.get("relation_name", "all")), prompts, labels, options)
 
 

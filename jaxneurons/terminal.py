@@ -354,8 +354,10 @@ def show_evaluation(rows: list[dict[str, Any]]) -> None:
                 )
         console.print(table)
     console.print(
-        "PCR: |related| / |unrelated|; share: of all attribution, held by the neurons; beyond: "
-        "related change less that of random neurons matched in layer and activation."
+        "Probability: of the answer's first token. PCR: |related| / |unrelated|. Share: what the "
+        "neurons hold of the sum of all attributions (negative ones count, so it can exceed 100 %; "
+        "scores below the run's threshold count 0). Beyond: related change less that of random "
+        "neurons matched in layer and activation."
     )
 
 

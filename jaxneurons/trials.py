@@ -23,6 +23,7 @@ from jaxneurons.qrnca_run import Progress, Run
 from jaxneurons.store import digest
 
 OWN = "QRNCA"
+SMALLEST = float(np.finfo(np.float32).tiny)
 Sets = Mapping[str, Mapping[str, Sequence[Neuron]]]
 """By method and query, neurons."""
 
@@ -61,8 +62,11 @@ class Outcome(NamedTuple):
 
     @property
     def change(self) -> float:
-        """Relative change of the probability, mean over the prompts."""
-        return float((self.after / self.before - 1).mean())
+        """Relative change of the probability, mean over the prompts.
+
+        A probability that is 0 in float32 counts as its smallest number.
+        """
+        return float((self.after / np.maximum(self.before, SMALLEST) - 1).mean())
 
 
 class Outcomes(NamedTuple):
@@ -74,7 +78,7 @@ class Outcomes(NamedTuple):
       matched: its own prompts with random neurons changed, matched to its own.
       sets: by method and query, the neurons.
       other: the unrelated query of each query.
-      seconds: that the trials took, prompts run once included.
+      seconds: that the trials took, with prompts that were run again.
     """
 
     related: dict[tuple[str, str, str], Outcome]
@@ -123,23 +127,27 @@ def run_trials(
     )
     sets = {method: sets[method] for method in methods}
     sets |= {
-        name: {q: list(own) for q, own in by_query.items()}
+        name: {q: list(dict.fromkeys(own)) for q, own in by_query.items()}
         for name, by_query in (extra or {}).items()
     }
     sources: dict[str, list[str]] = {query.id: [query.id] for query in run.queries}
     for query, unrelated in other.items():
         sources[unrelated].append(query)
-    trials = [
-        Trial(method, change, source, matched)
-        for method in sets
-        for change in factors
-        for source in range(max(map(len, sources.values())))
-        for matched in (False, True)
-        # One control for each set on its own query; unrelated queries have that of QRNCA's alone.
-        if not matched or (method != "random" and source == 0) or method == OWN
-    ]
-    named = {m: {q: list(map(list, own)) for q, own in by.items()} for m, by in sets.items()}
-    key = digest([named, dict(factors), seed, sources, FORMAT])[:16]
+    trials = {
+        query: [
+            Trial(method, change, source, matched)
+            for method in sets
+            for change in factors
+            for source in range(len(own))
+            for matched in (False, True)
+            # One control for each set on its own query; on unrelated ones that of QRNCA's alone.
+            if not matched or (method != "random" and source == 0) or method == OWN
+        ]
+        for query, own in sources.items()
+    }
+    # In order: it decides which row is whose, and which random neurons are drawn.
+    named = [[m, {q: list(map(list, own)) for q, own in by.items()}] for m, by in sets.items()]
+    key = digest([named, list(factors.items()), seed, sources, FORMAT])[:16]
     prompts, owners = run.encoded(), run.owners()
     plan = batches.plan(prompts, run.batch_size)
     caches = Caches(run.path)
@@ -158,7 +166,8 @@ def run_trials(
         seconds += float(part["seconds"])
         for row, index in enumerate(batch.index.tolist()):
             if index >= 0:
-                results[index] = {name: part[name][:, row] for name in ("p", "right")}
+                count = 1 + len(trials[owners[index]])
+                results[index] = {name: part[name][:count, row] for name in ("p", "right")}
         if progress is not None:
             progress(len(results), len(prompts))
     by_query: dict[str, list[dict[str, np.ndarray]]] = {}
@@ -168,9 +177,7 @@ def run_trials(
     for query, each in by_query.items():
         p = np.stack([one["p"] for one in each], axis=-1).astype(np.float64)
         right = np.stack([one["right"] for one in each], axis=-1)
-        for number, trial in enumerate(trials, 1):
-            if trial.source >= len(sources[query]):
-                continue
+        for number, trial in enumerate(trials[query], 1):
             outcome = Outcome(p[0], right[0], p[number], right[number])
             whose = sources[query][trial.source]
             if not trial.matched:
@@ -184,7 +191,7 @@ def run_trials(
     return found
 
 
-FORMAT = 3
+FORMAT = 4
 """Of the parts; counts up when what is in them, or how it is computed, changes."""
 
 
@@ -194,20 +201,22 @@ def _run_batch(
     number: int,
     batch: batches.Batch,
     owners: list[str],
-    trials: list[Trial],
+    trials: dict[str, list[Trial]],
     sets: dict[str, dict[str, list[Neuron]]],
     sources: dict[str, list[str]],
     factors: dict[str, float],
     seed: int,
 ) -> dict[str, np.ndarray]:
     config, site = run.lm.config, run.settings.site
-    kept = caches.load(number)
+    kept = caches.load(number, batch)
     if kept is None:
         pre = run_prompts(run.lm.params, batch, config=config, site=site)
         kept = prompts_of(pre, site=site, seq=batch.tokens.shape[1])
     active = np.abs(np.asarray(kept.active, np.float32)).swapaxes(0, 1)
+    # The prompts of a batch may have different numbers of trials; the first is the untouched model.
+    most = max(len(trials[owners[index]]) for index in batch.index.tolist() if index >= 0)
     changed: list[list[tuple[list[Neuron], float]]] = [
-        [([], 1.0) for _ in batch.index] for _ in range(1 + len(trials))
+        [([], 1.0) for _ in batch.index] for _ in range(1 + most)
     ]
     for row, index in enumerate(batch.index.tolist()):
         if index < 0:
@@ -215,9 +224,8 @@ def _run_batch(
         rng = np.random.default_rng([seed, index])
         own = sources[owners[index]]
         matched: dict[tuple[str, int], list[Neuron]] = {}
-        for place, (method, change, source, is_matched) in enumerate(trials, 1):
-            if source >= len(own):
-                continue
+        for place, trial in enumerate(trials[owners[index]], 1):
+            method, change, source, is_matched = trial
             neurons = sets[method][own[source]]
             if is_matched:
                 if (method, source) not in matched:  # the same ones for every change

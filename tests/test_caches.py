@@ -9,8 +9,9 @@ import pytest
 from fixtures import cloze, multi_choice, write_lm, write_queries
 
 import jaxneurons
-from jaxneurons import caches, qrnca
+from jaxneurons import batches, caches, qrnca
 from jaxneurons import trials as trials_module
+from jaxneurons.answers import TokenPrompt
 from jaxneurons.caches import Caches, Prompts, default_limit
 from jaxneurons.evaluate import LastPosition
 from jaxneurons.qrnca import QRNCAConfig
@@ -22,17 +23,21 @@ from jaxneurons.trials import run_trials
 SETTINGS = QRNCAConfig(quadrature=Quadrature("gauss", 2), common=0.6)
 
 
-def prompts(dtype=jnp.float32, batch=2):
+def prompts(dtype=jnp.float32):
     rng = np.random.default_rng(0)
 
     def made(*shape):
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    counts = jnp.arange(batch, dtype=jnp.int32)
+    counts = jnp.arange(2, dtype=jnp.int32)
     last = LastPosition(
-        made(3, batch, 5, 2, 4), made(3, batch, 5, 2, 4), made(batch, 8), counts, counts, counts
+        made(3, 2, 5, 2, 4), made(3, 2, 5, 2, 4), made(2, 8), counts, counts, counts
     )
-    return Prompts(last, made(3, batch, 16))
+    return Prompts(last, made(3, 2, 16))
+
+
+def batch(seed=0):
+    return batches.plan([TokenPrompt((1, 2, 3 + seed), (4,), ()), TokenPrompt((5, 6), (7,), ())])[0]
 
 
 def same(a, b):
@@ -43,34 +48,35 @@ def same(a, b):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_round_trip(tmp_path, dtype):
     kept = Caches(tmp_path, 1 << 20)
-    assert kept.load(3) is None
-    assert kept.keep(3, prompts(dtype))
-    assert same(kept.load(3), prompts(dtype))
+    assert kept.load(3, batch()) is None
+    assert kept.keep(3, batch(), prompts(dtype))
+    assert same(kept.load(3, batch()), prompts(dtype))
+    assert kept.load(3, batch(seed=1)) is None  # other prompts
     assert kept.size() == sum(file.stat().st_size for file in (tmp_path / "caches").iterdir()) > 0
 
 
 @pytest.mark.parametrize("where", [0, 40, 200, -3])
 def test_a_damaged_file_is_as_none(tmp_path, where):
     kept = Caches(tmp_path, 1 << 20)
-    kept.keep(0, prompts())
+    kept.keep(0, batch(), prompts())
     file = tmp_path / "caches" / "00000.bin"
     content = bytearray(file.read_bytes())
     content[where] ^= 1
     file.write_bytes(content)
-    assert kept.load(0) is None
+    assert kept.load(0, batch()) is None
     for length in (0, 10, 300, len(content) - 1):
         file.write_bytes(content[:length])
-        assert kept.load(0) is None
+        assert kept.load(0, batch()) is None
 
 
 def test_no_more_than_the_limit(tmp_path):
     one = sum(leaf.nbytes for leaf in jax.tree.leaves(prompts()))
     kept = Caches(tmp_path, int(3.5 * one))
-    assert [kept.keep(n, prompts()) for n in range(5)] == [True, True, True, False, False]
+    assert [kept.keep(n, batch(), prompts()) for n in range(5)] == [True, True, True, False, False]
     assert kept.size() <= 3.5 * one
-    assert kept.load(2) is not None
-    assert kept.load(3) is None
-    assert not Caches(tmp_path / "none", 0).keep(0, prompts())
+    assert kept.load(2, batch()) is not None
+    assert kept.load(3, batch()) is None
+    assert not Caches(tmp_path / "none", 0).keep(0, batch(), prompts())
     assert not (tmp_path / "none").exists()
 
 
@@ -81,7 +87,7 @@ def test_a_full_disk_is_no_error(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(caches.Path, "replace", full)
-    assert not kept.keep(0, prompts())
+    assert not kept.keep(0, batch(), prompts())
     assert list((tmp_path / "caches").iterdir()) == []
 
 
@@ -103,7 +109,7 @@ def test_trials_are_the_same_with_and_without(tmp_path, monkeypatch, form):
             record["group"] = "ab"[n % 2]
             record["answer"] = f"{record['answer']} and more"
     queries = read_queries(write_queries(tmp_path / "queries.json", records))
-    run = make_run(tmp_path / "run", lm, queries, SETTINGS, batch_size=4)
+    run = make_run(tmp_path / "run", lm, queries, SETTINGS, batch_size=4, cache_bytes=1 << 28)
     shutil.copytree(run.path, tmp_path / "without")
     shutil.rmtree(tmp_path / "without" / "caches")
     ran, real = [], qrnca.run_prompts

@@ -10,6 +10,7 @@ from models import random_tokens, tiny_config, tiny_params
 
 from jaxneurons import forward
 from jaxneurons.attribution import prefill
+from jaxneurons.config import RopeConfig
 from jaxneurons.errors import DataError
 from jaxneurons.evaluate import TRIALS, changes, last_position, scaled_answers
 from jaxneurons.neurons import Neuron, matched_random, site_width
@@ -68,6 +69,44 @@ def test_as_a_full_forward_with_the_last_position_scaled(model, site):
             assert first[trial, row] == (want.argmax() == target)
             changed += abs(want[target] - float(pre.probability[row, 0])) > 1e-4
     assert changed  # the scales do matter
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_kv_heads": 1, "tied": True, "sliding_window": 3},
+        {
+            "biases": ("q", "k", "v"),
+            "sliding_window": 3,
+            "sliding_layers": (False, True, True),
+            "rope": RopeConfig(rope_type="dynamic", factor=3.0, original_max_position=5),
+        },
+    ],
+    ids=["window", "some-windows-dynamic"],
+)
+def test_windows_and_angles_that_depend_on_the_length(changed):
+    config = tiny_config(**changed)
+    params, tokens = tiny_params(config), random_tokens(config, (2, 9))
+    targets = jnp.array([[5, 3], [11, 2]])  # the second token of the answer is in the cache, too
+    pre = prefill(params, tokens, targets, config=config, lengths=jnp.array(LENGTHS))
+    neurons = [Neuron(0, 1), Neuron(1, 7), Neuron(2, 30)]
+    found = scaled_answers(
+        params, last_position(pre), changes([[(neurons, 0.0)] * 2]), config=config
+    )
+    for row, length in enumerate(LENGTHS):
+        whole = jnp.concatenate([tokens[row, :length], targets[row, :1]])[None]
+        full = np.ones((config.num_layers, 1, length + 1, 40), np.float32)
+        for layer, index in neurons:
+            full[layer, 0, length - 1, index] = 0
+        at, scales = jnp.array([[length - 1]]), {"up": jnp.asarray(full)}
+        out = forward(params, whole, config=config, at=at, scales=scales)
+        want = jax.nn.softmax(out.logits[0, 0])[targets[row, 0]]
+        np.testing.assert_allclose(found.probability[0, row], want, rtol=1e-4)
+
+
+def test_no_trials(model):
+    with pytest.raises(DataError, match="no trials"):
+        answers(model, [])
 
 
 def draw(rng, size, width):

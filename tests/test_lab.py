@@ -1,6 +1,8 @@
 """The lab model knows what it was told, and not what it was not; its world comes from a seed."""
 
 import collections
+import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +211,7 @@ def test_it_is_small_and_says_where_it_is_from(lm):
     assert "python -m jaxneurons.lab.train" in (directory / "README.md").read_text()
     assert lm.params["embed"]["embedding"].dtype == jnp.float32
     lines = (directory / "facts.jsonl").read_text().splitlines()
-    assert len(lines) == len(WORLD)
+    assert [json.loads(line) for line in lines] == [dataclasses.asdict(fact) for fact in WORLD]
     with pytest.raises(SourceError, match="has no revisions"):
         jn.load("lab", revision="main")
 

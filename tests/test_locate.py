@@ -41,7 +41,7 @@ def queries(tmp_path_factory):
 def whole(lm, queries, tmp_path_factory):
     """An uninterrupted run: (what was returned, its directory)."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    return locate(lm, queries, out, settings=SETTINGS, batch_size=2), out
+    return locate(lm, queries, out, settings=SETTINGS, batch_size=2, cache_bytes=1 << 28), out
 
 
 def contents(out):
@@ -202,7 +202,9 @@ def test_stopped_run_gives_the_same_bytes(whole, lm, queries, tmp_path, after):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        locate(lm, queries, out, settings=SETTINGS, batch_size=2, progress=stop)
+        locate(
+            lm, queries, out, settings=SETTINGS, batch_size=2, cache_bytes=1 << 28, progress=stop
+        )
     assert {p.name for p in out.iterdir()} == {"queries.jsonl", "parts", "caches"}  # and no results
     assert len(list((out / "parts").glob("*.npz"))) == after + 1
     again = []

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -118,6 +119,48 @@ def test_equal_answers_are_no_distractors():
             assert options.count("rome") <= 1
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Paris", "the paris", False),
+        ("“Paris”.", "paris", True),
+        ("New  York", "new york", True),
+        ("-1", "1", False),
+        ("C++", "C#", False),
+        ("x > 0", "x < 0", False),
+        ("?", "!", False),
+        ("1.5", "15", False),
+    ],
+)
+def test_which_answers_are_equal(one, other, same):
+    questions = [Question("0", "0?", one), Question("1", "1?", other)]
+    records, left_out = multi_choice(questions, options=2)
+    assert (not records, len(left_out) == 2) == (same, same)
+
+
+def test_which_of_equal_answers_is_offered_does_not_depend_on_their_order():
+    answers = ["Rome", "rome", "ROME.", "Bern"]
+    questions = [Question(str(i), f"{i}?", text) for i, text in enumerate(answers)]
+    for order in (questions, questions[::-1]):
+        record = multi_choice(order, options=2)[0]["3"]
+        assert {*take_apart(record["sentences"][0]).options} == {"Bern", "ROME."}
+
+
+def test_distractors_are_of_the_same_relation():
+    questions = [
+        dataclasses.replace(one, relation=f"P{i % 3}") for i, one in enumerate(made(24, 1))
+    ]
+    relation = {one.answer: one.relation for one in questions}
+    records, left_out = multi_choice(questions)
+    assert not left_out
+    for record in records.values():
+        for sentence in record["sentences"]:
+            assert {relation[option] for option in take_apart(sentence).options} == {
+                record["relation"]
+            }
+    assert free_questions(records) == questions
+
+
 def test_a_group_with_too_few_answers_is_left_out():
     questions = [*made(8, 1), Question("x", "Why?", "because", "lonely")]
     records, left_out = multi_choice(questions)
@@ -131,6 +174,7 @@ def test_a_group_with_too_few_answers_is_left_out():
         (made(language="xx"), {}, "'q0': no wordings in language 'xx'; known: 'en'"),
         (made(), {"options": 1}, "options must be from 2 to 26, got 1"),
         (made(), {"wordings": 4}, "wordings must be from 1 to 3"),
+        ([Question("a", "a?", " "), *made()], {}, "question 'a': its answer is empty"),
     ],
 )
 def test_what_cannot_be_made(questions, options, message):
@@ -154,7 +198,9 @@ def test_no_options(text):
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
-@pytest.mark.parametrize("name", ["subject_qa", "domain_sample_multi_choice_qa"])
+@pytest.mark.parametrize(
+    "name", ["subject_qa", "domain_sample_multi_choice_qa", "language_qa_sample"]
+)
 def test_published_files(name):
     """Taken apart and put together they are themselves; asked anew they give the same questions."""
     records = json.loads((PUBLISHED / f"{name}.json").read_text())
@@ -164,7 +210,13 @@ def test_published_files(name):
     questions = free_questions(records)
     assert len(questions) == len(records)
     assert all(one.text and "\n A. " not in one.text for one in questions)
+    if name == "language_qa_sample":
+        assert {one.language for one in questions} == {one.group for one in questions}
+        assert {one.language for one in questions} == set(TEMPLATES)
+        assert all(one.relation == records[one.id]["relation"] for one in questions)
     again, left_out = multi_choice(questions)
+    if len(questions) > 50:  # the sample has three of a subject: no distractors
+        assert not left_out
     assert free_questions(again) == [one for one in questions if one.id not in left_out]
 
 
@@ -202,6 +254,7 @@ def test_reading(tmp_path, kind):
         ('{"question": "x", "answer": "y"}\n{', "line 2: not JSON"),
         (json.dumps([{**RECORDS[0]}] * 2), "question 2: the id 'a' is there twice"),
         ('{"a": 1}', "a list of questions is needed"),
+        ('[\n{"question": "x", "answer": "y"},\n]', "not JSON .*line 3"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
@@ -214,6 +267,12 @@ def test_bad_files(tmp_path, text, message):
     path.write_bytes("[é]".encode("latin-1"))
     with pytest.raises(DataError, match="not in UTF-8"):
         read_questions(path)
+
+
+def test_one_line_of_json_lines(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(RECORDS[0]) + "\n")
+    assert [one.id for one in read_questions(path)] == ["a"]
 
 
 def test_from_the_command_line(run, tmp_path):

@@ -153,6 +153,13 @@ GOOD = '{"prompt": "x", "answer": "y"}'
             r"'q0': label 'E' is no option: sentence 2 has the op",
         ),
         (changed(sentences=["x"] * 3), r"'q0': label 'A' is no option: sentence 1 has no options"),
+        *[
+            (
+                changed(sentences=["Which?\n" + "\n".join(f" {a}. x" for a in lines)] * 3),
+                rf"sentence 1 has option lines {', '.join(lines)}: they must be A, B",
+            )
+            for lines in ("A", "AC", "ABBC", "ABD")
+        ],
         (b"\xff\xfe{", "cannot be read as UTF-8 text"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from fixtures import cloze, multi_choice, write_lm, write_queries
 
 import jaxneurons
-from jaxneurons import batches, forward
+from jaxneurons import batches, forward, prediction, trials
 from jaxneurons.baselines import MATCHED, matched_neurons
 from jaxneurons.errors import DataError
 from jaxneurons.neurons import Neuron
@@ -72,14 +72,16 @@ def multipliers(neurons, factor):
     return scales
 
 
+plain = jax.jit(forward, static_argnames=("config", "capture"))
+
+
 def option_logits(lm, prompt, scales=None):
     """Log-probabilities after a prompt: not padded, nothing cached."""
     tokens = jnp.array([prompt.prompt])
+    full = np.ones((LAYERS, 1, tokens.shape[1], WIDTH), np.float32)
     if scales is not None:
-        full = np.ones((LAYERS, 1, tokens.shape[1], WIDTH), np.float32)
         full[:, 0, -1] = scales
-        scales = {"up": jnp.asarray(full)}
-    out = forward(lm.params, tokens, config=lm.config, scales=scales)
+    out = plain(lm.params, tokens, config=lm.config, scales={"up": jnp.asarray(full)})
     return np.asarray(jax.nn.log_softmax(out.logits[0, -1]), np.float64)
 
 
@@ -151,6 +153,18 @@ def test_trials_taken_up_again_and_spoilt_parts_made_anew(run, outcomes):
         for key in mine:
             for a, b in zip(mine[key], theirs[key], strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+def test_what_was_kept_is_that_of_its_order(run, outcomes):
+    """The same trials asked for in another order are other rows of the parts."""
+    turned = run_trials(
+        run,
+        methods=tuple(outcomes.sets)[::-1],
+        factors=dict(reversed(FACTORS.items())),
+    )
+    for key, found in outcomes.related.items():
+        if key[0] != MATCHED:  # drawn in the order of the methods
+            np.testing.assert_allclose(turned.related[key].after, found.after, rtol=1e-5)
 
 
 def test_boosting_by_one_changes_nothing(run):
@@ -273,7 +287,10 @@ def test_one_group_only_is_an_error(lm, tmp_path):
 # --- opening a run --------------------------------------------------------------------------------
 
 
-def test_a_run_opened_again(run, outcomes):
+def test_a_run_opened_again(run, outcomes, monkeypatch):
+    written = (run.path / "run.json").read_text()
+    monkeypatch.setattr(trials, "_answers", None)  # nothing is computed again
+    monkeypatch.setattr("jaxneurons.locate.platform.platform", lambda: "another machine")
     again = open_run(run.path, run.lm)
     assert again.queries == run.queries
     assert again.settings == run.settings
@@ -282,6 +299,7 @@ def test_a_run_opened_again(run, outcomes):
     found = run_trials(again)
     assert found.related.keys() == outcomes.related.keys()
     assert all((found.related[k].after == outcomes.related[k].after).all() for k in found.related)
+    assert (run.path / "run.json").read_text() == written
 
 
 def test_a_run_from_another_model(run, tmp_path):
@@ -416,13 +434,13 @@ def test_what_is_read_off_is_what_the_plain_model_has(run):
     for row, index in enumerate(batch.index.tolist()):
         prompt = prompts[index]
         tokens = jnp.array([prompt.prompt])
-        out = forward(lm.params, tokens, config=lm.config, capture=("act",))
+        out = plain(lm.params, tokens, config=lm.config, capture=("act",))
         logp = np.asarray(jax.nn.log_softmax(out.logits[0, -1]))
         np.testing.assert_allclose(chance[row], logp[list(prompt.options)], atol=1e-4)
         act = np.asarray(out.activations["act"])
         for o, token in enumerate(prompt.options):
             put = jnp.array([[*prompt.prompt, token]])
-            with_it = forward(lm.params, put, config=lm.config, capture=("up",))
+            with_it = plain(lm.params, put, config=lm.config, capture=("up",))
             up = np.asarray(with_it.activations["up"])
             said = (
                 np.asarray(lm.params["embed"]["embedding"])[token]
@@ -443,14 +461,18 @@ def test_pools_come_from_the_other_half_alone(run):
     found = pools(run, half, 0)
     # What the other half's prompts say must not matter.
     emptied = {
-        name: prompts if half[name] == 0 else [p._replace(scores=-p.scores) for p in prompts]
+        name: prompts
+        if half[name] == 0
+        else [p._replace(neurons=(p.neurons + 7) % (LAYERS * WIDTH)) for p in prompts]
         for name, prompts in run.located.prompts.items()
     }
     located = dataclasses.replace(run.located, prompts=emptied)
-    assert pools(dataclasses.replace(run, located=located), half, 0) == found
+    changed = dataclasses.replace(run, located=located)
+    assert pools(changed, half, 0) == found
+    assert pools(changed, half, 1) != pools(run, half, 1)  # and where they count, they do
 
 
-def test_prediction_table(run):
+def test_prediction_table(run, monkeypatch):
     rows = predict(run)
     groups = ["all", *run.groups]
     assert [row["group"] for row in rows if row["readout"] == "chance"] == groups
@@ -462,6 +484,7 @@ def test_prediction_table(run):
         own = [r for r in rows if r["readout"] == readout and r["group"] == "all"]
         assert [row["pool"] for row in own] == ["own", "another group's", "random"]
         assert all(0 <= row["accuracy"] <= 1 for row in own)
+    monkeypatch.setattr(prediction, "_read", None)
     assert predict(run) == rows  # from what was kept
 
 

@@ -1,0 +1,265 @@
+"""Every table of QRNCA, as a results file: the lab model's world, and facts that SmolLM2 knows.
+
+    python benchmarks/query_neurons.py --out runs/query_neurons --write docs/query_neurons.md
+
+Runs what `jaxneurons qrnca locate --rule adaptive`, `evaluate`, `edit`, `predict` and `analyse`
+run; with `--data` also on the published domain questions (`subject_qa.json`). What is finished in
+`--out` is not computed again.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jaxneurons as jn
+from jaxneurons.bundled import bundled_queries
+from jaxneurons.prediction import predict
+from jaxneurons.qrnca import QRNCAConfig
+from jaxneurons.qrnca_analyses import against_rows, count_rows, kind_rows
+from jaxneurons.qrnca_effects import change_rows, editing_rows, evaluation_rows
+from jaxneurons.qrnca_run import Run, make_run
+from jaxneurons.quadrature import Quadrature
+from jaxneurons.trials import run_trials
+
+Row = dict[str, Any]
+SETTINGS = QRNCAConfig(quadrature=Quadrature())
+MOVES = {"boost": "Boosted (activations doubled)", "suppress": "Suppressed (activations zero)"}
+
+
+INTRODUCTION = """# What QRNCA's neurons do, in full
+
+Written by `python benchmarks/query_neurons.py --out DIR --data subject_qa.json --write
+docs/query_neurons.md`; without `--data`, all but the last section. Two CPU cores, float32.
+
+In brackets: 95 % bootstrap intervals over queries. *Related*: mean relative change of the right
+answer's probability with the query's own neurons changed at the last position; *unrelated*: with
+those of a query of another group. *PCR*: the ratio of the two. *Beyond*: related change less that
+of random neurons matched in layer and activation. *Share*: of all attribution, held by the neurons.
+"""
+
+
+class Study(NamedTuple):
+    """What is asked of which model.
+
+    Attributes:
+      name: of its run directory.
+      model: source.
+      queries: a bundled name or a file.
+      about: what they are.
+      kinds: queries on which kinds of neurons are compared; 0: none.
+      against: the run that asks the same in another form.
+    """
+
+    name: str
+    model: str
+    queries: str
+    about: str
+    kinds: int = 0
+    against: str | None = None
+
+
+STUDIES = (
+    Study("lab", "lab", "lab", "multi-choice questions by domain", kinds=60),
+    Study("lab-languages", "lab", "lab-languages", "multi-choice questions by language"),
+    Study("lab-cloze", "lab", "lab-cloze", "texts to be completed by domain", 60, against="lab"),
+    Study("facts", "smollm2-135m", "facts", "facts to be completed that the model knows", kinds=54),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Every table of QRNCA.")
+    parser.add_argument("--out", type=Path, required=True, help="run directories")
+    parser.add_argument("--write", type=Path, help="results file; default: standard output")
+    parser.add_argument("--data", type=Path, help="published domain questions, subject_qa.json")
+    parser.add_argument("--only", nargs="*", help="names of studies")
+    options = parser.parse_args()
+    studies = list(STUDIES)
+    if options.data:
+        about = "published multi-choice questions by subject"
+        studies.append(Study("domain", "smollm2-135m", str(options.data), about))
+    text = [INTRODUCTION]
+    for study in studies:
+        if not options.only or study.name in options.only:
+            text += section(study, options.out)
+    done = "\n".join(text)
+    if options.write:
+        options.write.write_text(done, encoding="utf-8")
+    else:
+        print(done)
+
+
+def section(study: Study, out: Path) -> list[str]:
+    """All tables of a study."""
+    lm = jn.load(study.model)
+    queries = bundled_queries(study.queries)
+    run = make_run(out / study.name, lm, queries, SETTINGS)
+    outcomes = run_trials(run)
+    table = evaluation_rows(change_rows(run, outcomes))
+    edited = editing_rows(run, outcomes)
+    facts = run.located.run
+    answers, seconds = facts["answers"], facts["seconds"]["attribution"]
+    text = [
+        f"## `{study.name}`: {len(queries)} {study.about}, {study.model}\n",
+        f"{facts['prompts']} prompts, {share(answers['accuracy'])} answered right; "
+        f"{facts['neurons_per_query']['mean']:.1f} neurons a query, "
+        f"{len(run.located.common)} common ones left out. Attribution {seconds:.0f} s, trials "
+        f"{outcomes.seconds:.1f} s ({outcomes.seconds / seconds:.0%}). Largest completeness gap "
+        f"{facts['completeness']['gap_max']:.1e} in probability.\n",
+    ]
+    everyone = [row for row in table if row["group"] == "all"]
+    for change, title in MOVES.items():
+        text += markdown(
+            f"**{title}**",
+            ("", "neurons", "related", "unrelated", "PCR", "beyond", "share"),
+            (
+                (
+                    row["method"],
+                    f"{row['neurons']:.1f}",
+                    spread(row, "related", signed),
+                    spread(row, "unrelated", signed),
+                    spread(row, "pcr", number),
+                    spread(row, "beyond", signed),
+                    share(row["share"]),
+                )
+                for row in everyone
+                if row["change"] == change
+            ),
+        )
+    own = {(row["group"], row["change"]): row for row in table if row["method"] == "QRNCA"}
+    text += markdown(
+        "**QRNCA by group**",
+        ("", "queries", "neurons", "boost: related", "PCR", "suppress: related", "PCR"),
+        (
+            (
+                count["group"],
+                str(count["queries"]),
+                f"{count['mean']:.1f}",
+                *(
+                    cell
+                    for change in MOVES
+                    for cell in (
+                        spread(own[count["group"], change], "related", signed),
+                        spread(own[count["group"], change], "pcr", number),
+                    )
+                ),
+            )
+            for count in count_rows(run)
+        ),
+    )
+    turned = [row for row in edited if row["group"] == "all"]
+    for change in MOVES:
+        rows = [row for row in turned if row["change"] == change]
+        what = f"Answers turned from {rows[0]['turns']}, of {rows[0]['prompts']} that could"
+        text += markdown(
+            f"**{what}**",
+            ("", "turned", "share", "by an unrelated query's neurons"),
+            (
+                (
+                    row["method"],
+                    str(row["turned"]),
+                    spread(row, "rate", share),
+                    share(row["unrelated"]),
+                )
+                for row in rows
+            ),
+        )
+    if all(query.options[0] for query in queries):
+        text += prediction(run)
+    if study.kinds:
+        text += kinds(run, study.kinds)
+    if study.against:
+        agreed = against_rows(run, out / study.against)[0]
+        other = f"with another fact's there: {agreed['jaccard_other_query']:.3f}"
+        text.append(
+            f"Neurons shared with those of the same {agreed['queries']} facts in "
+            f"`{study.against}`: Jaccard {agreed['jaccard']:.3f}, average overlap "
+            f"{agreed['average_overlap']:.3f}; {other}.\n"
+        )
+    return text
+
+
+def prediction(run: Run) -> list[str]:
+    return markdown(
+        "**Questions answered from a group's neurons alone** (protocol: `jaxneurons.prediction`)",
+        ("", "neurons", "right"),
+        (
+            (
+                " ".join(filter(None, (row["readout"], row["pool"] and f"({row['pool']})"))),
+                f"{row['neurons']:.0f}" if row["neurons"] else "",
+                spread(row, "accuracy", share),
+            )
+            for row in predict(run)
+            if row["group"] == "all"
+        ),
+    )
+
+
+def kinds(run: Run, limit: int) -> list[str]:
+    pairs, effects = kind_rows(run, limit=limit)
+    text = markdown(
+        f"**Kinds of neurons**, on {pairs[0]['queries']} queries",
+        ("", "boost: related", "PCR", "beyond", "suppress: related", "PCR", "beyond"),
+        (
+            (
+                f"`{site}`",
+                *(
+                    cell
+                    for change in MOVES
+                    for row in effects
+                    if (row["site"], row["method"], row["change"]) == (site, "QRNCA", change)
+                    for cell in (
+                        spread(row, "related", signed),
+                        spread(row, "pcr", number),
+                        spread(row, "beyond", signed),
+                    )
+                ),
+            )
+            for site in dict.fromkeys(row["site"] for row in effects)
+        ),
+    )
+    return text + markdown(
+        "**Do they name the same neurons?**",
+        ("", "Jaccard", "average overlap", "Jaccard, another query's"),
+        (
+            (
+                f"`{row['site']}`, `{row['other']}`",
+                f"{row['jaccard']:.2f}",
+                f"{row['average_overlap']:.2f}",
+                f"{row['jaccard_other_query']:.2f}",
+            )
+            for row in pairs
+        ),
+    )
+
+
+def markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"{title}\n", *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def signed(value: float) -> str:
+    return f"{100 * value:+.1f} %" if abs(value) < 10 else f"{100 * value:+,.0f} %"
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def spread(row: Row, name: str, write: Callable[[float], str]) -> str:
+    """A value with its interval; nothing where there is none."""
+    value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    if value is None or math.isnan(value):
+        return ""
+    if low is None or high is None:
+        return write(value)
+    return f"{write(value)} ({write(low)} to {write(high)})"
+
+
+if __name__ == "__main__":
+    main()
