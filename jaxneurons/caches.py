@@ -10,6 +10,9 @@ import math
 import os
 import shutil
 import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,6 +132,17 @@ class Caches:
             at += size
         count = len(LastPosition._fields)
         return Prompts(LastPosition(*leaves[:count]), *leaves[count:])
+
+    def ahead(self, wanted: Sequence[tuple[int, Batch]]) -> Iterator[Prompts | None]:
+        """`load` of each, the next one being read while its user works on one."""
+        with ThreadPoolExecutor(1) as reader:
+            reading: deque[Future[Prompts | None]] = deque()
+            for number, batch in wanted:
+                reading.append(reader.submit(self.load, number, batch))
+                if len(reading) > 1:
+                    yield reading.popleft().result()
+            while reading:
+                yield reading.popleft().result()
 
 
 def _of(batch: Batch) -> str:

@@ -51,12 +51,14 @@ class Located:
       common: common neurons with the number of clusters each is in, most frequent first.
       prompts: by query id, what is known of each of its prompts.
       run: the contents of run.json.
+      encoded: the token prompts of all queries, in order.
     """
 
     neurons: dict[str, QueryNeurons]
     common: list[tuple[Neuron, int]]
     prompts: dict[str, list[PromptScores]]
     run: dict[str, Any]
+    encoded: list[TokenPrompt]
 
 
 def encode_queries(lm: LM, queries: Sequence[Query], settings: QRNCAConfig) -> list[TokenPrompt]:
@@ -192,7 +194,7 @@ def locate(
                 LowOptionMassWarning,
                 stacklevel=2,
             )
-    return Located(neurons, common, by_query, facts)
+    return Located(neurons, common, by_query, facts, prompts)
 
 
 def _pack(found: dict[int, PromptScores], seconds: float) -> dict[str, np.ndarray]:

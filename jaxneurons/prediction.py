@@ -171,7 +171,7 @@ def _collect(
     run: Run, union: dict[str, list[Neuron]], seed: int, progress: Progress | None
 ) -> list[dict[str, np.ndarray]]:
     """For each prompt: option chances, and activations and contributions of its group's neurons."""
-    prompts, owners = run.encoded(), run.owners()
+    prompts, owners = run.located.encoded, run.owners()
     group_of = {query.id: query.group for query in run.queries}
     size = max(1, *(len(neurons) for neurons in union.values()))
     where = {}

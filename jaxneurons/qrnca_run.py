@@ -16,7 +16,6 @@ from jaxneurons.locate import (
     RUN,
     Located,
     LowOptionMassWarning,
-    encode_queries,
     locate,
     prompt_count,
 )
@@ -76,12 +75,8 @@ class Run:
         return found
 
     def owners(self) -> list[str]:
-        """The query of each prompt, in the order of `encode_queries`."""
+        """The query of each prompt, in the order of `located.encoded`."""
         return [q.id for q in self.queries for _ in range(prompt_count(q, self.settings))]
-
-    def encoded(self) -> list[Any]:
-        """The token prompts of all queries."""
-        return encode_queries(self.lm, self.queries, self.settings)
 
 
 def source_of(path: str | os.PathLike[str]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxneurons import batches
 from jaxneurons.baselines import MATCHED, METHODS, matched_neurons, method_sets
-from jaxneurons.caches import Caches, prompts_of
+from jaxneurons.caches import Caches, Prompts, prompts_of
 from jaxneurons.evaluate import changes, scaled_answers
 from jaxneurons.neurons import Neuron
 from jaxneurons.pcr import FACTORS, unrelated_queries
@@ -148,21 +148,22 @@ def run_trials(
     # In order: it decides which row is whose, and which random neurons are drawn.
     named = [[m, {q: list(map(list, own)) for q, own in by.items()}] for m, by in sets.items()]
     key = digest([named, list(factors.items()), seed, sources, FORMAT])[:16]
-    prompts, owners = run.encoded(), run.owners()
+    prompts, owners = run.located.encoded, run.owners()
     plan = batches.plan(prompts, run.batch_size)
-    caches = Caches(run.path)
+    parts = [run.store.load(f"trials-{key}-{number:05d}") for number in range(len(plan))]
+    missing = [(n, batch) for n, batch in enumerate(plan) if parts[n] is None]
+    kept = Caches(run.path).ahead(missing)
     results: dict[int, dict[str, np.ndarray]] = {}
     seconds = 0.0
     for number, batch in enumerate(plan):
-        name = f"trials-{key}-{number:05d}"
-        part = run.store.load(name)
+        part = parts[number]
         if part is None:
             start = time.perf_counter()
             part = _run_batch(
-                run, caches, number, batch, owners, trials, sets, sources, dict(factors), seed
+                run, next(kept), batch, owners, trials, sets, sources, dict(factors), seed
             )
             part["seconds"] = np.array(time.perf_counter() - start)
-            run.store.save(name, part)
+            run.store.save(f"trials-{key}-{number:05d}", part)
         seconds += float(part["seconds"])
         for row, index in enumerate(batch.index.tolist()):
             if index >= 0:
@@ -197,8 +198,7 @@ FORMAT = 4
 
 def _run_batch(
     run: Run,
-    caches: Caches,
-    number: int,
+    kept: Prompts | None,
     batch: batches.Batch,
     owners: list[str],
     trials: dict[str, list[Trial]],
@@ -208,7 +208,6 @@ def _run_batch(
     seed: int,
 ) -> dict[str, np.ndarray]:
     config, site = run.lm.config, run.settings.site
-    kept = caches.load(number, batch)
     if kept is None:
         pre = run_prompts(run.lm.params, batch, config=config, site=site)
         kept = prompts_of(pre, site=site, seq=batch.tokens.shape[1])

@@ -88,7 +88,7 @@ def option_logits(lm, prompt, scales=None):
 @pytest.mark.parametrize("which", ["related", "unrelated"])
 def test_every_trial_as_a_full_pass(run, outcomes, which):
     """Related: a query's neurons on its own prompts. Unrelated: on those of its other query."""
-    prompts, owners = run.encoded(), run.owners()
+    prompts, owners = run.located.encoded, run.owners()
     changed = 0.0
     for query in ("q0", "q5"):
         asked = query if which == "related" else outcomes.other[query]
@@ -116,7 +116,7 @@ def test_every_trial_as_a_full_pass(run, outcomes, which):
 
 def test_matched_neurons_are_changed_as_said(run, outcomes):
     """The control of a prompt, drawn again as `matched_neurons` says, against a full pass."""
-    prompts, owners = run.encoded(), run.owners()
+    prompts, owners = run.located.encoded, run.owners()
     index = owners.index("q5")
     prompt = prompts[index]
     out = forward(run.lm.params, jnp.array([prompt.prompt]), config=run.lm.config, capture=("up",))
@@ -244,7 +244,7 @@ def test_free_answers_and_a_group_of_most_queries(lm, tmp_path):
     found = run_trials(free, methods=("QRNCA", "random"))
     groups = {query.id: query.group for query in queries}
     assert all(groups[a] != groups[b] for a, b in found.other.items())
-    prompts, owners = free.encoded(), free.owners()
+    prompts, owners = free.located.encoded, free.owners()
     for query in groups:
         for which, asked in (("related", query), ("unrelated", found.other[query])):
             outcome = getattr(found, which)["QRNCA", "suppress", query]
@@ -424,7 +424,7 @@ def test_a_run_agrees_with_itself(run):
 def test_what_is_read_off_is_what_the_plain_model_has(run):
     """Activations with a letter put, and logit contributions, one prompt and letter at a time."""
     lm = run.lm
-    prompts = run.encoded()
+    prompts = run.located.encoded
     where = np.array([[0, 5], [2, 60], [1, 7]], np.int32)
     batch = batches.plan(prompts, 4)[0]
     at = jnp.broadcast_to(where, (len(batch.index), 3, 2))
