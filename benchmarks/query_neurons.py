@@ -31,12 +31,16 @@ MOVES = {"boost": "Boosted (activations doubled)", "suppress": "Suppressed (acti
 INTRODUCTION = """# What QRNCA's neurons do, in full
 
 Written by `python benchmarks/query_neurons.py --out DIR --data subject_qa.json --write
-docs/query_neurons.md`; without `--data`, all but the last section. Two CPU cores, float32.
+docs/query_neurons.md`; without `--data`, all but the last section. Two cores of an AMD EPYC server,
+float32, rule `adaptive`.
 
 In brackets: 95 % bootstrap intervals over queries. *Related*: mean relative change of the right
 answer's probability with the query's own neurons changed at the last position; *unrelated*: with
-those of a query of another group. *PCR*: the ratio of the two. *Beyond*: related change less that
-of random neurons matched in layer and activation. *Share*: of all attribution, held by the neurons.
+those of a query of another group. *PCR*: the ratio of the two; *absolute PCR*: that of the means of
+absolute changes, which do not cancel. *Beyond*: related change less that of random neurons matched
+in layer and activation. *Share*: of the sum of all attributions (negative ones count, so it can
+exceed 100 %), held by the neurons; scores below the run's threshold count 0. Probabilities are
+those of the answer's first token.
 """
 
 
@@ -101,7 +105,7 @@ def section(study: Study, out: Path) -> list[str]:
     facts = run.located.run
     answers, seconds = facts["answers"], facts["seconds"]["attribution"]
     text = [
-        f"## `{study.name}`: {len(queries)} {study.about}, {study.model}\n",
+        f"## `{study.name}`: {len(queries)} {study.about}, model `{study.model}`\n",
         f"{facts['prompts']} prompts, {share(answers['accuracy'])} answered right; "
         f"{facts['neurons_per_query']['mean']:.1f} neurons a query, "
         f"{len(run.located.common)} common ones left out. Attribution {seconds:.0f} s, trials "
@@ -112,7 +116,7 @@ def section(study: Study, out: Path) -> list[str]:
     for change, title in MOVES.items():
         text += markdown(
             f"**{title}**",
-            ("", "neurons", "related", "unrelated", "PCR", "beyond", "share"),
+            ("", "neurons", "related", "unrelated", "PCR", "absolute PCR", "beyond", "share"),
             (
                 (
                     row["method"],
@@ -120,6 +124,7 @@ def section(study: Study, out: Path) -> list[str]:
                     spread(row, "related", signed),
                     spread(row, "unrelated", signed),
                     spread(row, "pcr", number),
+                    spread(row, "absolute_pcr", number),
                     spread(row, "beyond", signed),
                     share(row["share"]),
                 )
@@ -151,6 +156,9 @@ def section(study: Study, out: Path) -> list[str]:
     turned = [row for row in edited if row["group"] == "all"]
     for change in MOVES:
         rows = [row for row in turned if row["change"] == change]
+        if not rows[0]["prompts"]:
+            text.append(f"None was there to turn from {rows[0]['turns']}.\n")
+            continue
         what = f"Answers turned from {rows[0]['turns']}, of {rows[0]['prompts']} that could"
         text += markdown(
             f"**{what}**",
@@ -199,7 +207,8 @@ def prediction(run: Run) -> list[str]:
 def kinds(run: Run, limit: int) -> list[str]:
     pairs, effects = kind_rows(run, limit=limit)
     text = markdown(
-        f"**Kinds of neurons**, on {pairs[0]['queries']} queries",
+        f"**Kinds of neurons**, on {pairs[0]['queries']} queries (`act` is `up` times the SiLU of "
+        "`gate`: scaling either is the same, so the two must agree)",
         ("", "boost: related", "PCR", "beyond", "suppress: related", "PCR", "beyond"),
         (
             (
@@ -240,7 +249,8 @@ def markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def signed(value: float) -> str:
-    return f"{100 * value:+.1f} %" if abs(value) < 10 else f"{100 * value:+,.0f} %"
+    digits = 2 if abs(value) < 0.01 else 1 if abs(value) < 10 else 0
+    return f"{100 * value:+,.{digits}f} %"
 
 
 def share(value: float | None) -> str:

@@ -32,11 +32,14 @@ class Ratio(NamedTuple):
       related: mean relative change of the answer's probability, a query's own neurons changed.
       unrelated: the same with the neurons of a query of another group.
       pcr: |related| / |unrelated|; infinite where nothing unrelated changes, NaN if nothing does.
+      absolute: mean |related change| / mean |unrelated change|: unrelated changes of both signs do
+        not cancel here, so that neurons which disturb other queries cannot look specific.
     """
 
     related: Interval
     unrelated: Interval
     pcr: Interval
+    absolute: Interval
 
 
 def resamples(count: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
@@ -67,13 +70,17 @@ def ratio(
         raise DataError(f"{len(related)} related and {len(unrelated)} unrelated changes")
     index = resamples(len(related), draws=draws, seed=seed)
     own, other = related[index].mean(1), unrelated[index].mean(1)
+    sizes, others = np.abs(related), np.abs(unrelated)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(np.abs(np.divide(related.mean(), unrelated.mean())))
         values = np.abs(own / other)
+        absolute = float(np.divide(sizes.mean(), others.mean()))
+        absolutes = sizes[index].mean(1) / others[index].mean(1)
     return Ratio(
         interval(float(related.mean()), own),
         interval(float(unrelated.mean()), other),
         interval(value, values),
+        interval(absolute, absolutes),
     )
 
 

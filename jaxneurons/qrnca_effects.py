@@ -62,9 +62,10 @@ def evaluation_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:
       seed: of the bootstrap.
 
     Returns:
-      `related`, `unrelated`, `pcr` with `_low` and `_high` (95 %, bootstrap over queries); and how
-      faithful the sets are: `share`, the share of all attribution that they hold, and `beyond`,
-      their related change less that of random neurons matched to them in layer and activation.
+      `related`, `unrelated`, `pcr` and `absolute_pcr` (see `pcr.Ratio`), each with `_low` and
+      `_high` (95 %, bootstrap over queries); and how faithful the sets are: `share`, what they hold
+      of the sum of all attributions, and `beyond`, their related change less that of random neurons
+      matched to them in layer and activation.
     """
     keys = list(dict.fromkeys((row["method"], row["change"]) for row in rows))
     table: dict[tuple[str, str, str], list[Row]] = {}
@@ -92,6 +93,7 @@ def evaluation_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:
                     **_spread("related", ratio.related),
                     **_spread("unrelated", ratio.unrelated),
                     **_spread("pcr", ratio.pcr),
+                    **_spread("absolute_pcr", ratio.absolute),
                     "share": float(np.mean(share)) if share else None,
                     **_spread("beyond", beyond),
                 }

@@ -338,23 +338,25 @@ def _drops(rows: list[dict[str, Any]], relation: str) -> list[str]:
 def show_evaluation(rows: list[dict[str, Any]]) -> None:
     """The probability change ratio of every method, all groups together."""
     for change in dict.fromkeys(row["change"] for row in rows):
-        table = _narrow(f"{change.capitalize()}: relative change of the answer's probability")
-        for name in ("related", "unrelated", "PCR", "95 %", "share", "beyond"):
+        table = _narrow(f"{change.capitalize()}: relative change of the answer's probability, in %")
+        for name in ("related", "unrelated", "PCR", "95 %", "abs.", "share", "beyond"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in rows:
             if row["group"] == "all" and row["change"] == change:
                 table.add_row(
                     row["method"],
-                    f"{row['related']:+.1%}",
-                    f"{row['unrelated']:+.1%}",
-                    _number(row["pcr"], ".1f"),
-                    f"{_number(row['pcr_low'], '.1f')} to {_number(row['pcr_high'], '.1f')}",
+                    _percent(row["related"]),
+                    _percent(row["unrelated"]),
+                    _ratio(row["pcr"]),
+                    f"{_ratio(row['pcr_low'])} to {_ratio(row['pcr_high'])}",
+                    _ratio(row["absolute_pcr"]),
                     _number(row["share"], ".0%"),
-                    _number(row["beyond"], "+.1%"),
+                    _percent(row["beyond"]),
                 )
         console.print(table)
     console.print(
-        "Probability: of the answer's first token. PCR: |related| / |unrelated|. Share: what the "
+        "Probability: of the answer's first token. PCR: |related| / |unrelated|; abs.: of "
+        "absolute changes, which cannot cancel. Share: what the "
         "neurons hold of the sum of all attributions (negative ones count, so it can exceed 100 %; "
         "scores below the run's threshold count 0). Beyond: related change less that of random "
         "neurons matched in layer and activation."
@@ -380,6 +382,14 @@ def show_editing(rows: list[dict[str, Any]]) -> None:
                 _number(row["unrelated"], ".1%"),
             )
         console.print(table)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+,.{2 if abs(value) < 0.01 else 1}f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _narrow(title: str) -> Table:

@@ -22,6 +22,15 @@ def test_ratio_of_means_not_mean_of_ratios():
     assert found.related.value == pytest.approx(0.4)
     assert found.unrelated.value == pytest.approx(-0.05)
     assert found.pcr.value == pytest.approx(8)
+    assert found.absolute.value == pytest.approx(1.6 / 0.45)
+
+
+def test_unrelated_changes_that_cancel_hide_nothing_from_absolute_ones():
+    own, other = np.full(50, 0.1), np.tile([0.5, -0.49], 25)
+    found = pcr.ratio(own, other)
+    assert found.pcr.value > 10
+    assert found.absolute.value == pytest.approx(0.1 / 0.495)
+    assert found.absolute.low <= found.absolute.value <= found.absolute.high < 0.21
 
 
 def test_interval_as_scipy_bootstraps():
@@ -53,7 +62,7 @@ def test_ratio_interval_as_scipy_bootstraps():
 
 def test_nothing_unrelated_changes():
     found = pcr.ratio(np.array([0.5, 0.5]), np.zeros(2))
-    assert found.pcr == (np.inf, np.inf, np.inf)
+    assert found.pcr == found.absolute == (np.inf, np.inf, np.inf)
 
 
 def test_nothing_changes_at_all():
