@@ -323,8 +323,8 @@ def prompts_and_answers(lm, count=20):
 
 
 def padded(ids):
-    """One prompt at a time, padded to few lengths."""
-    length = 32 if len(ids) <= 32 else -(-len(ids) // 128) * 128
+    """One prompt at a time, padded to one length if it can be: each is another program."""
+    length = -(-len(ids) // 192) * 192
     return jnp.asarray(np.pad(ids, (0, length - len(ids))))[None]
 
 

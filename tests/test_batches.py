@@ -1,5 +1,7 @@
 """Batches: every prompt once, few shapes, always the same."""
 
+import collections
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,13 +33,14 @@ prompts_of_any_size = st.lists(
 @settings(max_examples=60, deadline=None)
 def test_every_prompt_is_there_once_and_whole(prompts, size):
     seen = []
+    shapes = collections.defaultdict(list)
     for batch in plan(prompts, size):
         rows = len(batch.index)
         assert rows & (rows - 1) == 0
+        shapes[batch.tokens.shape[1], batch.targets.shape, batch.options.shape].append(batch)
         real = batch.index[batch.index >= 0]
         assert 0 < len(real) <= size
         assert (batch.index[: len(real)] >= 0).all()  # what only fills the shape is at the end
-        assert rows < 2 * len(real)
         for row, i in enumerate(real.tolist()):
             seen.append(i)
             want, length = prompts[i], len(prompts[i].prompt)
@@ -48,6 +51,12 @@ def test_every_prompt_is_there_once_and_whole(prompts, size):
             assert batch.answer_lengths[row] == len(want.answer)
             assert batch.options[row].tolist() == list(want.options)
     assert sorted(seen) == list(range(len(prompts)))
+    for (_, (rows, answers), (_, options)), batches in shapes.items():
+        full = min(size, sum(int((batch.index >= 0).sum()) for batch in batches))
+        assert rows < 2 * full  # filled up to a full batch, and no further
+        assert (batches[0].index >= 0).sum() == full
+        others = [key for key in shapes if key[1][1] == answers and key[2][1] == options]
+        assert len(others) == len({key[0] for key in others})  # one program for each shape
 
 
 @given(prompts_of_any_size)
@@ -74,11 +83,12 @@ def test_few_shapes_for_prompts_of_every_length():
     assert len(batches) <= 2048 / 8 + 12
 
 
-def test_batches_are_full_but_the_last_is_a_power_of_two():
+def test_the_last_batch_is_filled_up():
     batches = plan([prompt(10, seed=i) for i in range(21)], 8)
     assert [len(batch.index) for batch in batches] == [8, 8, 8]
     assert batches[-1].index.tolist() == [16, 17, 18, 19, 20, -1, -1, -1]
-    assert [len(batch.index) for batch in plan([prompt(10)] * 9, 8)] == [8, 1]
+    assert [len(batch.index) for batch in plan([prompt(10)] * 9, 8)] == [8, 8]
+    assert [len(batch.index) for batch in plan([prompt(10)] * 3, 8)] == [4]
 
 
 def test_batch_size():

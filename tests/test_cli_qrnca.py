@@ -25,7 +25,7 @@ STAGES = ("evaluate", "edit", "predict", "analyse")
 def located(tmp_path_factory):
     """Questions of every domain, located in the lab model."""
     out = tmp_path_factory.mktemp("lab") / "run"
-    locate(jn.load("lab"), balanced(bundled_queries("lab"), 36), out, settings=SETTINGS)
+    locate(jn.load("lab"), balanced(bundled_queries("lab"), 32), out, settings=SETTINGS)
     return out
 
 
@@ -33,7 +33,7 @@ def located(tmp_path_factory):
 def everything(located):
     """The tables that all stages leave."""
     for stage in STAGES:
-        more = ["--kinds", "up,gate", "--kinds-limit", "12"] if stage == "analyse" else []
+        more = ["--kinds", "up,gate", "--kinds-limit", "8"] if stage == "analyse" else []
         app(["qrnca", stage, "--run", str(located), *more], standalone_mode=False)
     return read_tables(located / "tables")
 

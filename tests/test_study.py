@@ -2,9 +2,11 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -133,14 +135,11 @@ def test_the_neurons_are_those_of_highest_average_precision(whole):
     positives = np.array([one.relation == name for one in prompts])
     tokens = whole.encode(prompts)
     responses = {site: [] for site in FFN}
+    run = jax.jit(
+        functools.partial(jaxneurons.forward, config=whole.lm.config, capture=FFN, reduce="mean")
+    )
     for ids in tokens:
-        out = jaxneurons.forward(
-            whole.lm.params,
-            jnp.asarray([ids], jnp.int32),
-            config=whole.lm.config,
-            capture=FFN,
-            reduce="mean",
-        )
+        out = run(whole.lm.params, jnp.asarray([ids], jnp.int32))
         for site in FFN:
             responses[site].append(np.asarray(out.activations[site][:, 0]))
     # Three relations of twelve are all negatives that there are.
