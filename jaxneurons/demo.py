@@ -5,19 +5,16 @@ them off at the last prompt position, and turns off random neurons of the same l
 """
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxneurons import batches
 from jaxneurons.bundled import bundled_queries
-from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
-from jaxneurons.evaluate import Answers, Changes, changes, last_position, scaled_answers
+from jaxneurons.evaluate import changes, last_position, scaled_answers
 from jaxneurons.load import LAB, LM
 from jaxneurons.locate import Located, Progress, encode_queries, locate
 from jaxneurons.neurons import Neuron, matched_random, site_width
@@ -25,7 +22,6 @@ from jaxneurons.plots import neuron_map
 from jaxneurons.qrnca import QRNCAConfig, run_prompts
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import Query
-from jaxneurons.rows import Prefill
 from jaxneurons.store import write_json
 
 SETTINGS = QRNCAConfig(quadrature=Quadrature())
@@ -206,11 +202,6 @@ def draw(lm: LM, facts: list[Query], located: Located, path: Path) -> Path:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _answers(params: Any, pre: Prefill, off: Changes, *, config: ModelConfig) -> Answers:
-    return scaled_answers(params, last_position(pre), off, config=config, site=SETTINGS.site)
-
-
 def _suppressed(
     lm: LM, facts: list[Query], trials: list[list[list[Neuron]]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -227,7 +218,10 @@ def _suppressed(
         rows = np.where(batch.index >= 0, batch.index, index[0])
         off = [[(trials[owner[i]][t], 0.0) for i in rows] for t in range(len(trials[0]))]
         pre = run_prompts(lm.params, batch, config=lm.config, site=SETTINGS.site)
-        got = jax.device_get(_answers(lm.params, pre, changes(off), config=lm.config))
+        last = last_position(pre)
+        got = jax.device_get(
+            scaled_answers(lm.params, last, changes(off), config=lm.config, site=SETTINGS.site)
+        )
         p[:, index] = got.probability[:, : len(index)]
         says[:, index] = got.first[:, : len(index)]
     members = [np.flatnonzero(np.array(owner) == i) for i in range(len(facts))]

@@ -1,5 +1,6 @@
 """What changing neurons does to the answer, beside a control that should do nothing."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -96,6 +97,7 @@ TRIALS = 32
 """Trials that are run together: more keep the platform busy and need more memory."""
 
 
+@functools.partial(jax.jit, static_argnames=("config", "site"))
 def scaled_answers(
     params: Any,
     last: LastPosition,

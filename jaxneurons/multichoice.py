@@ -9,7 +9,6 @@ what is found; the model is asked for the letter only. Written in the published 
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import re
 import unicodedata
@@ -21,6 +20,7 @@ import numpy as np
 
 from jaxneurons.csv_file import read_csv, read_text
 from jaxneurons.errors import DataError, near_matches
+from jaxneurons.json_file import parse_json
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -151,14 +151,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     if path.suffix.lower() == ".csv":
         records = list(read_csv(path))
     else:
-        text = read_text(path)
-        try:
-            records = json.loads(text)
-        except ValueError as error:
-            if text.lstrip().startswith("["):
-                raise DataError(f"{path}: not JSON ({error})") from None
-            lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-            records = [_line(path, n, line) for n, line in lines]
+        records = parse_json(path, read_text(path))
         if isinstance(records, Mapping) and "question" in records:  # JSON Lines of one line
             records = [records]
         if not isinstance(records, list):
@@ -189,13 +182,6 @@ def _question(record: Mapping[str, Any], number: int) -> Question:
         language=get("language", "en"),
         relation=get("relation"),
     )
-
-
-def _line(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}: line {number}: not JSON ({error})") from None
 
 
 def _same(text: str) -> str:

@@ -14,7 +14,6 @@ Cloze (JSON Lines, or one JSON list), for models too small for multi-choice::
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from jaxneurons.answers import option_letters, option_lines
 from jaxneurons.errors import DataError
+from jaxneurons.json_file import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,48 +87,9 @@ def _checked(path: Path | str, records: Iterable[tuple[str, Any]]) -> list[Query
     return queries
 
 
-def _unique(path: Path) -> Any:
-    """A JSON object hook that refuses a key written twice, which `json` would drop in silence."""
-
-    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            twice = next(key for key, _ in pairs if sum(key == k for k, _ in pairs) > 1)
-            raise DataError(f"{path}: the key {twice!r} is written twice in one object")
-        return record
-
-    return check
-
-
 def _records(path: Path, text: str) -> Iterable[tuple[str, Any]]:
     """(id, record) of each query, from one JSON value or from JSON Lines."""
-    hook = _unique(path)
-    try:
-        whole = json.loads(text, object_pairs_hook=hook)
-    except json.JSONDecodeError as error:
-        # JSON Lines: something follows a first value of one line. No splitlines(), which would cut
-        # strings at U+2028 and the like.
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        first = text[: error.pos].strip()
-        if len(lines) < 2 or not error.msg.startswith("Extra data") or "\n" in first:
-            raise DataError(
-                f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
-            ) from None
-        records = []
-        for n, line in lines:
-            try:
-                records.append(json.loads(line, object_pairs_hook=hook))
-            except json.JSONDecodeError as bad:
-                raise DataError(
-                    f"{path}: line {n}, column {bad.colno}: not JSON ({bad.msg})"
-                ) from None
-            except DataError as bad:
-                raise DataError(f"{bad} (line {n})") from None
-            except (RecursionError, ValueError) as bad:
-                raise DataError(f"{path}: line {n}: {_odd(bad)}") from None
-        whole = records
-    except (RecursionError, ValueError) as error:
-        raise DataError(f"{path}: {_odd(error)}") from None
+    whole = parse_json(path, text)
     if isinstance(whole, Mapping) and not {"prompt", "prompts"} & whole.keys():
         return list(whole.items())
     records = whole if isinstance(whole, list) else [whole]
@@ -136,12 +97,6 @@ def _records(path: Path, text: str) -> Iterable[tuple[str, Any]]:
         (str(record.get("id", n)) if isinstance(record, Mapping) else str(n), record)
         for n, record in enumerate(records)
     ]
-
-
-def _odd(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply to be a query file"
-    return f"not usable as JSON ({error})"  # a number of thousands of digits
 
 
 def _query(path: Path | str, name: str, record: Any) -> Query:

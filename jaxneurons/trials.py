@@ -89,9 +89,6 @@ class Outcomes(NamedTuple):
     seconds: float
 
 
-_answers = jax.jit(scaled_answers, static_argnames=("config", "site"))
-
-
 def run_trials(
     run: Run,
     *,
@@ -232,7 +229,7 @@ def _run_batch(
                 neurons = matched[method, source]
             changed[place][row] = neurons, factors[change]
     found = jax.device_get(
-        _answers(
+        scaled_answers(
             run.lm.params,
             kept.last,
             changes(changed),

@@ -6,6 +6,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from checkpoints import hf_tensors, tiny, write_hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -137,3 +138,13 @@ def cloze(count: int = 4) -> list[dict[str, Any]]:
 def write_queries(path: Path, records: Any) -> Path:
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+def assert_same_outcomes(one, other):
+    """All trials of two runs, bit for bit."""
+    for name in ("related", "unrelated", "matched"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            for a, b in zip(mine[key], theirs[key], strict=True):
+                np.testing.assert_array_equal(a, b)

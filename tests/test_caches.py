@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import cloze, multi_choice, write_lm, write_queries
+from fixtures import assert_same_outcomes, cloze, multi_choice, write_lm, write_queries
 
 import jaxneurons
 from jaxneurons import batches, caches, qrnca
@@ -123,9 +123,4 @@ def test_trials_are_the_same_with_and_without(tmp_path, monkeypatch, form):
     assert not ran
     again = run_trials(open_run(tmp_path / "without", lm))
     assert ran
-    for name in ("related", "unrelated", "matched"):
-        mine, theirs = getattr(found, name), getattr(again, name)
-        assert mine.keys() == theirs.keys()
-        for key in mine:
-            for a, b in zip(mine[key], theirs[key], strict=True):
-                np.testing.assert_array_equal(a, b)
+    assert_same_outcomes(found, again)

@@ -251,10 +251,10 @@ def test_reading(tmp_path, kind):
         ('[{"question": "x"}]', "question 1: question and answer are needed"),
         ('[{"question": "x", "answer": " "}]', "question 1: question and answer"),
         ("[3]", "question 1"),
-        ('{"question": "x", "answer": "y"}\n{', "line 2: not JSON"),
+        ('{"question": "x", "answer": "y"}\n{', "line 2, column 2: not JSON"),
         (json.dumps([{**RECORDS[0]}] * 2), "question 2: the id 'a' is there twice"),
         ('{"a": 1}', "a list of questions is needed"),
-        ('[\n{"question": "x", "answer": "y"},\n]', "not JSON .*line 3"),
+        ('[\n{"question": "x", "answer": "y"},\n]', "line 3, column 1: not JSON"),
     ],
 )
 def test_bad_files(tmp_path, text, message):

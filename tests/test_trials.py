@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import cloze, multi_choice, write_lm, write_queries
+from fixtures import assert_same_outcomes, cloze, multi_choice, write_lm, write_queries
 
 import jaxneurons
 from jaxneurons import batches, forward, prediction, trials
@@ -147,12 +147,7 @@ def test_trials_taken_up_again_and_spoilt_parts_made_anew(run, outcomes):
     seen = []
     again = run_trials(run, progress=lambda done, of: seen.append((done, of)))
     assert seen[-1] == (3 * QUERIES, 3 * QUERIES)
-    for name in ("related", "unrelated", "matched"):
-        mine, theirs = getattr(outcomes, name), getattr(again, name)
-        assert mine.keys() == theirs.keys()
-        for key in mine:
-            for a, b in zip(mine[key], theirs[key], strict=True):
-                np.testing.assert_array_equal(a, b)
+    assert_same_outcomes(outcomes, again)
 
 
 def test_what_was_kept_is_that_of_its_order(run, outcomes):
@@ -289,7 +284,7 @@ def test_one_group_only_is_an_error(lm, tmp_path):
 
 def test_a_run_opened_again(run, outcomes, monkeypatch):
     written = (run.path / "run.json").read_text()
-    monkeypatch.setattr(trials, "_answers", None)  # nothing is computed again
+    monkeypatch.setattr(trials, "scaled_answers", None)  # nothing is computed again
     monkeypatch.setattr("jaxneurons.locate.platform.platform", lambda: "another machine")
     again = open_run(run.path, run.lm)
     assert again.queries == run.queries
