@@ -114,7 +114,7 @@ def pcr(rows: Rows, source: str) -> Any:
         axes.grid(axis="x", alpha=0.25, lw=0.5)
         axes.set_xlabel("|related change| / |unrelated change|")
         entitle(axes, change)
-    figure.suptitle(f"Probability change ratio, {source}", x=0.01, ha="left", fontsize=11)
+    _head(figure, f"Probability change ratio, {source}")
     return figure
 
 
@@ -126,9 +126,7 @@ def changes(rows: Rows, source: str) -> Any:
         return None
     figure, panels = _subplots(len(kinds), 1.4 + 0.62 * len(groups) * len(kinds), 3.9)
     _related_bars(panels, rows, "group", groups, kinds, rotation=40)
-    figure.suptitle(
-        f"QRNCA neurons changed, {source} (whiskers: 95 %)", x=0.01, ha="left", fontsize=11
-    )
+    _head(figure, f"QRNCA neurons changed, {source} (whiskers: 95 %)")
     return figure
 
 
@@ -167,7 +165,7 @@ def editing(rows: Rows, source: str) -> Any:
             axes, f"{turn} ({found[methods[0]]['change']}, {found[methods[0]]['prompts']} prompts)"
         )
     panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.suptitle(f"Answers turned, {source} (whiskers: 95 %)", x=0.01, ha="left", fontsize=11)
+    _head(figure, f"Answers turned, {source} (whiskers: 95 %)")
     return figure
 
 
@@ -255,7 +253,7 @@ def neuron_map(rows: Rows, source: str) -> Any:
     for axes in panels[-1]:
         axes.set_xlabel(f"neuron (bins of {size})" if size > 1 else "neuron", fontsize=8)
     figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, label="accumulated naica")
-    figure.suptitle(f"Where the neurons are, {source}", x=0.01, ha="left", fontsize=11)
+    _head(figure, f"Where the neurons are, {source}")
     return figure
 
 
@@ -307,8 +305,13 @@ def kinds(rows: Rows, source: str) -> Any:
         return None
     figure, panels = _subplots(len(steps), 3.4 * len(steps), 3.4)
     _related_bars(panels, rows, "site", sites, steps)
-    figure.suptitle(f"Kinds of neurons, {source} (whiskers: 95 %)", x=0.01, ha="left", fontsize=11)
+    _head(figure, f"Kinds of neurons, {source} (whiskers: 95 %)")
     return figure
+
+
+def _head(figure: Any, text: str) -> None:
+    """A title over all panels, from the left."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11)
 
 
 FIGURES: dict[str, tuple[str, Callable[[Rows, str], Any]]] = {
