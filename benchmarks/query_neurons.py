@@ -40,7 +40,7 @@ those of a query of another group. *PCR*: the ratio of the two; *absolute PCR*: 
 absolute changes, which do not cancel. *Beyond*: related change less that of random neurons matched
 in layer and activation. *Share*: of the sum of all attributions (negative ones count, so it can
 exceed 100 %), held by the neurons; scores below the run's threshold count 0. Probabilities are
-those of the answer's first token.
+those of the whole answer, by teacher forcing; all answers here are one token.
 """
 
 

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
       lengths: real tokens, [batch].
       targets: right-padded answers, [batch, answer].
       answer_lengths: real tokens of the answers, [batch].
-      options: first tokens of the options, [batch, option]; -1 where there is none.
+      options: right-padded tokens of the options, [batch, option, token]; -1 where there is none.
     """
 
     index: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -28,6 +28,16 @@ class Batch(NamedTuple):
     targets: np.ndarray
     answer_lengths: np.ndarray
     options: np.ndarray
+
+    @property
+    def answers_by_option(self) -> np.ndarray:
+        """Whether each option is the answer, [batch, option]."""
+        longest = max(self.options.shape[2], self.targets.shape[1])
+        wide = [(0, 0), (0, longest - self.targets.shape[1])]
+        targets = np.pad(self.targets, wide, constant_values=-1)
+        wide = [(0, 0), (0, 0), (0, longest - self.options.shape[2])]
+        options = np.pad(self.options, wide, constant_values=-1)
+        return (options == targets[:, None]).all(-1)
 
 
 class PromptBatch(NamedTuple):
@@ -89,9 +99,10 @@ def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch size must be at least 1, got {batch_size!r}")
     size = batch_size or default_batch_size()
-    shapes: dict[tuple[int, int, int], list[int]] = {}
+    shapes: dict[tuple[int, int, int, int], list[int]] = {}
     for i, prompt in enumerate(prompts):
-        key = (bucket(len(prompt.prompt)), len(prompt.answer), len(prompt.options))
+        longest = max(map(len, prompt.options), default=1)
+        key = (bucket(len(prompt.prompt)), len(prompt.answer), len(prompt.options), longest)
         shapes.setdefault(key, []).append(i)
     return [
         _pad(prompts, members[start : start + size], key, rows=min(size, len(members)))
@@ -101,19 +112,27 @@ def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[
 
 
 def _pad(
-    prompts: Sequence[TokenPrompt], members: list[int], shape: tuple[int, int, int], *, rows: int
+    prompts: Sequence[TokenPrompt],
+    members: list[int],
+    shape: tuple[int, int, int, int],
+    *,
+    rows: int,
 ) -> Batch:
-    length, answers, options = shape
+    length, answers, options, longest = shape
     rows = 1 << (rows - 1).bit_length()
     padded = members + [members[0]] * (rows - len(members))
     tokens = np.zeros((rows, length), np.int32)
     for row, i in enumerate(padded):
         tokens[row, : len(prompts[i].prompt)] = prompts[i].prompt
+    chosen = np.full((rows, options, longest), -1, np.int32)
+    for row, i in enumerate(padded):
+        for option, ids in enumerate(prompts[i].options):
+            chosen[row, option, : len(ids)] = ids
     return Batch(
         index=np.array(members + [-1] * (rows - len(members))),
         tokens=tokens,
         lengths=np.array([len(prompts[i].prompt) for i in padded], np.int32),
         targets=np.array([prompts[i].answer for i in padded], np.int32).reshape(rows, answers),
         answer_lengths=np.full(rows, answers, np.int32),
-        options=np.array([prompts[i].options for i in padded], np.int32).reshape(rows, options),
+        options=chosen,
     )

@@ -15,6 +15,7 @@ from jaxneurons import batches
 from jaxneurons.bundled import bundled_queries
 from jaxneurons.errors import DataError
 from jaxneurons.evaluate import changes, last_position, scaled_answers
+from jaxneurons.joining import join
 from jaxneurons.load import LAB, LM
 from jaxneurons.locate import Located, Progress, encode_queries, locate
 from jaxneurons.neurons import Neuron, matched_random, site_width
@@ -97,7 +98,7 @@ def demo_facts(source: str) -> list[Query]:
 
 
 def known(lm: LM, facts: list[Query]) -> list[bool]:
-    """Whether the answer's first token is the most probable one after every wording of a fact."""
+    """Whether the model says the answer, whole, after every wording of a fact."""
     says = _suppressed(lm, facts, [[[]]] * len(facts))[1]
     return [bool(each[0].all()) for each in says]
 
@@ -125,6 +126,8 @@ def run_demo(
       DataError: the model knows fewer than two of the facts.
     """
     facts = demo_facts(lm.source) if facts is None else facts
+    encode_queries(lm, facts, SETTINGS)
+    facts = join(lm.params, lm.tokenizer, facts, config=lm.config, site=SETTINGS.site)
     knows = known(lm, facts)
     unknown = [fact.id for fact, yes in zip(facts, knows, strict=True) if not yes]
     facts = [fact for fact, yes in zip(facts, knows, strict=True) if yes]

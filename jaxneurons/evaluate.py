@@ -1,4 +1,4 @@
-"""What changing neurons does to the answer, beside a control that should do nothing."""
+"""What changing neurons does to the answer, the whole of it, by teacher forcing."""
 
 import functools
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class LastPosition(NamedTuple):
       residual: the stream as it enters the first layer there.
       position: where the prompt ends, counted from 0.
       length: tokens of the whole sequence (some rotary angles depend on it).
-      target: the answer's first token.
+      targets: the answer's tokens.
     """
 
     k: Float[Array, "layer batch key kv_heads dim"]
@@ -33,7 +33,7 @@ class LastPosition(NamedTuple):
     residual: Float[Array, "batch hidden"]
     position: Int[Array, " batch"]
     length: Int[Array, " batch"]
-    target: Int[Array, " batch"]
+    targets: Int[Array, "batch answer"]
 
 
 def last_position(pre: Prefill) -> LastPosition:
@@ -44,7 +44,7 @@ def last_position(pre: Prefill) -> LastPosition:
         pre.residual[0][:, 0],
         pre.positions[:, 0],
         pre.cache.length,
-        pre.targets[:, 0],
+        pre.targets,
     )
 
 
@@ -80,12 +80,12 @@ NO_LAYER = np.iinfo(np.int32).max
 
 
 class Answers(NamedTuple):
-    """What the model says with neurons scaled.
+    """What the model says with neurons scaled, by teacher forcing.
 
     Attributes:
-      probability: of the answer's first token.
-      first: whether it is the most probable token.
-      options: log-probability of each option's first token.
+      probability: of the answer: the product over its tokens, each after those before it.
+      first: whether every one of them is the most probable token there.
+      options: log-probability of each option, whole.
     """
 
     probability: Float[Array, "trial batch"]
@@ -105,11 +105,14 @@ def scaled_answers(
     *,
     config: ModelConfig,
     site: str = "up",
-    options: Int[Array, "batch option"] | None = None,
+    options: Int[Array, "batch option token"] | None = None,
 ) -> Answers:
-    """The answer's (first token's) probability with neurons scaled at the last prompt position.
+    """The answer's probability with neurons scaled from the last prompt position on.
 
-    One token per trial on the cached prompt, `TRIALS` of them together.
+    The whole answer is read by teacher forcing, at the positions that attribution attributes it
+    at: the last of the prompt, and those of the answer's own tokens but the last. The neurons are
+    scaled at each of them. An answer's tokens pass the cached prompt together, `TRIALS` trials at
+    once.
 
     Args:
       params: the model's parameters.
@@ -117,50 +120,37 @@ def scaled_answers(
       change: which neurons of the site are scaled, for each trial and prompt.
       config: the model's shape.
       site: which activation is scaled.
-      options: first tokens of each prompt's options; default: none.
+      options: tokens of each prompt's options, right-padded with -1; default: none.
+
+    Raises:
+      DataError: no trials.
     """
-    target = last.target
-    position = last.position[:, None]
-    cos, sin = layers.rope_angles(position, config, last.length)
-    keys = jnp.broadcast_to(jnp.arange(last.k.shape[2]), (len(target), last.k.shape[2]))
-    rows = jnp.arange(len(target))[:, None]
+    batch, answers = last.targets.shape
+    rows = jnp.arange(batch)[:, None]
+    width = site_width(config, site)
     none = options is None or not options.shape[1]
     # lax.map cannot flatten an array of no options.
-    asked = jnp.zeros((len(target), 1), jnp.int32) if none else jnp.asarray(options)
-    windows = config.layer_windows
-    if windows is None:
-        windows = (config.sliding_window or EVERYTHING,) * config.num_layers
+    asked = jnp.zeros((batch, 1, 1), jnp.int32) if none else jnp.asarray(options)
 
     def trial(change: Changes) -> Answers:
-        scales = jnp.ones((config.num_layers, len(target), site_width(config, site)), jnp.float32)
+        scales = jnp.ones((config.num_layers, batch, width), jnp.float32)
         scales = scales.at[change.layer, rows, change.neuron].set(change.factor, mode="drop")
+        scales = {site: scales[:, :, None]}
+        x = _teacher_forced(params, last, last.targets, scales, config)
+        if asked.shape[2] == 1:  # options of one token are read where the answer's first one is
+            odds, first, chance = _said(params, x[:, 0], last.targets[:, 0], asked[..., 0], config)
+        else:
+            odds, first, _ = _said(params, x[:, 0], last.targets[:, 0], asked[:, :0, 0], config)
 
-        def step(x: Array, per_layer: Any) -> tuple[Array, None]:
-            layer, k, v, scale, window = per_layer
-            # The last position is in the cache as it was: it sees earlier keys, and itself anew.
-            mask = layers.visible(position, keys, window) & (keys < position)[:, None]
-            y, _ = layers.block(
-                layer,
-                x,
-                config=config,
-                rotate=lambda heads: layers.rotate(heads, cos, sin),
-                attend=lambda q, own_k, own_v: layers.row_attention(q, own_k, own_v, k, v, mask),
-                scales={site: scale[:, None]},
-            )
-            return y, None
+            def whole(tokens: Array) -> Array:
+                y = _teacher_forced(params, last, tokens, scales, config)
+                return _steps(params, y, tokens, config)[0]
 
-        x, _ = jax.lax.scan(
-            step,
-            jnp.asarray(last.residual)[:, None],
-            (params["layers"], last.k, last.v, scales, jnp.asarray(windows, jnp.int32)),
-        )
-        logits = layers.unembed(params, x[:, 0], config)
-        own = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        others = jnp.where(jnp.arange(config.vocab_size) == target[:, None], -jnp.inf, logits)
-        highest, rest = others.max(-1), jax.nn.logsumexp(others, axis=-1)
-        chance = jnp.take_along_axis(logits, asked, axis=-1) - jnp.logaddexp(rest, own)[:, None]
-        # As in `layers.token_probability`: exact where the answer is nearly certain.
-        return Answers(jax.nn.sigmoid(own - rest), own >= highest, chance)
+            chance = jax.lax.map(whole, asked.swapaxes(0, 1)).T
+        if answers == 1:  # as in `layers.token_probability`: exact where it is nearly certain
+            return Answers(jax.nn.sigmoid(odds), first, chance)
+        logp, rest = _steps(params, x[:, 1:], last.targets[:, 1:], config)
+        return Answers(jnp.exp(jax.nn.log_sigmoid(odds) + logp), first & rest, chance)
 
     # In parts of equal size: another size would be another program.
     count = len(change.layer)
@@ -174,3 +164,81 @@ def scaled_answers(
     found: Answers = jax.lax.map(trial, filled, batch_size=each)
     found = Answers(*(a[:count] for a in found))
     return found._replace(options=found.options[..., :0]) if none else found
+
+
+def _teacher_forced(
+    params: Any,
+    last: LastPosition,
+    tokens: Int[Array, "batch token"],
+    scales: dict[str, Float[Array, "layer batch 1 width"]],
+    config: ModelConfig,
+) -> Float[Array, "batch token hidden"]:
+    """The stream as it leaves the last layer before each of the tokens, a site scaled there."""
+    steps = tokens.shape[1]
+    positions = last.position[:, None] + jnp.arange(steps)
+    cos, sin = layers.rope_angles(positions, config, last.length)
+    keys = jnp.broadcast_to(jnp.arange(last.k.shape[2]), (len(tokens), last.k.shape[2]))
+    windows = config.layer_windows
+    if windows is None:
+        windows = (config.sliding_window or EVERYTHING,) * config.num_layers
+
+    def step(x: Array, per_layer: Any) -> tuple[Array, None]:
+        layer, k, v, scales, window = per_layer
+        # The last position is in the cache as it was: it sees earlier keys, and itself anew.
+        mask = layers.visible(positions, keys, window) & (keys < last.position[:, None])[:, None]
+
+        def attend(q: Array, own_k: Array, own_v: Array) -> Array:
+            if steps == 1:
+                return layers.row_attention(q, own_k, own_v, k, v, mask)
+            own = layers.visible(positions, positions, window)
+            return layers.attention(
+                q,
+                jnp.concatenate([k, own_k.astype(k.dtype)], axis=1),
+                jnp.concatenate([v, own_v.astype(v.dtype)], axis=1),
+                jnp.concatenate([mask, own], axis=2),
+            )
+
+        y, _ = layers.block(
+            layer,
+            x,
+            config=config,
+            rotate=lambda heads: layers.rotate(heads, cos, sin),
+            attend=attend,
+            scales=scales,
+        )
+        return y, None
+
+    x = jnp.asarray(last.residual)[:, None]
+    if steps > 1:
+        after = params["embed"]["embedding"][jnp.maximum(tokens[:, :-1], 0)]
+        x = jnp.concatenate([x, after.astype(x.dtype)], axis=1)
+    stack = (params["layers"], last.k, last.v, scales, jnp.asarray(windows, jnp.int32))
+    return jax.lax.scan(step, x, stack)[0]
+
+
+def _said(
+    params: Any, x: Array, token: Array, others: Array, config: ModelConfig
+) -> tuple[Array, Array, Array]:
+    """Log odds of a token [batch], whether it comes first, log-probabilities of others."""
+    logits = layers.unembed(params, x, config)
+    own = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    rest = jnp.where(jnp.arange(config.vocab_size) == token[:, None], -jnp.inf, logits)
+    highest, rest = rest.max(-1), jax.nn.logsumexp(rest, axis=-1)
+    chance = jnp.take_along_axis(logits, others, axis=-1) - jnp.logaddexp(rest, own)[:, None]
+    return own - rest, own >= highest, chance
+
+
+def _steps(params: Any, x: Array, tokens: Array, config: ModelConfig) -> tuple[Array, Array]:
+    """Log-probability of all tokens together [batch], and whether each comes first; -1 is none.
+
+    One position after the other: the logits of all of them would be large.
+    """
+
+    def one(at: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, token = at
+        real = token >= 0
+        odds, first, _ = _said(params, x, jnp.maximum(token, 0), token[:, None][:, :0], config)
+        return jnp.where(real, jax.nn.log_sigmoid(odds), 0.0), first | ~real
+
+    logp, first = jax.lax.map(one, (x.swapaxes(0, 1), tokens.T))
+    return logp.sum(0), first.all(0)

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from jaxneurons import batches, qrnca
-from jaxneurons.answers import LOW_OPTION_MASS, TokenPrompt, encode_query
+from jaxneurons.answers import LOW_ODDS, LOW_OPTION_MASS, TokenPrompt, encode_query
 from jaxneurons.caches import Caches, prompts_of
 from jaxneurons.errors import DataError
+from jaxneurons.joining import join
 from jaxneurons.load import LM
 from jaxneurons.neurons import Neuron, site_width
 from jaxneurons.qrnca import PromptScores, QRNCAConfig, QueryNeurons
@@ -28,7 +29,7 @@ from jaxneurons.queries import Query
 from jaxneurons.store import RunDirectory, digest, write_json, write_json_lines
 from jaxneurons.tables import read_json
 
-FORMAT = 2
+FORMAT = 3
 """Of the parts; counts up when what is in them changes."""
 QUERIES, RUN = "queries.jsonl", "run.json"
 NO_GROUP = "all"
@@ -40,6 +41,10 @@ Progress = Callable[[int, int], None]
 
 class LowOptionMassWarning(UserWarning):
     """The options hold little probability: the model would rather say something else."""
+
+
+class UnlikelyAnswerWarning(UserWarning):
+    """An answer is far from the model's first choice, so its neurons may be another word's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +83,7 @@ def encode_queries(lm: LM, queries: Sequence[Query], settings: QRNCAConfig) -> l
                         query.answers[i],
                         options=query.options[i],
                         form=settings.form,  # type: ignore[arg-type]
+                        separator=query.separator(i),
                         max_length=lm.config.max_position,
                     )
                 )
@@ -131,6 +137,9 @@ def locate(
     """
     qrnca.check_count(len(queries), settings.common)
     check_groups(queries)
+    encode_queries(lm, queries, settings)  # what cannot be used is said before anything runs
+    if settings.form == "context":
+        queries = join(lm.params, lm.tokenizer, queries, config=lm.config, site=settings.site)
     prompts = encode_queries(lm, queries, settings)
     plan = batches.plan(prompts, batch_size)
     identity = {
@@ -185,16 +194,39 @@ def locate(
     else:
         facts = _facts(lm, queries, settings, by_query, neurons, seconds)
     _write(run, queries, neurons, common, by_query, facts, len(clusters))
-    if facts["answers"]["option_mass_mean"] is not None:
-        mass = facts["answers"]["option_mass_mean"]
-        if mass < LOW_OPTION_MASS:
-            warnings.warn(
-                f"the options hold only {mass:.1%} of the probability on average: the model would "
-                "rather say something else, so these neurons may not be about the answer",
-                LowOptionMassWarning,
-                stacklevel=2,
-            )
+    mass = facts["answers"]["option_mass_mean"]
+    if mass is not None and mass < LOW_OPTION_MASS:
+        warnings.warn(
+            f"the options hold only {mass:.1%} of the probability on average: the model would "
+            "rather say something else, so these neurons may not be about the answer",
+            LowOptionMassWarning,
+            stacklevel=2,
+        )
+    if unlikely := _unlikely(lm, queries, by_query):
+        warnings.warn(unlikely, UnlikelyAnswerWarning, stacklevel=2)
     return Located(neurons, common, by_query, facts, prompts)
+
+
+def _unlikely(
+    lm: LM, queries: Sequence[Query], by_query: dict[str, list[PromptScores]]
+) -> str | None:
+    """What to say of free answers that are far from the model's first choice."""
+    far = [
+        (prompt.odds, query, i, prompt.choice)
+        for query in queries
+        for i, prompt in enumerate(by_query[query.id])
+        if math.isnan(prompt.option_mass) and prompt.odds < LOW_ODDS
+    ]
+    if not far:
+        return None
+    odds, query, i, choice = min(far, key=lambda each: each[0])
+    return (
+        f"{len(far)} of {sum(map(len, by_query.values()))} prompts have an answer that is less "
+        f"than {LOW_ODDS:g} times as probable as the model's first choice: their neurons may be "
+        f"about something else (furthest: query {query.id!r}, prompt {i + 1}: "
+        f"{query.answers[i]!r} is {odds:.1g} times as probable as "
+        f"{lm.tokenizer.decode([choice])!r}; state its `separator` if it is to be joined otherwise)"
+    )
 
 
 def _pack(found: dict[int, PromptScores], seconds: float) -> dict[str, np.ndarray]:
@@ -229,6 +261,8 @@ def _unpack(part: dict[str, np.ndarray]) -> dict[int, PromptScores]:
             nodes=int(part["nodes"][i]),
             active=part["active"][i],
             activation=part["activation"][i],
+            odds=float(part["odds"][i]),
+            choice=int(part["choice"][i]),
         )
         for i, index in enumerate(part["index"])
     }
@@ -275,6 +309,9 @@ def _facts(
             "option_mass_mean": float(mass.mean()) if len(mass) else None,
             "option_mass_min": float(mass.min()) if len(mass) else None,
             "option_mass_low_prompts": int((mass < LOW_OPTION_MASS).sum()),
+            "unlikely_prompts": sum(
+                math.isnan(p.option_mass) and p.odds < LOW_ODDS for p in prompts
+            ),
         },
         "completeness": {
             "gap_median": float(np.median(gaps)),
@@ -325,6 +362,7 @@ def _write(
             "probability": float(np.mean([prompt.probability for prompt in prompts])),
             "probabilities": [prompt.probability for prompt in prompts],
             "correct": [prompt.correct for prompt in prompts],
+            "odds": [prompt.odds for prompt in prompts],
             "option_mass": None if math.isnan(mass[0]) else mass,
             "gap_max": float(max(prompt.gap.max() for prompt in prompts)),
         }

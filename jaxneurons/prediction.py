@@ -12,6 +12,9 @@ Section "applications" of arXiv 2406.10868, whose protocol is not in the paper's
    - `direct`: the letter is not put; what the pool adds to the letter's logit at the last prompt
      position through the unembedding.
 
+   A letter that the tokenizer splits (a space, then the letter) is read at its own token, the space
+   belonging to the prompt.
+
 3. Beside it: the pool of another group, random neurons of the same layers, what the whole model
    answers (`prompting`), and chance.
 """
@@ -25,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons import batches, pcr, qrnca
+from jaxneurons.answers import past_shared_tokens
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
 from jaxneurons.neurons import Neuron
@@ -63,7 +67,7 @@ def _read(
         out = forward(params, token[:, None], config=config, cache=cache, capture=(site,))
         return out.activations[site][layer, row, 0, index]
 
-    options = jnp.asarray(batch.options)
+    options = jnp.asarray(batch.options[..., 0])
     seen = jax.lax.map(present, options.T).swapaxes(0, 1)
     act = pre.captured["act"][layer, row, 0, index]
     written = params["layers"]["ffn"]["down"]["kernel"][layer, index] * act[..., None]
@@ -171,7 +175,7 @@ def _collect(
     run: Run, union: dict[str, list[Neuron]], seed: int, progress: Progress | None
 ) -> list[dict[str, np.ndarray]]:
     """For each prompt: option chances, and activations and contributions of its group's neurons."""
-    prompts, owners = run.located.encoded, run.owners()
+    prompts, owners = [past_shared_tokens(p) for p in run.located.encoded], run.owners()
     group_of = {query.id: query.group for query in run.queries}
     size = max(1, *(len(neurons) for neurons in union.values()))
     where = {}
@@ -192,7 +196,7 @@ def _collect(
                 _read(run.lm.params, batch, at, config=run.lm.config, site=run.settings.site)
             )
             part = {
-                "right": (batch.options == batch.targets[:, :1]).argmax(1),
+                "right": batch.answers_by_option.argmax(1),
                 **dict(zip(("chance", "presented", "direct"), found, strict=True)),
             }
             run.store.save(name, part)

@@ -22,6 +22,7 @@ from jaxneurons.attribution import Attribution, attribute
 from jaxneurons.batches import Batch
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.evaluate import changes, last_position, scaled_answers
 from jaxneurons.neurons import Neuron, check_site
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.rows import Prefill, prefill
@@ -93,12 +94,16 @@ class PromptScores(NamedTuple):
       total: sum of all neurons' attributions.
       probability: of the answer (the mean over its tokens).
       option_mass: probability that all options hold together; NaN for a free answer.
-      correct: the answer is the model's most probable option, or token for a free answer.
+      correct: the answer is the model's most probable option; for a free answer, each token of it
+        is the most probable one.
       gap: completeness gap of each layer, in probability.
       error: estimated relative error of each layer.
       nodes: quadrature nodes spent.
       active: flat indices of the `ACTIVE` neurons of highest |activation| there, highest first.
       activation: their |activation|.
+      odds: the answer's probability over that of the model's first choice, at the token of the
+        answer where it is smallest; 1 where the answer is the first choice throughout.
+      choice: the model's first choice there.
     """
 
     neurons: np.ndarray
@@ -112,6 +117,8 @@ class PromptScores(NamedTuple):
     nodes: int
     active: np.ndarray = np.zeros(0, np.int32)
     activation: np.ndarray = np.zeros(0, np.float32)
+    odds: float = 1.0
+    choice: int = -1
 
 
 class QueryNeurons(NamedTuple):
@@ -143,10 +150,21 @@ def run_prompts(params: Any, batch: Batch, *, config: ModelConfig, site: str) ->
     )
 
 
+class _Said(NamedTuple):
+    """What the model says after prompts, untouched: see `PromptScores`."""
+
+    options: jax.Array
+    correct: jax.Array
+    odds: jax.Array
+    choice: jax.Array
+    active: jax.Array
+    activation: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def _attribute(
     params: Any, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
-) -> tuple[Attribution, jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[Attribution, _Said]:
     found = attribute(
         params,
         pre,
@@ -155,13 +173,29 @@ def _attribute(
         site=settings.site,
         quadrature=settings.quadrature,
     )
-    first = jax.nn.softmax(pre.logits[:, 0], axis=-1)
-    options = jnp.take_along_axis(first, batch.options, axis=-1)
+    if batch.options.shape[2] == 1:
+        first = jax.nn.softmax(pre.logits[:, 0], axis=-1)
+        options = jnp.take_along_axis(first, batch.options[..., 0], axis=-1)
+    else:  # whole: those that begin alike too
+        untouched = changes([[((), 1.0)] * len(batch.tokens)])
+        asked = jnp.asarray(batch.options)
+        said = scaled_answers(params, last_position(pre), untouched, config=config, options=asked)
+        options = jnp.exp(said.options[0])
     top = pre.logits.argmax(-1)
+    own = jnp.take_along_axis(pre.logits, pre.targets[..., None], axis=-1)[..., 0]
+    behind = own - pre.logits.max(-1)
+    where = behind.argmin(-1)[:, None]
     strength = jnp.abs(pre.captured[settings.site][:, :, 0]).astype(jnp.float32).swapaxes(0, 1)
     strength = strength.reshape(len(batch.tokens), -1)
     activation, active = jax.lax.top_k(strength, min(ACTIVE, strength.shape[1]))
-    return found, options, jnp.all(top == batch.targets, axis=-1), (activation, active)
+    return found, _Said(
+        options=options,
+        correct=jnp.all(top == pre.targets, axis=-1),
+        odds=jnp.exp(behind.min(-1)),
+        choice=jnp.take_along_axis(top, where, axis=-1)[:, 0],
+        active=active,
+        activation=activation,
+    )
 
 
 def attribute_batch(
@@ -172,20 +206,18 @@ def attribute_batch(
     Source: section "neuron attribution" of the paper; the coarse threshold is applied here, so
     that the scores of all neurons need not be kept.
     """
-    found, options, says, (activation, active) = jax.device_get(
-        _attribute(params, batch, pre, config=config, settings=settings)
-    )
+    found, said = jax.device_get(_attribute(params, batch, pre, config=config, settings=settings))
     results = {}
     for row, index in enumerate(batch.index.tolist()):
         if index < 0:
             continue
         scores = found.scores[row].reshape(-1)
         neurons = coarse(scores, settings.threshold)
-        if options.shape[1]:
-            right = batch.options[row] == batch.targets[row, 0]
-            mass, correct = float(options[row].sum()), bool(right[options[row].argmax()])
+        if said.options.shape[1]:
+            right = batch.answers_by_option[row][said.options[row].argmax()]
+            mass, correct = float(said.options[row].sum()), bool(right)
         else:
-            mass, correct = float("nan"), bool(says[row])
+            mass, correct = float("nan"), bool(said.correct[row])
         results[index] = PromptScores(
             neurons=neurons,
             scores=scores[neurons],
@@ -196,8 +228,10 @@ def attribute_batch(
             gap=found.gap[row],
             error=found.error[row],
             nodes=int(found.nodes[row].sum()),
-            active=active[row],
-            activation=activation[row],
+            active=said.active[row],
+            activation=said.activation[row],
+            odds=float(said.odds[row]),
+            choice=int(said.choice[row]),
         )
     return results
 

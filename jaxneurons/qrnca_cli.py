@@ -287,8 +287,8 @@ def _write_facts(
         run.path / f"{table}.json",
         {
             "site": run.settings.site,
-            "changed_at": "last prompt position",
-            "probability_of": "the answer's first token",
+            "changed_at": "last prompt position, and the answer's own but the last",
+            "probability_of": "the whole answer, by teacher forcing",
             "methods": list(outcomes.sets),
             "neurons_file": None
             if neurons is None

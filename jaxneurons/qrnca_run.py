@@ -16,6 +16,7 @@ from jaxneurons.locate import (
     RUN,
     Located,
     LowOptionMassWarning,
+    UnlikelyAnswerWarning,
     locate,
     prompt_count,
 )
@@ -139,7 +140,8 @@ def make_run(
     """`locate` as a `Run`: what is not finished there is located first."""
     size = batch_size or batches.default_batch_size()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LowOptionMassWarning)  # said when it was located
+        for category in (LowOptionMassWarning, UnlikelyAnswerWarning):
+            warnings.simplefilter("ignore", category)  # said when it was located
         located = locate(
             lm,
             queries,
@@ -164,4 +166,5 @@ def _query(record: dict[str, Any]) -> Query:
         prompts=tuple(record["prompts"]),
         answers=tuple(record["answers"]),
         options=tuple(tuple(letters) for letters in record["options"]),
+        separators=tuple(record["separators"]),
     )

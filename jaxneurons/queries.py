@@ -10,7 +10,9 @@ Cloze (JSON Lines, or one JSON list), for models too small for multi-choice::
     {"id": "capital-france", "group": "capital", "prompts": ["The capital of France is"],
      "answer": "Paris"}
 
-`prompt` may stand for `prompts`, and `id` and `group` may be left out.
+`prompt` may stand for `prompts`, and `id` and `group` may be left out. In both formats
+`"separator": ""` (or `" "`, or a list with one for each wording) says what stands between a prompt
+and its answer; without it that is seen from the prompt, or decided by the model.
 """
 
 import dataclasses
@@ -34,6 +36,8 @@ class Query:
       prompts: the wordings.
       answers: the right answer of each wording: an option letter, or text.
       options: option letters of each wording; empty for a free answer.
+      separators: what stands between each wording and its answer; None: see
+        `answers.separators`. Empty: None for each.
     """
 
     id: str
@@ -41,6 +45,11 @@ class Query:
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
     options: tuple[tuple[str, ...], ...]
+    separators: tuple[str | None, ...] = ()
+
+    def separator(self, wording: int) -> str | None:
+        """What stands between a wording and its answer, if that is known."""
+        return self.separators[wording] if self.separators else None
 
 
 def read_queries(path: str | os.PathLike[str]) -> list[Query]:
@@ -115,7 +124,8 @@ def _query(path: Path | str, name: str, record: Any) -> Query:
     if len(answer) != 1:
         raise DataError(f"{where}: 'answer' must be one text")
     group = str(record.get("group", "all"))
-    return Query(name, group, prompts, answer * len(prompts), ((),) * len(prompts))
+    between = _separators(where, record, len(prompts))
+    return Query(name, group, prompts, answer * len(prompts), ((),) * len(prompts), between)
 
 
 def _multi_choice(where: str, name: str, record: Mapping[str, Any]) -> Query:
@@ -134,7 +144,21 @@ def _multi_choice(where: str, name: str, record: Mapping[str, Any]) -> Query:
                 f"{where}: sentence {i + 1} has option lines {', '.join(lines)}: "
                 "they must be A, B, ... in order, two at least"
             )
-    return Query(name, str(record.get("relation_name", "all")), prompts, labels, options)
+    between = _separators(where, record, len(prompts))
+    return Query(name, str(record.get("relation_name", "all")), prompts, labels, options, between)
+
+
+def _separators(where: str, record: Mapping[str, Any], count: int) -> tuple[str | None, ...]:
+    value = record.get("separator")
+    if value is None:
+        return ()
+    values = [value] * count if isinstance(value, str) else value
+    if not isinstance(values, list) or len(values) != count:
+        raise DataError(f"{where}: 'separator' must be a text, or a list of {count}, as 'prompts'")
+    for text in values:
+        if text is not None and (not isinstance(text, str) or text.strip()):
+            raise DataError(f"{where}: 'separator' must be white space or nothing, got {text!r}")
+    return tuple(values)
 
 
 def _texts(where: str, key: str, value: Any) -> tuple[str, ...]:

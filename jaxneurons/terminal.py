@@ -355,7 +355,7 @@ def show_evaluation(rows: list[dict[str, Any]]) -> None:
                 )
         console.print(table)
     console.print(
-        "Probability: of the answer's first token. PCR: |related| / |unrelated|; abs.: of "
+        "Probability: of the whole answer. PCR: |related| / |unrelated|; abs.: of "
         "absolute changes, which cannot cancel. Share: what the "
         "neurons hold of the sum of all attributions (negative ones count, so it can exceed 100 %; "
         "scores below the run's threshold count 0). Beyond: related change less that of random "

@@ -1,7 +1,7 @@
 """Every query with its neurons changed, and another query with them: by each method, and controls.
 
-One token for each trial and prompt, on the keys and values of the prompt: those that locating kept,
-else it is run once more. Finished batches are kept in the run directory.
+The whole answer for each trial and prompt, on the keys and values of the prompt: those that
+locating kept, else it is run once more. Finished batches are kept in the run directory.
 """
 
 import time
@@ -46,11 +46,12 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What some prompts came to. For answers of several tokens: their first one.
+    """What some prompts came to, as `evaluate.Answers` has it.
 
     Attributes:
-      before: probability of the answer, model untouched, [prompt].
-      right_before: the answer is the most probable option (token, for a free answer), [prompt].
+      before: probability of the whole answer, model untouched, [prompt].
+      right_before: the answer is the most probable option; for a free answer, every token of it is
+        the most probable one, [prompt].
       after: its probability, [prompt].
       right_after: whether it still is, [prompt].
     """
@@ -189,7 +190,7 @@ def run_trials(
     return found
 
 
-FORMAT = 4
+FORMAT = 5
 """Of the parts; counts up when what is in them, or how it is computed, changes."""
 
 
@@ -240,6 +241,5 @@ def _run_batch(
     )
     right = found.first
     if batch.options.shape[1]:
-        answer = (batch.options == batch.targets[:, :1]).argmax(1)
-        right = found.options.argmax(-1) == answer
+        right = found.options.argmax(-1) == batch.answers_by_option.argmax(1)
     return {"p": found.probability, "right": right}

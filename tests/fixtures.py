@@ -38,6 +38,17 @@ def byte_level(*, bos: bool = False, eos: bool = False) -> Tokenizer:
     return tokenizer
 
 
+def single_bytes() -> Tokenizer:
+    """Byte-level without merges: " A" is a space and an "A", as " 1945" is on many tokenizers."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([BOS, EOS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([BOS, EOS])
+    return tokenizer
+
+
 def sentencepiece_like() -> Tokenizer:
     """As Llama 2's: a space is "▁", one is put before the text, bytes for what is not there."""
     pieces = ["<unk>", BOS, EOS, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -81,6 +92,7 @@ KINDS = {
     "bytes+bos": functools.partial(byte_level, bos=True),
     "bytes+bos+eos": functools.partial(byte_level, bos=True, eos=True),
     "sentencepiece": sentencepiece_like,
+    "single bytes": single_bytes,
 }
 
 

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxneurons.answers import (
+    TokenPrompt,
     encode_answer,
     encode_prompt,
     encode_query,
     option_letters,
-    separator,
+    past_shared_tokens,
+    separators,
 )
 from jaxneurons.errors import DataError
 
@@ -62,7 +64,42 @@ def test_after_white_space_open_brackets_and_wide_text_it_has_none(tokenizer, en
 
 @pytest.mark.parametrize("end", [".", "?", "a", "7", ")", "”", 's "x"', "서울은", "é", "ل"])
 def test_after_words_and_closing_marks_it_has_a_space(end):
-    assert separator("text" + end) == " "
+    assert separators("text" + end, "A") == (" ",)
+
+
+@pytest.mark.parametrize("end", [*"-/_@$\\#&=+*~^|€", "l'", "l’", "user@", "“x” –", "สวัสดี"])
+def test_after_other_marks_either_form_may_be_meant(end):
+    """ "second-" goes on with "hand", " -" with " no": no rule on characters can tell."""
+    assert set(separators("text" + end, "A")) == {"", " "}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "either"),
+    [
+        ("pi is 3.", "14", True),
+        ("It is 12:", "30", True),
+        ("In 19", "45", True),
+        ("The end.", "14", False),
+        ("In 1945", "they", False),
+        ("it cost 50", "%", True),
+        ("it cost", "$5", True),
+        ("He said", '"no"', False),
+        ("He said", "(no)", False),
+        ("The Chinese word for water is", "水", True),
+        ("水的英文是", "water", True),
+        ("水的英文是：", "water", False),
+        ("น้ำคือ", "น้ำ", False),
+    ],
+)
+def test_what_an_answer_begins_with_counts(prompt, answer, either):
+    assert (len(separators(prompt, answer)) == 2) == either
+
+
+def test_a_stated_separator_is_taken(tokenizer):
+    before = encode_prompt(tokenizer, "a second-")
+    for between in ("", " "):
+        ids = encode_answer(tokenizer, "a second-", "hand", separator=between)
+        assert text(tokenizer, before + ids) == text(tokenizer, before) + between + "hand"
 
 
 def test_trailing_space_is_refused_or_continued_exactly(tokenizer):
@@ -140,6 +177,8 @@ def test_beginning_token_is_there_once(tokenizer):
     assert written[0] == tokenizer.bos_token_id
     if adds:
         assert written == plain
+    again = encode_prompt(tokenizer, "<s><s>Response:")
+    assert again == written  # written twice, or by a template and by hand
 
 
 def test_prompt_stays_open(tokenizer):
@@ -169,17 +208,48 @@ def test_too_long_names_both_numbers(tokenizer):
 
 def test_options_are_tokens_in_the_same_place(tokenizer):
     query = encode_query(tokenizer, "Response:", "B", options="ABCD")
-    assert query.options[1] == query.answer[0]
+    assert query.options[1] == query.answer
     assert len(set(query.options)) == 4
-    assert pieces(tokenizer, query.options)[0] == spaced(tokenizer)
+    assert pieces(tokenizer, query.options[0]) == [spaced(tokenizer)]
     bare = encode_query(tokenizer, "Response:", "B", options="ABCD", form="bare")
-    assert pieces(tokenizer, bare.options) == list("ABCD")
+    assert [pieces(tokenizer, option) for option in bare.options] == [[x] for x in "ABCD"]
 
 
-def test_options_that_begin_alike_are_refused(tokenizer):
-    """Otherwise the mass of one token would be counted for each, and every answer be right."""
-    with pytest.raises(DataError, match="do not differ in their first token"):
-        encode_query(tokenizer, "Response:", "xq", options=("xq", "xz"))
+def test_options_that_begin_alike_are_kept_whole(tokenizer):
+    query = encode_query(tokenizer, "Response:", "xq", options=("xq", "xz", "xqq"))
+    before = text(tokenizer, query.prompt)
+    for option, want in zip(query.options, ("xq", "xz", "xqq"), strict=True):
+        assert text(tokenizer, query.prompt + option) == f"{before} {want}"
+    assert query.options[0] == query.answer
+    with pytest.raises(DataError, match="not told apart by this tokenizer"):
+        encode_query(tokenizer, "Response:", "xq", options=("xq", " xq"))
+
+
+def test_what_all_options_begin_with_can_be_asked_past():
+    query = TokenPrompt((1, 2), (7, 4), ((7, 3), (7, 4)))
+    assert past_shared_tokens(query) == TokenPrompt((1, 2, 7), (4,), ((3,), (4,)))
+    plain = TokenPrompt((1, 2), (4,), ((3,), (4,)))
+    assert past_shared_tokens(plain) == plain
+    with pytest.raises(DataError, match="2 tokens after the 1 that all begin with"):
+        past_shared_tokens(TokenPrompt((1,), (7, 4), ((7, 3, 3), (7, 4))))
+
+
+def test_answers_that_the_tokenizer_does_not_know():
+    """Whatever text is meant, its neurons would be those of "unknown"."""
+    tokenizer = unknowing_tokenizer()
+    assert pieces(tokenizer, encode_answer(tokenizer, "a b", "b")) == ["b"]
+    with pytest.raises(DataError, match="'été' holds text that this tokenizer does not know"):
+        encode_answer(tokenizer, "a b", "été")
+    assert pieces(tokenizer, encode_answer(tokenizer, "a b", "<unk>")) == ["<unk>"]
+
+
+def unknowing_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
 
 
 # --- option letters -------------------------------------------------------------------------------
@@ -248,4 +318,5 @@ def test_smollm2_on_the_published_prompts(smollm2, path):
         query = encode_query(tokenizer, prompt, label, options="ABCD")
         space = "" if prompt.endswith("：") else "Ġ"
         assert pieces(tokenizer, query.answer) == [space + label]
-        assert pieces(tokenizer, query.options) == [space + letter for letter in "ABCD"]
+        found = [piece for option in query.options for piece in pieces(tokenizer, option)]
+        assert found == [space + letter for letter in "ABCD"]

@@ -17,7 +17,7 @@ def prompt(length, answer=1, options=0, seed=0):
     return TokenPrompt(
         tuple(rng.integers(1, 99, length).tolist()),
         tuple(rng.integers(1, 99, answer).tolist()),
-        tuple(rng.integers(1, 99, options).tolist()),
+        tuple(tuple(rng.integers(1, 99, n % 2 + 1).tolist()) for n in range(options)),
     )
 
 
@@ -49,13 +49,16 @@ def test_every_prompt_is_there_once_and_whole(prompts, size):
             assert batch.lengths[row] == length
             assert batch.targets[row].tolist() == list(want.answer)
             assert batch.answer_lengths[row] == len(want.answer)
-            assert batch.options[row].tolist() == list(want.options)
+            padded = [(*ids, -1)[: batch.options.shape[2]] for ids in want.options]
+            assert batch.options[row].tolist() == list(map(list, padded))
+            answers = [ids == want.answer for ids in want.options]
+            assert batch.answers_by_option[row].tolist() == answers
     assert sorted(seen) == list(range(len(prompts)))
-    for (_, (rows, answers), (_, options)), batches in shapes.items():
+    for (_, (rows, answers), (_, *options)), batches in shapes.items():
         full = min(size, sum(int((batch.index >= 0).sum()) for batch in batches))
         assert rows < 2 * full  # filled up to a full batch, and no further
         assert (batches[0].index >= 0).sum() == full
-        others = [key for key in shapes if key[1][1] == answers and key[2][1] == options]
+        others = [key for key in shapes if key[1][1] == answers and key[2][1:] == tuple(options)]
         assert len(others) == len({key[0] for key in others})  # one program for each shape
 
 

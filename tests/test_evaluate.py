@@ -87,7 +87,7 @@ def test_as_a_full_forward_with_the_last_position_scaled(model, site):
 def test_windows_and_angles_that_depend_on_the_length(changed):
     config = tiny_config(**changed)
     params, tokens = tiny_params(config), random_tokens(config, (2, 9))
-    targets = jnp.array([[5, 3], [11, 2]])  # the second token of the answer is in the cache, too
+    targets = jnp.array([[5, 3], [11, 2]])
     pre = prefill(params, tokens, targets, config=config, lengths=jnp.array(LENGTHS))
     neurons = [Neuron(0, 1), Neuron(1, 7), Neuron(2, 30)]
     found = scaled_answers(
@@ -97,10 +97,11 @@ def test_windows_and_angles_that_depend_on_the_length(changed):
         whole = jnp.concatenate([tokens[row, :length], targets[row, :1]])[None]
         full = np.ones((config.num_layers, 1, length + 1, 40), np.float32)
         for layer, index in neurons:
-            full[layer, 0, length - 1, index] = 0
-        at, scales = jnp.array([[length - 1]]), {"up": jnp.asarray(full)}
+            full[layer, 0, length - 1 :, index] = 0
+        at, scales = jnp.array([[length - 1, length]]), {"up": jnp.asarray(full)}
         out = forward(params, whole, config=config, at=at, scales=scales)
-        want = jax.nn.softmax(out.logits[0, 0])[targets[row, 0]]
+        p = jax.nn.softmax(out.logits[0])
+        want = p[0, targets[row, 0]] * p[1, targets[row, 1]]
         np.testing.assert_allclose(found.probability[0, row], want, rtol=1e-4)
 
 
@@ -139,11 +140,66 @@ def test_the_options_log_probabilities(model):
     params, _, pre = model
     options = jnp.array([[5, 7, 2], [11, 0, 3]])
     found = scaled_answers(
-        params, last_position(pre), changes([[([], 1.0)] * 2]), config=CONFIG, options=options
+        params,
+        last_position(pre),
+        changes([[([], 1.0)] * 2]),
+        config=CONFIG,
+        options=options[..., None],
     )
     want = jax.nn.log_softmax(pre.logits[:, 0])[jnp.arange(2)[:, None], options]
     np.testing.assert_allclose(found.options[0], want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.exp(found.options[0, :, 0]), found.probability[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["up", "o"])
+def test_whole_answers_and_options_by_teacher_forcing(site):
+    """Answers of three tokens and options that begin alike, each alone in one plain pass."""
+    params, tokens = tiny_params(CONFIG), random_tokens(CONFIG, (2, 9)).at[1, 4:].set(0)
+    targets = jnp.array([[5, 3, 8], [11, 2, 2]])
+    options = jnp.array([[[5, 3, 8], [5, 3, -1]], [[11, 2, 2], [11, -1, -1]]])
+    pre = prefill(params, tokens, targets, config=CONFIG, lengths=jnp.array(LENGTHS))
+    width = site_width(CONFIG, site)
+    neurons = [Neuron(0, 1), Neuron(1, 7), Neuron(2, 30)]
+    trials = changes([[([], 1.0)] * 2, [(neurons, -2.0)] * 2])
+    found = jax.device_get(
+        scaled_answers(
+            params, last_position(pre), trials, config=CONFIG, site=site, options=options
+        )
+    )
+    for trial, factor in enumerate((1.0, -2.0)):
+        for row, length in enumerate(LENGTHS):
+            for option, ids in enumerate(np.asarray(options[row])):
+                ids = ids[ids >= 0]
+                whole = jnp.asarray([*tokens[row, :length], *ids[:-1]])[None]
+                scales = np.ones((CONFIG.num_layers, 1, whole.shape[1], width), np.float32)
+                for layer, index in neurons:
+                    scales[layer, 0, length - 1 :, index] = factor
+                out = forward(
+                    params, whole, config=CONFIG, at="all", scales={site: jnp.asarray(scales)}
+                )
+                logp = np.asarray(jax.nn.log_softmax(out.logits[0, length - 1 :]), np.float64)
+                want = logp[np.arange(len(ids)), ids].sum()
+                np.testing.assert_allclose(found.options[trial, row, option], want, rtol=1e-4)
+                if option == 0:
+                    np.testing.assert_allclose(
+                        found.probability[trial, row], np.exp(want), rtol=1e-3
+                    )
+                    says = (logp.argmax(-1) == ids).all()
+                    assert found.first[trial, row] == says
+
+
+def test_the_whole_answer_is_first_only_if_each_token_is():
+    params, tokens = tiny_params(CONFIG), random_tokens(CONFIG, (1, 6))
+    ids = [int(t) for t in tokens[0]]
+    for _ in range(3):
+        out = forward(params, jnp.array([ids]), config=CONFIG)
+        ids.append(int(out.logits[0, -1].argmax()))
+    greedy = ids[6:]
+    late, early = [*greedy[:2], (greedy[2] + 1) % 48], [(greedy[0] + 1) % 48, *greedy[1:]]
+    for answer in (greedy, late, early):
+        pre = prefill(params, tokens, jnp.array([answer]), config=CONFIG, lengths=jnp.array([6]))
+        found = scaled_answers(params, last_position(pre), changes([[([], 1.0)]]), config=CONFIG)
+        assert bool(found.first[0, 0]) == (answer == greedy)
 
 
 NEURONS = st.sets(st.builds(Neuron, st.integers(0, 3), st.integers(0, 19)), max_size=30)

@@ -1,0 +1,94 @@
+"""What joins a prompt and its answer, decided by the model where the texts leave two forms.
+
+After "He bought a second-" a model says "hand", after "He said -" rather " no": no rule on
+characters can tell. Where `answers.separators` leaves both forms, the one of higher probability is
+taken: what the model would say is what its neurons are to be looked for.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxneurons import batches
+from jaxneurons.answers import TokenPrompt, encode_query, separators
+from jaxneurons.config import ModelConfig
+from jaxneurons.errors import DataError
+from jaxneurons.qrnca import run_prompts
+from jaxneurons.queries import Query
+
+
+def join(
+    params: Any,
+    tokenizer: Any,
+    queries: Sequence[Query],
+    *,
+    config: ModelConfig,
+    site: str = "up",
+) -> list[Query]:
+    """The queries, with the separator stated wherever the texts leave two.
+
+    Both forms of such an answer are read once by teacher forcing; of equal probabilities the
+    likelier form of `answers.separators` is taken. Nothing is run where nothing is left open.
+
+    Args:
+      params: the model's parameters.
+      tokenizer: the model's.
+      queries: as `queries.read_queries` reads them.
+      config: the model's shape.
+      site: whose activations `run_prompts` keeps: the same program as locating.
+    """
+    open_ends: list[tuple[int, int, str]] = []
+    forms: list[TokenPrompt] = []
+    for number, query in enumerate(queries):
+        for wording, (prompt, answer) in enumerate(zip(query.prompts, query.answers, strict=True)):
+            if query.separator(wording) is not None or not (prompt.strip() and answer.strip()):
+                continue
+            between = separators(prompt, answer)
+            for each in between if len(between) > 1 else ():
+                form = _encode(tokenizer, query, wording, each, config)
+                if form is not None:
+                    open_ends.append((number, wording, each))
+                    forms.append(form)
+    best: dict[tuple[int, int], tuple[float, str]] = {}
+    for (number, wording, between), logp in zip(
+        open_ends, _log_probabilities(params, forms, config=config, site=site), strict=True
+    ):
+        if (number, wording) not in best or logp > best[number, wording][0]:
+            best[number, wording] = logp, between
+    joined = list(queries)
+    for (number, wording), (_, between) in best.items():
+        query = joined[number]
+        stated = list(query.separators) or [None] * len(query.prompts)
+        stated[wording] = between
+        joined[number] = dataclasses.replace(query, separators=tuple(stated))
+    return joined
+
+
+def _encode(
+    tokenizer: Any, query: Query, wording: int, between: str, config: ModelConfig
+) -> TokenPrompt | None:
+    try:
+        return encode_query(
+            tokenizer,
+            query.prompts[wording],
+            query.answers[wording],
+            separator=between,
+            max_length=config.max_position,
+        )
+    except DataError:  # no tokens of its own in this form; what is wrong is said when it is encoded
+        return None
+
+
+def _log_probabilities(
+    params: Any, prompts: Sequence[TokenPrompt], *, config: ModelConfig, site: str
+) -> list[float]:
+    """Log-probability of each whole answer."""
+    found = np.zeros(len(prompts))
+    for batch in batches.plan(prompts):
+        pre = run_prompts(params, batch, config=config, site=site)
+        p = np.maximum(np.asarray(pre.probability, np.float64), np.finfo(np.float64).tiny)
+        real = batch.index >= 0
+        found[batch.index[real]] = np.log(p).sum(-1)[real]
+    return found.tolist()
