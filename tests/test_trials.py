@@ -78,12 +78,12 @@ def multipliers(neurons, factor):
 plain = jax.jit(forward, static_argnames=("config", "capture"))
 
 
-def option_logits(lm, prompt, scales=None):
-    """Log-probabilities after a prompt: not padded, nothing cached."""
-    tokens = jnp.array([prompt.prompt])
+def option_logits(lm, prompt, scales=None, step=0):
+    """Log-probabilities after a prompt and tokens of its answer: not padded, nothing cached."""
+    tokens = jnp.array([[*prompt.prompt, *prompt.answer[:step]]])
     full = np.ones((LAYERS, 1, tokens.shape[1], WIDTH), np.float32)
     if scales is not None:
-        full[:, 0, -1] = scales
+        full[:, 0, len(prompt.prompt) - 1 :] = scales[:, None]
     out = plain(lm.params, tokens, config=lm.config, scales={"up": jnp.asarray(full)})
     return np.asarray(jax.nn.log_softmax(out.logits[0, -1]), np.float64)
 
@@ -249,9 +249,12 @@ def test_free_answers_and_a_group_of_most_queries(lm, tmp_path):
             prompt = prompts[owners.index(asked)]
             neurons = free.located.neurons[query].neurons
             scales = multipliers(neurons, 0.0)
-            want = option_logits(free.lm, prompt, scales)
-            assert outcome.after[0] == pytest.approx(np.exp(want[prompt.answer[0]]), rel=CLOSE)
-            assert outcome.right_after[0] == (want.argmax() == prompt.answer[0])
+            want, says = 1.0, True
+            for step, token in enumerate(prompt.answer):  # each after those before it
+                logp = option_logits(free.lm, prompt, scales, step)
+                want, says = want * np.exp(logp[token]), says and logp.argmax() == token
+            assert outcome.after[0] == pytest.approx(want, rel=CLOSE)
+            assert outcome.right_after[0] == says
     evaluation_rows(change_rows(free, found))
 
 
