@@ -11,10 +11,37 @@ from jaxneurons.convert.sentencepiece_model import read_sentencepiece
 from jaxneurons.convert.tokenizer_directory import tokenizer_from_directory
 from jaxneurons.errors import SourceError
 
-WORDS = (
-    "the cat sat on a mat and then the cats were singing of naïve Größe 日本語 中文 한국어 "
-    "हिन्दी ไทย 12 2024 3.14 don't I'll ... --- aaaa aaaaaa"
-).split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "the",
+    "cats",
+    "were",
+    "singing",
+    "of",
+    "naïve",
+    "Größe",
+    "日本語",
+    "中文",
+    "한국어",
+    "हिन्दी",
+    "ไทย",
+    "12",
+    "2024",
+    "3.14",
+    "don't",
+    "I'll",
+    "...",
+    "---",
+    "aaaa",
+    "aaaaaa",
+]
 ODD = [
     *(" ", "  ", "   ", "\n", "\t", "\u3000", "ﬁ", "①", "Ａ", "e\u0301", "é", "🙂", "<sep>"),
     *("<0x0A>", "▁", "▁▁", "a", "aa", "--", "..", "zzz", "\u200b", "½", "\x00", "\x07", "ｶﾞ"),

@@ -224,7 +224,7 @@ def test_stored_padding_and_truncation_are_off(built, tmp_path):
 def test_bos_and_eos_as_configured_where_the_class_listens(
     form, kind, listens, bos, eos, built, tmp_path
 ):
-    """DeepSeek's tokenizer.json puts no BOS, its tokenizer_config.json (LlamaTokenizerFast) does."""
+    """DeepSeek's tokenizer.json puts no BOS; its other file, of LlamaTokenizerFast, does."""
     config = NAMED | {"tokenizer_class": kind, "add_bos_token": bos}
     if eos is not None:
         config["add_eos_token"] = eos
