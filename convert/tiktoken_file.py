@@ -1,4 +1,4 @@
-"""Byte-level vocabularies as tiktoken keeps them: Llama 3's `tokenizer.model`, Mistral's `tekken.json`.
+"""Byte-level vocabularies as tiktoken keeps them: Llama 3's tokenizer.model and tekken.json.
 
 Such a file ranks byte strings; the merges are implied. Each token is given the one merge by which
 lower ranks build it, so the merges come in the order of the ranks, as tiktoken takes them: two
@@ -25,27 +25,11 @@ _LLAMA3_NAMED = {
 }  # fmt: skip
 # The first special tokens of a tekken.json that does not list any (up to version 7).
 _TEKKEN_SPECIAL = [
-    "<unk>",
-    "<s>",
-    "</s>",
-    "[INST]",
-    "[/INST]",
-    "[AVAILABLE_TOOLS]",
-    "[/AVAILABLE_TOOLS]",
-    "[TOOL_RESULTS]",
-    "[/TOOL_RESULTS]",
-    "[TOOL_CALLS]",
-    "[IMG]",
-    "<pad>",
-    "[IMG_BREAK]",
-    "[IMG_END]",
-    "[PREFIX]",
-    "[MIDDLE]",
-    "[SUFFIX]",
-    "[SYSTEM_PROMPT]",
-    "[/SYSTEM_PROMPT]",
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]",
+    "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
     "[TOOL_CONTENT]",
-]
+]  # fmt: skip
 
 
 class Ranked(NamedTuple):

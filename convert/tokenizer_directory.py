@@ -87,8 +87,8 @@ def tokenizer_from_directory(path: Path) -> "PreTrainedTokenizerBase":
     there = [name for name in ("tokenizer_config.json", "vocab.json") if (path / name).is_file()]
     beside = f" beside {' and '.join(there)}" if there else ""
     raise SourceError(
-        f"{path}: no tokenizer ({', '.join(_VOCABULARIES)}, or vocab.json with merges.txt){beside}; "
-        "add the model's tokenizer.json"
+        f"{path}: no tokenizer ({', '.join(_VOCABULARIES)}, or vocab.json with merges.txt)"
+        f"{beside}; add the model's tokenizer.json"
     )
 
 
@@ -336,7 +336,7 @@ def _from_sentencepiece(path: Path, settings: _Settings) -> "PreTrainedTokenizer
     """SentencePiece's file; its control pieces and <unk> are special tokens.
 
     A space is put before the text and, unless `legacy` is false, after every special token, as
-    LlamaTokenizer does. The tokenizer cannot be pickled or saved by itself; its files can be copied.
+    LlamaTokenizer does. The tokenizer cannot be pickled, copied or saved; its files can.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

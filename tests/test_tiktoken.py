@@ -1,4 +1,4 @@
-"""tokenizer.model of Llama 3 and tekken.json alone: ids as tiktoken's rule gives, in a plain loop."""
+"""Llama 3's tokenizer.model, and tekken.json, alone: ids as a plain loop of tiktoken's rule."""
 
 import base64
 import itertools
