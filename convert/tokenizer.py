@@ -203,6 +203,7 @@ def _sentencepiece(
         merges = _merges(listed, vocab, where)
     else:
         scores = _array(metadata, "scores", (float, int), where, length=len(tokens), optional=True)
+        scores = None if scores is None else [float(score) for score in scores]
         merges = _merges_by_score(tokens, scores, types)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     if not (isinstance(unknown, int) and 0 <= unknown < len(tokens)):

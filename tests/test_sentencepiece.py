@@ -14,8 +14,8 @@ from jaxneurons.errors import SourceError
 
 WORDS = [
     "the", "cat", "sat", "on", "a", "mat", "and", "then", "the", "cats", "were", "singing", "of",
-    "naïve", "Größe", "日本語", "中文", "한국어", "हिन्दी", "ไทย", "12", "2024", "3.14", "don't", "I'll",
-    "...", "---", "aaaa", "aaaaaa",
+    "naïve", "Größe", "日本語", "中文", "한국어", "हिन्दी", "ไทย", "12", "2024", "3.14", "don't",
+    "I'll", "...", "---", "aaaa", "aaaaaa",
 ]  # fmt: skip
 ODD = [
     *(" ", "  ", "   ", "\n", "\t", "\u3000", "ﬁ", "①", "Ａ", "e\u0301", "é", "🙂", "<sep>"),
