@@ -333,6 +333,7 @@ class _CharsMap:
         units = self._units
         node = self._child(0)
         found, becomes = 0, -1
+        ends = 0
         for end in range(at, len(text)):
             for byte in text[end].encode():
                 node ^= byte

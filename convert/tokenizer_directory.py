@@ -18,7 +18,7 @@ from jaxneurons.errors import SourceError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json")
 _NAMES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
@@ -231,7 +231,7 @@ def _names(backend: "Tokenizer", settings: _Settings) -> dict[str, str | None]:
 
 def _wrapped(
     backend: "Tokenizer", settings: _Settings, around: dict[str, bool], path: Path
-) -> "PreTrainedTokenizerBase":
+) -> "PreTrainedTokenizerFast":
     """The tokenizer in transformers' clothes, with the backend as it is.
 
     The class's constructor may exchange parts of the backend and add tokens to it, so the parts
@@ -281,16 +281,15 @@ def _put_around(
     whole = backend.encode("x").ids
     at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
     there = {"bos": whole[:at], "eos": whole[at + len(bare) :]}
-    wanted = {
-        name: there[name]
-        if put is None
-        else ([backend.token_to_id(names[name])] if put and names[name] else [])
-        for name, put in ((name, around.get(name)) for name in there)
-    }
+    wanted = dict(there)
+    for name, put in around.items():
+        token = names[name]
+        index = backend.token_to_id(token) if put and token else None
+        wanted[name] = [] if index is None else [index]
     if wanted == there:
         return
-    ids = {backend.id_to_token(index): index for part in wanted.values() for index in part}
-    first, last = ([backend.id_to_token(index) for index in wanted[n]] for n in ("bos", "eos"))
+    ids = {str(backend.id_to_token(index)): index for part in wanted.values() for index in part}
+    first, last = ([str(backend.id_to_token(index)) for index in wanted[n]] for n in there)
     second = [*(f"{t}:1" for t in first), "$B:1", *(f"{t}:1" for t in last)]
     backend.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
@@ -363,7 +362,7 @@ def _from_sentencepiece(path: Path, settings: _Settings) -> "PreTrainedTokenizer
     named = {"bos_token": rules.bos, "eos_token": rules.eos, "unk_token": model.unknown}
     tokenizer = _wrapped(backend, *_with_named(settings, named), path)
     every = settings.config.get("legacy") is not False
-    inner = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    inner = tokenizer.backend_tokenizer
     inner.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(_Cut(model, every))
     return tokenizer
 

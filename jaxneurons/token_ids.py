@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxneurons.errors import DataError
 
@@ -24,7 +25,7 @@ def check_ids(ids: Any, vocab_size: int, tokenizer: Any = None) -> None:
     Raises:
       DataError: names the token, its id and the number of rows.
     """
-    if isinstance(ids, jax.core.Tracer):
+    if isinstance(ids, Tracer):
         return
     if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
         return  # of several processes; each has checked its own texts
