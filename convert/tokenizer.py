@@ -5,10 +5,11 @@ tokenizers too, but leaves out SmolLM's digit splitting, so runs of white space 
 out differently there: "\\n\\n1" is [newline-newline, 1] as published, [newline, newline, 1] there.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxneurons.errors import SourceError, near_matches
+from jaxneurons.convert.split_patterns import SPLITS
+from jaxneurons.errors import SourceError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,33 +18,8 @@ if TYPE_CHECKING:
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
-# The splitting rules of the published tokenizers (their tokenizer.json).
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_REGEX = {
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "tekken": _TEKKEN,
-}
-_DIGITS = ("smollm", "starcoder")  # digits one by one, then GPT-2's rule
-_PLAIN = ("gpt-2", "gpt2")  # GPT-2's rule
-# A piece that is in the vocabulary as a whole is taken whole, whatever the merges say.
-_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "tekken")
-# These begin a text with BOS where the file does not say (so does every "llama" vocabulary).
-_BOS_BY_DEFAULT = _IGNORE_MERGES
+_ABSENT = (2**32 - 1, -1)  # what some writers put for a token that there is not
+_SENTENCEPIECE_BOS = 1  # where a file with such a vocabulary does not name its BOS
 
 
 def tokenizer_from_gguf(
@@ -87,16 +63,10 @@ def tokenizer_from_gguf(
     if backend.get_vocab_size() != len(tokens):
         raise SourceError(f"{where}: the added tokens do not fit into the vocabulary")
 
-    named: dict[str, str] = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if index is None:
-            continue
-        if not (isinstance(index, int) and 0 <= index < len(tokens)):
-            raise SourceError(f"{where}: tokenizer.ggml.{key}_token_id = {index!r} is no token")
-        named[f"{name}_token"] = tokens[index]
-    pre = metadata.get("tokenizer.ggml.pre")
-    default = kind == "llama" or pre in _BOS_BY_DEFAULT
+    named = _named(metadata, tokens, types, kind, where)
+    split = SPLITS.get(str(metadata.get("tokenizer.ggml.pre")))
+    default = kind == "llama" or (split is not None and split.bos)
+    default = default and metadata.get("tokenizer.ggml.bos_token_id") not in _ABSENT
     around = {
         "bos": bool(metadata.get("tokenizer.ggml.add_bos_token", default)),
         "eos": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
@@ -122,10 +92,28 @@ def tokenizer_from_gguf(
     )
 
 
+def _named(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int], kind: str, where: str
+) -> dict[str, str]:
+    """The tokens that the file names: {"bos_token": "<s>", ...}."""
+    named: dict[str, str] = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is None and kind == "llama" and name == "bos":
+            usual = types[_SENTENCEPIECE_BOS : _SENTENCEPIECE_BOS + 1]
+            index = _SENTENCEPIECE_BOS if usual == [_CONTROL] else None
+        if index is None or index in _ABSENT:
+            continue
+        if not (isinstance(index, int) and 0 <= index < len(tokens)):
+            raise SourceError(f"{where}: tokenizer.ggml.{key}_token_id = {index!r} is no token")
+        named[f"{name}_token"] = tokens[index]
+    return named
+
+
 def _array(
     metadata: Mapping[str, Any],
     key: str,
-    kind: type,
+    kind: type | tuple[type, ...],
     where: str,
     *,
     length: int | None = None,
@@ -144,12 +132,12 @@ def _array(
 
 def _template(metadata: Mapping[str, Any]) -> dict[str, Any]:
     template = metadata.get("tokenizer.chat_template")
-    return {} if template is None else {"chat_template": template}
+    return {"chat_template": template} if isinstance(template, str) else {}
 
 
 def _length(metadata: Mapping[str, Any]) -> dict[str, int]:
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    return {} if length is None else {"model_max_length": int(length)}
+    return {"model_max_length": length} if isinstance(length, int) else {}
 
 
 def _merges(merges: list[str], vocab: Mapping[str, int], where: str) -> list[tuple[str, str]]:
@@ -169,32 +157,28 @@ def _byte_level(
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
-    if pre in _REGEX:
-        steps = [
-            pre_tokenizers.Split(Regex(_REGEX[pre]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    elif pre in _DIGITS:
-        steps = [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    elif pre in _PLAIN:
-        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    elif pre == "default":
+    if pre == "default":
         raise SourceError(
             f"{where}: the file does not say how its tokenizer splits text (tokenizer.ggml.pre); "
             "convert the model again with a current llama.cpp, or load the original directory"
         )
-    else:
-        known = [*_REGEX, *_DIGITS, *_PLAIN]
+    if pre not in SPLITS:
         raise SourceError(
-            f"{where}: pre-tokenizer {pre!r} is not supported; {near_matches(str(pre), known)}"
+            f"{where}: the file names the pre-tokenizer {pre!r} (tokenizer.ggml.pre), which is not "
+            "supported; load the directory that it was converted from"
         )
+    split = SPLITS[pre]
+    steps: list[Any] = []
+    if split.pattern is not None:
+        steps = [pre_tokenizers.Split(Regex(split.pattern), behavior="isolated")]
+    elif split.digits:
+        steps = [pre_tokenizers.Digits(individual_digits=True)]
+    plain = split.pattern is None
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain))
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = _merges(_array(metadata, "merges", str, where), vocab, where)
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORE_MERGES))
-    if pre == "qwen2":
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=split.ignore_merges))
+    if split.nfc:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
@@ -218,7 +202,8 @@ def _sentencepiece(
     if listed is not None:
         merges = _merges(listed, vocab, where)
     else:
-        scores = _array(metadata, "scores", float, where, length=len(tokens))
+        scores = _array(metadata, "scores", (float, int), where, length=len(tokens), optional=True)
+        scores = None if scores is None else [float(score) for score in scores]
         merges = _merges_by_score(tokens, scores, types)
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
     if not (isinstance(unknown, int) and 0 <= unknown < len(tokens)):
@@ -243,11 +228,13 @@ def _sentencepiece(
 
 
 def _merges_by_score(
-    tokens: list[str], scores: list[float], types: list[int]
+    tokens: list[str], scores: Sequence[float] | None, types: list[int]
 ) -> list[tuple[str, str]]:
     """Every way to make a token of two others, best token first.
 
-    Tokens that text never merges into (special, user-defined, unused, bytes) take no part.
+    Tokens that text never merges into (special, user-defined, unused, bytes) take no part. Where
+    scores are missing, or the same for all, the order of the tokens is theirs: SentencePiece
+    writes the pieces of a BPE vocabulary from the best to the worst.
     """
     apart = {_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE}
     rank = {
@@ -255,6 +242,8 @@ def _merges_by_score(
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind not in apart
     }
+    if scores is None or len({scores[index] for index in rank.values()}) == 1:
+        scores = [-float(index) for index in range(len(tokens))]
     found: list[tuple[float, int, int, int, str, str]] = []
     for token, index in rank.items():
         for cut in range(1, len(token)):

@@ -17,6 +17,7 @@ from jaxneurons import batches
 from jaxneurons.config import ModelConfig
 from jaxneurons.generate import greedy
 from jaxneurons.neurons import FFN, NeuronSet, site_width
+from jaxneurons.token_ids import check_ids
 
 
 class Shape(NamedTuple):
@@ -89,10 +90,12 @@ def ablated(
       Number of the set, and what follows each prompt.
 
     Raises:
-      DataError: a set with neurons that the model does not have.
+      DataError: a set with neurons, or a prompt with tokens, that the model does not have.
     """
     for each in sets:
         each.check(config)
+    for prompt in prompts:
+        check_ids(prompt, config.vocab_size)
     shape = shape or default_shape()
     plan = batches.by_length(prompts, shape.prompts)
     for start in range(0, len(sets), shape.sets):

@@ -22,6 +22,7 @@ from jaxneurons.errors import ConfigError
 from jaxneurons.neurons import check_site
 from jaxneurons.quadrature import Quadrature, nodes_and_weights
 from jaxneurons.rows import Prefill, prefill, rows_in_budget, sweep
+from jaxneurons.token_ids import check_ids
 
 
 class Attribution(NamedTuple):
@@ -82,6 +83,7 @@ def integrated_gradients(
 
     Raises:
       ConfigError: unknown site or rule, or shapes that do not fit.
+      DataError: a token id that the model's vocabulary does not have (outside of `jit`).
     """
     check_site(site)
     if tokens.ndim != 2 or targets.ndim not in (1, 2) or len(targets) != len(tokens):
@@ -89,6 +91,8 @@ def integrated_gradients(
             f"tokens [batch, seq] and targets [batch] or [batch, answer] are needed, "
             f"got {tokens.shape} and {targets.shape}"
         )
+    for ids in (tokens, targets):
+        check_ids(ids, config.vocab_size)
     targets = targets if targets.ndim == 2 else targets[:, None]
     if lengths is None:
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)

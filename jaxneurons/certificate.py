@@ -23,6 +23,7 @@ from jaxneurons.convert.hf import weight_files
 from jaxneurons.convert.native import MARKER
 from jaxneurons.errors import SourceError
 from jaxneurons.load import LM, hash_files
+from jaxneurons.token_ids import check_ids
 from jaxneurons.transformer import forward
 
 CERTIFICATE = "certificate.json"
@@ -180,6 +181,7 @@ def _sequences(lm: LM, length: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     random = rng.integers(0, lm.config.vocab_size, length)
     text = lm.tokenizer(" ".join(TEXTS))["input_ids"][:SHORT]
+    check_ids(text, lm.config.vocab_size, lm.tokenizer)
     return {
         "text": np.asarray(text, np.int32),
         f"random, {SHORT} tokens": random[:SHORT].astype(np.int32),
@@ -266,6 +268,7 @@ def _torch_forward(
 def _continue(params: Any, lm: LM, torch: Any, model: Any, text: str) -> dict[str, Any]:
     """Greedy continuations, teacher-forced on theirs: where do the first choices part?"""
     ids = np.asarray(lm.tokenizer(text)["input_ids"], np.int32)
+    check_ids(ids, lm.config.vocab_size, lm.tokenizer)
     with torch.no_grad():
         out = model.generate(
             torch.tensor(ids[None], dtype=torch.long),

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig
-from jaxneurons.convert.gguf import open_gguf, read_gguf
-from jaxneurons.convert.hf import CONFIG, read_hf, stored_dtype, weight_files
-from jaxneurons.convert.native import MARKER, PARAMS, read_native
+from jaxneurons.convert.gguf import config_of, open_gguf, read_gguf
+from jaxneurons.convert.hf import CONFIG, read_config, read_hf, stored_dtype, weight_files
+from jaxneurons.convert.native import MARKER, PARAMS, read_marker, read_native
 from jaxneurons.convert.rules import Place, Progress
 from jaxneurons.errors import SourceError, near_matches
 from jaxneurons.sharding import ShardingRules, param_shardings
@@ -41,6 +41,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -242,6 +243,7 @@ def _looks_like_path(name: str) -> bool:
 
 def _load_path(path: Path, options: _Options, *, source: str) -> LM:
     place, progress = options.place, options.progress
+    tokenizer = _headers_first(path)
     if path.is_dir():
         if (path / MARKER).is_file():
             config, params = read_native(path, dtype=options.dtype, place=place, progress=progress)
@@ -257,12 +259,23 @@ def _load_path(path: Path, options: _Options, *, source: str) -> LM:
         dtype = jnp.float32 if options.dtype is None else options.dtype
         config, params = read_gguf(header, dtype=dtype, place=place, progress=progress)
         files = _Files.of((path,), (path,), None)
-    tokenizer = read_tokenizer(path)
-    if len(tokenizer) > config.vocab_size:
-        raise SourceError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
-        )
     return LM(config=config, params=params, tokenizer=tokenizer, source=source, files=files)
+
+
+def _headers_first(path: Path) -> Any:
+    """The tokenizer, after the configuration: what is refused is refused before weights are read.
+
+    Raises:
+      SourceError: a configuration or tokenizer that is missing, damaged or not supported.
+      ConfigError: the model's configuration is not supported.
+    """
+    if path.is_file():
+        config_of(open_gguf(path))
+    elif (path / MARKER).is_file():
+        read_marker(path)
+    else:
+        read_config(path)
+    return read_tokenizer(path)
 
 
 def _tokenizer_files(path: Path) -> tuple[Path, ...]:
@@ -279,34 +292,9 @@ def read_tokenizer(path: Path) -> Any:
         from jaxneurons.convert.tokenizer import tokenizer_from_gguf
 
         return tokenizer_from_gguf(open_gguf(path).metadata, where=str(path))
-    if not _tokenizer_files(path):
-        raise SourceError(f"{path}: no tokenizer (tokenizer.json or tokenizer.model)")
-    try:
-        return _tokenizer_class(path).from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers raise
-        raise SourceError(f"{path}: the tokenizer cannot be read: {_short(error)}") from None
+    from jaxneurons.convert.tokenizer_directory import tokenizer_from_directory
 
-
-def _tokenizer_class(path: Path) -> Any:
-    """What reads a directory's tokenizer: the automatic class costs a second to import."""
-    try:
-        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-        plain = config.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    except (OSError, ValueError, AttributeError):
-        plain = False
-    if plain and (path / "tokenizer.json").is_file():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
-
-
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+    return tokenizer_from_directory(path)
 
 
 def _snapshot(repo: str, revision: str | None, *, weights: bool = True) -> Path:

@@ -21,6 +21,7 @@ from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons import check_site, site_width
 from jaxneurons.store import digest, write_json
+from jaxneurons.token_ids import check_ids
 from jaxneurons.transformer import forward
 
 DTYPES = ("float32", "bfloat16")
@@ -61,7 +62,8 @@ class ResponseStore:
       dtype: as stored: float32 or bfloat16.
 
     Raises:
-      DataError: the directory holds responses of another model, of other prompts or dtype.
+      DataError: the directory holds responses of another model, of other prompts or dtype; or a
+        prompt holds a token that the model does not have.
     """
 
     def __init__(
@@ -77,6 +79,8 @@ class ResponseStore:
             raise ConfigError(f"unknown response dtype {dtype!r}; known: {', '.join(DTYPES)}")
         if not prompts:
             raise DataError("no prompts to take responses of")
+        for prompt in prompts:
+            check_ids(prompt, config.vocab_size)
         self.path, self.config, self.dtype = Path(path), config, dtype
         self._plan = batches.by_length(prompts, ROWS)
         order = np.concatenate([batch.index for batch in self._plan])

@@ -27,6 +27,7 @@ from jaxneurons.relations import Relation, Split, split
 from jaxneurons.relspec import Prompt, RelSpecConfig
 from jaxneurons.responses import ResponseStore
 from jaxneurons.store import RunDirectory, digest
+from jaxneurons.token_ids import check_ids
 
 RESERVED = ("none", "random", "matched", "own")
 """What the tables call the controls."""
@@ -114,6 +115,7 @@ class Study:
                     f"relation {one.relation!r}: the prompt {one.text[:60]!r} has {len(ids)} "
                     f"tokens, the model's context holds {most}"
                 )
+            check_ids(ids, self.lm.config.vocab_size, self.lm.tokenizer)
             found.append(ids)
         return found
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxneurons import layers
 from jaxneurons.config import ModelConfig
+from jaxneurons.token_ids import check_ids
 
 Params = dict[str, Any]
 """One plain nested dict of arrays; layers are stacked on axis 0, kernels are [layer, in, out]."""
@@ -264,7 +265,11 @@ def forward(
 
     Returns:
       Logits, the extended cache and the activations: see `Output`.
+
+    Raises:
+      DataError: a token id that the vocabulary does not have (outside of `jit`).
     """
+    check_ids(tokens, config.vocab_size)
     return Transformer(config).apply(  # type: ignore[return-value]
         {"params": params},
         tokens,

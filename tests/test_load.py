@@ -82,13 +82,33 @@ def test_tokenizer_must_be_there_and_fit(hf_directory, tmp_path):
     with pytest.raises(SourceError, match=r"no tokenizer \(tokenizer\.json"):
         load(hf_directory)
     (hf_directory / "tokenizer.json").write_text("{")
-    with pytest.raises(SourceError, match="the tokenizer cannot be read"):
+    with pytest.raises(SourceError, match=r"tokenizer\.json:1: not valid JSON"):
         load(hf_directory)
     fields = gguf_fields(CONFIG) | VOCABULARY
     del fields["tokenizer.ggml.model"]
     tensors = gguf_tensors(CONFIG, hf_tensors(CONFIG))
     with pytest.raises(SourceError, match="tokenizer model None"):
         load(write_gguf(tmp_path / "bare.gguf", fields, tensors))
+
+
+def test_the_tokenizer_is_read_before_the_weights(gguf_file, hf_directory, tmp_path, monkeypatch):
+    """A refusal costs a second, not the minutes that weights take; the configuration is first."""
+
+    def never(*_, **__):
+        raise AssertionError("weights were read")
+
+    for name in ("read_gguf", "read_hf", "read_native"):
+        monkeypatch.setattr(loading, name, never)
+    (hf_directory / "tokenizer.json").write_text('{"model": {"type": "NoSuch"}}')
+    with pytest.raises(SourceError, match="or written by a newer release"):
+        load(hf_directory)
+    (hf_directory / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"no config\.json"):
+        load(hf_directory)
+    fields = gguf_fields(CONFIG) | VOCABULARY | {"tokenizer.ggml.pre": "viking"}
+    tensors = gguf_tensors(CONFIG, hf_tensors(CONFIG))
+    with pytest.raises(SourceError, match="pre-tokenizer 'viking'"):
+        load(write_gguf(tmp_path / "other.gguf", fields, tensors))
 
 
 @pytest.mark.parametrize(

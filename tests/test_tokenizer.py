@@ -154,6 +154,12 @@ def test_small_byte_level_vocabulary():
         ("qwen2", ["1", "2", "3"]),
         ("tekken", ["1", "2", "3"]),
         ("smollm", ["1", "2", "3"]),
+        ("deepseek-r1-qwen", ["1", "2", "3"]),
+        ("megrez", ["1", "2", "3"]),
+        ("smaug-bpe", ["12", "3"]),
+        ("falcon3", ["12", "3"]),
+        ("refact", ["1", "2", "3"]),
+        ("mellum", ["12", "3"]),
     ],
 )
 def test_each_pre_tokenizer_splits_numbers_its_way(pre, pieces):
@@ -162,6 +168,57 @@ def test_each_pre_tokenizer_splits_numbers_its_way(pre, pieces):
         "tokenizer.ggml.add_bos_token": False,
     }
     assert tokenizer_from_gguf(values).tokenize("123") == pieces
+
+
+@pytest.mark.parametrize(
+    ("names", "same"),
+    [
+        ("deepseek-r1-qwen kormo f2llmv2", "qwen2"),
+        ("falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano llama3 llama-v3", "llama-bpe"),
+        ("refact command-r codeshell exaone minerva-7b mellum2 starcoder", "smollm"),
+        ("phi-2 gigachat a.x-4.0 mellum mpt olmo jais trillion granite-docling exaone4", "gpt-2"),
+    ],
+)
+def test_names_that_llama_cpp_gives_one_pattern_split_alike(names, same):
+    texts = strings(300, seed=3)
+
+    def ids(pre):
+        values = byte_level_vocabulary() | {"tokenizer.ggml.pre": pre}
+        return tokenizer_from_gguf(values)(texts)["input_ids"]
+
+    wanted = ids(same)
+    assert all(ids(name) == wanted for name in names.split())
+
+
+def test_llama_3s_pattern_without_its_ways():
+    """smaug-bpe and dbrx: no BOS unless the file says so, and merges are never passed over."""
+    values = byte_level_vocabulary()
+    values["tokenizer.ggml.tokens"].append("cab")  # no merge leads to it
+    values["tokenizer.ggml.token_type"].append(1)
+    for pre, pieces in (("llama-bpe", ["cab"]), ("smaug-bpe", ["c", "a", "b"])):
+        tokenizer = tokenizer_from_gguf(values | {"tokenizer.ggml.pre": pre})
+        assert tokenizer.tokenize("cab") == pieces
+        assert (tokenizer("cab")["input_ids"][0] == 0) is (pre == "llama-bpe")
+    for pre, whole in (("qwen2", True), ("deepseek-r1-qwen", True), ("megrez", False)):
+        tokenizer = tokenizer_from_gguf(values | {"tokenizer.ggml.pre": pre})
+        assert (tokenizer("e\u0301") == tokenizer("é")) is whole
+
+
+@pytest.mark.parametrize("absent", [2**32 - 1, -1])
+def test_an_absent_token_has_the_largest_id(absent):
+    values = byte_level_vocabulary() | {
+        f"tokenizer.ggml.{name}_token_id": absent for name in ("bos", "padding", "unknown")
+    }
+    for pre in ("smollm", "llama-bpe"):
+        tokenizer = tokenizer_from_gguf(values | {"tokenizer.ggml.pre": pre})
+        assert (tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token) == (None,) * 3
+        assert tokenizer.eos_token == "<|end|>"
+        assert (
+            tokenizer("hello")["input_ids"]
+            == tokenizer("hello", add_special_tokens=False)["input_ids"]
+        )
+    with pytest.raises(SourceError, match="add_bos_token is set, but there is no bos token"):
+        tokenizer_from_gguf(values | {"tokenizer.ggml.add_bos_token": True})
 
 
 @pytest.mark.parametrize("add", [True, False])
@@ -256,12 +313,33 @@ def test_sentencepiece_without_prefix_or_bos():
     assert tokenizer.decode(ids) == "the cat"
 
 
+@pytest.mark.parametrize("scores", [None, "equal", "whole numbers"])
+def test_sentencepiece_without_scores_goes_by_the_order_of_the_pieces(scores):
+    values = sentencepiece_vocabulary()
+    count = len(values["tokenizer.ggml.tokens"])
+    kinds = {"equal": [-1000.0] * count, "whole numbers": list(range(0, -count, -1)), None: None}
+    own = values | {"tokenizer.ggml.scores": kinds[scores]}
+    tokenizer, texts = tokenizer_from_gguf(own), ["the cat", "  thecatsing", "ing in at", "é\n"]
+    assert tokenizer(texts)["input_ids"] == tokenizer_from_gguf(values)(texts)["input_ids"]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"][1:]
+        assert tokenizer.convert_ids_to_tokens(ids) == sentencepiece(text, values)
+
+
+def test_sentencepiece_without_the_id_of_its_bos():
+    values = sentencepiece_vocabulary(bos_token_id=None)
+    assert tokenizer_from_gguf(values)("the")["input_ids"][0] == 1
+    values["tokenizer.ggml.token_type"][1] = 1
+    with pytest.raises(SourceError, match="there is no bos token"):
+        tokenizer_from_gguf(values)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": "t5"}, "tokenizer model 't5' is not supported"),
         ({"model": None}, "tokenizer model None"),
-        ({"pre": "qwen"}, "pre-tokenizer 'qwen' is not supported; did you mean 'qwen2'"),
+        ({"pre": "qwen"}, r"file names the pre-tokenizer 'qwen' .* not supported; load the dir"),
         ({"pre": "default"}, "does not say how its tokenizer splits text"),
         ({"tokens": None}, "no tokenizer: tokenizer.ggml.tokens is missing"),
         ({"merges": None}, r"tokenizer\.ggml\.merges is missing"),
