@@ -14,8 +14,9 @@ from checkpoints import hf_tensors, tiny, write_hf
 from safetensors.numpy import save_file
 
 from jaxneurons.convert.config import config_from_hf
+from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.hf import read_hf
-from jaxneurons.convert.rules import Stored, fill, param_shapes, permute, unpermute
+from jaxneurons.convert.rules import param_shapes, permute, unpermute
 from jaxneurons.errors import ConfigError, SourceError
 
 KERNELS = {
@@ -123,7 +124,7 @@ def test_overflow_in_a_narrow_dtype_is_an_error(tmp_path):
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxneurons.convert.rules._CHUNK", 100)
+    monkeypatch.setattr("jaxneurons.convert.fill._CHUNK", 100)
     config = tiny(tie_word_embeddings=False)
     tensors = hf_tensors(config)
     _, params = read_hf(write_hf(tmp_path, config, tensors))
