@@ -62,8 +62,7 @@ IRRELEVANT: dict[str, str] = {
     ),
     **_because(
         "which outputs transformers returns, and in what container",
-        "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate "
-        "use_return_dict",
+        "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate",
     ),
     **_because(
         "heads of other tasks",

@@ -43,7 +43,7 @@ VALUES: dict[str, Any] = {
         ),
         True,
     ),
-    **dict.fromkeys(words("use_cache return_dict use_return_dict output_attentions"), False),
+    **dict.fromkeys(words("use_cache return_dict output_attentions"), False),
     **dict.fromkeys(
         words(
             "resid_pdrop embd_pdrop attn_pdrop hidden_dropout hidden_dropout_prob "
