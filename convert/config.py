@@ -1,14 +1,15 @@
 """Hugging Face configurations -> `ModelConfig`, strictly: no value is ever silently ignored.
 
-Every key of a `config.json` is read, or is listed here as irrelevant with the reason, or is an
-error that names it. (GGUF metadata: `gguf_config.py`.)
+Every key of a `config.json` is read, or is listed in `keys.py` as irrelevant with the reason, or is
+an error that names it. (GGUF metadata: `gguf_config.py`.)
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from jaxneurons.config import ROPE_TYPES, ModelConfig, RopeConfig
+from jaxneurons.convert.keys import FIXED, IRRELEVANT, MOST, Keys, without_keys
 from jaxneurons.errors import ConfigError
 
 # What transformers' LlamaConfig, MistralConfig and Qwen2Config fill in for an absent key.
@@ -56,114 +57,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Keys that select behaviour this library has in one form only; any other value is an error.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "rope_interleaved": (False, None),
-    "partial_rotary_factor": (1.0, None),
-    "is_encoder_decoder": (False, None),
-    "add_cross_attention": (False, None),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False, None),
-    "pruned_heads": ({}, None),
-    "per_layer_config": ({}, None),
-}
-
-
-def _because(reason: str, names: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), reason)
-
-
-# Keys that cannot change the logits, and why.
-IRRELEVANT: dict[str, str] = {
-    **_because(
-        "provenance",
-        "_name_or_path name_or_path _commit_hash transformers_version transformers.js_config "
-        "is_llama_config unsloth_fixed unsloth_version",
-    ),
-    **_because("names a Python class; model_type decides", "architectures tokenizer_class"),
-    **_because("each stored tensor says its own dtype", "torch_dtype dtype use_bfloat16"),
-    **_because("training only", "initializer_range attention_dropout hidden_dropout resid_pdrop"),
-    **_because(
-        "how a computation is carried out, not what it computes",
-        "pretraining_tp use_cache chunk_size_feed_forward attn_implementation torchscript "
-        "_attn_implementation _attn_implementation_autoset _flash_attn_2_enabled",
-    ),
-    **_because(
-        "the tokenizer's business",
-        "bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id",
-    ),
-    **_because(
-        "which outputs transformers returns, and in what container",
-        "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate",
-    ),
-    **_because(
-        "heads of other tasks",
-        "id2label label2id num_labels problem_type finetuning_task task_specific_params prefix "
-        "tf_legacy_loss is_decoder",
-    ),
-    **_because(
-        "decoding strategy",
-        "max_length min_length do_sample early_stopping num_beams num_beam_groups "
-        "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
-        "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
-        "forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens "
-        "exponential_decay_length_penalty begin_suppress_tokens",
-    ),
-}
-
-
-_MOST = {"num_hidden_layers": 100_000}
-
-
-class Keys:
-    """A dict that is consumed key by key, so that what nobody asked for can be reported."""
-
-    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
-        self.left = dict(values)
-        self.where = where
-        self.prefix = prefix
-
-    def error(self, key: str, value: Any, why: str) -> ConfigError:
-        """An error about a key: where, key, value and why."""
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        return ConfigError(f"{self.where}: {self.prefix}{key} = {shown}: {why}")
-
-    def integer(self, key: str, default: Any = None) -> Any:
-        """Consume an integer; None where the value is null or absent without a default."""
-        value = self.left.pop(key, default)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise self.error(key, value, "an integer is needed")
-        return value
-
-    def number(self, key: str, default: Any = None) -> Any:
-        """Consume a number, as a float; None as for `integer`."""
-        value = self.left.pop(key, default)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, value, "a number is needed")
-        try:
-            found = float(value)
-        except OverflowError:
-            found = math.inf
-        if not math.isfinite(found):
-            raise self.error(key, value, "a finite number is needed")
-        return found
-
-    def need(self, key: str, value: Any) -> Any:
-        """The value, which must not be None."""
-        if value is None:
-            raise ConfigError(f"{self.where}: {self.prefix}{key} is missing")
-        return value
-
-    def done(self, why: str) -> None:
-        """Raise if any key has not been consumed."""
-        for key, value in self.left.items():
-            raise self.error(key, value, why)
-
 
 def _rope_dict(
     values: Any, key: str, *, theta: float | None, keys: Keys, max_position: int, default: float
@@ -191,6 +84,9 @@ def _rope_dict(
     if partial not in (1.0, None):
         raise rope.error("partial_rotary_factor", partial, "only full rotary heads are supported")
     outer = keys.integer("original_max_position_embeddings")
+    rope.left.pop("finetuned", None)  # whether the model has been trained so
+    if kind in ("default", "linear"):  # neither looks at the original context
+        rope.integer("original_max_position_embeddings")
     if kind == "default":
         factor = rope.number("factor", 1.0)
         if factor not in (1.0, None):
@@ -294,8 +190,12 @@ def _hf_rope(keys: Keys, max_position: int, default: float) -> RopeConfig:
 def _hf_window(keys: Keys, family: str, layers: int) -> tuple[int | None, tuple[bool, ...] | None]:
     """Sliding window in positions, and which layers have it (None: all alike)."""
     window = keys.integer("sliding_window", DEFAULTS[family]["sliding_window"])
+    if family != "qwen2":
+        keys.integer("max_window_layers")  # of layers without a window: only qwen2 has them
     if family == "llama" and window is not None:
-        raise keys.error("sliding_window", window, "model_type 'llama' has no sliding window")
+        if keys.left.get("use_sliding_window") is not False:
+            raise keys.error("sliding_window", window, "model_type 'llama' has no sliding window")
+        window = None
     types = keys.left.pop("layer_types", None)
     if types is not None and (not isinstance(types, list) or len(types) != layers):
         raise keys.error("layer_types", types, f"a list of {layers} entries is needed")
@@ -328,15 +228,12 @@ def _hf_window(keys: Keys, family: str, layers: int) -> tuple[int | None, tuple[
 def _hf_biases(keys: Keys, family: str) -> tuple[str, ...]:
     """Projections with a bias."""
     names: list[str] = []
-    always = {"qwen2": True}.get(family)
     for key, adds in (("attention_bias", "qkvo"), ("mlp_bias", ("gate", "up", "down"))):
         value = keys.left.pop(key, None)
         if value is not None and not isinstance(value, bool):
             raise keys.error(key, value, "true or false is needed")
-        if key == "attention_bias" and always:
-            if value is False:
-                raise keys.error(key, value, "model_type 'qwen2' always has biases on q, k and v")
-            names += "qkv"
+        if key == "attention_bias" and family == "qwen2":
+            names += "qkv"  # whatever it says: weights without them are refused
         elif value and family != "llama":
             raise keys.error(key, value, f"model_type {family!r} has no such biases")
         elif value:
@@ -344,13 +241,20 @@ def _hf_biases(keys: Keys, family: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
+def config_from_hf(
+    config: dict[str, Any], *, where: str, ignore_keys: Sequence[str] = ()
+) -> ModelConfig:
     """Read the dictionary of a `config.json`; absent keys as transformers fills them in.
+
+    Args:
+      config: as JSON has it.
+      where: the file, for messages.
+      ignore_keys: keys to read as if they were not there.
 
     Raises:
       ConfigError: a key or value that this library does not handle, with key, value and `where`.
     """
-    keys = Keys(config, where)
+    keys = Keys(without_keys(config, ignore_keys, where=where), where)
     family = keys.left.pop("model_type", None)
     if not isinstance(family, str) or family not in DEFAULTS:
         raise ConfigError(
@@ -380,7 +284,7 @@ def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
         "max_position_embeddings",
     ):
         value = keys.integer(key, defaults[key])
-        if value is None or not 0 < value <= _MOST.get(key, 2**31 - 1):
+        if value is None or not 0 < value <= MOST.get(key, 2**31 - 1):
             raise keys.error(key, value, "a positive integer of sensible size is needed")
         sizes[key] = value
     heads = sizes["num_attention_heads"]
@@ -403,10 +307,7 @@ def config_from_hf(config: dict[str, Any], *, where: str) -> ModelConfig:
         rope = _hf_rope(keys, sizes["max_position_embeddings"], defaults["rope_theta"])
         for key in IRRELEVANT:
             keys.left.pop(key, None)
-        keys.done(
-            "this key is not known, so it is not known whether it changes the model; "
-            "remove it if it does not"
-        )
+        keys.done()
         return ModelConfig(
             vocab_size=sizes["vocab_size"],
             hidden_size=sizes["hidden_size"],

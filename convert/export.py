@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.config import ModelConfig
-from jaxneurons.convert.config import IRRELEVANT
+from jaxneurons.convert.fill import transpose_into
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
-from jaxneurons.convert.rules import Progress, Rule, stored_names, stored_shape, transpose_into
+from jaxneurons.convert.keys import IRRELEVANT
+from jaxneurons.convert.rules import Progress, Rule, stored_names, stored_shape
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
 

@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig
+from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.gguf_config import config_from_gguf
-from jaxneurons.convert.rules import Place, Progress, Stored, fill
+from jaxneurons.convert.rules import Place, Progress, gguf_biases
 from jaxneurons.errors import SourceError
 
 _SCALARS = {
@@ -262,8 +263,12 @@ def _reader(file: GGUFFile, name: str) -> Callable[[slice], np.ndarray]:
     return lambda rows: read_tensor(file, name, rows)
 
 
-def config_of(file: GGUFFile) -> ModelConfig:
+def config_of(file: GGUFFile, *, ignore_keys: Sequence[str] = ()) -> ModelConfig:
     """The configuration that a GGUF file's metadata and tensors state.
+
+    Args:
+      file: the header.
+      ignore_keys: keys of the architecture to read as if they were not there.
 
     Raises:
       SourceError: another architecture than llama.
@@ -278,8 +283,15 @@ def config_of(file: GGUFFile) -> ModelConfig:
         where=str(file.path),
         vocab_size=embedding.shape[0] if embedding is not None and embedding.shape else None,
         tied="output.weight" not in file.tensors,
+        biases=gguf_biases(file.tensors),
         inv_freq_divisors=divisors,
+        ignore_keys=ignore_keys,
     )
+
+
+def tensors_of(file: GGUFFile) -> list[Stored]:
+    """Every tensor of a GGUF file, to be read by rows."""
+    return [Stored(name, info.shape, _reader(file, name)) for name, info in file.tensors.items()]
 
 
 def read_gguf(
@@ -288,6 +300,7 @@ def read_gguf(
     dtype: DTypeLike = jnp.float32,
     place: Place | None = None,
     progress: Progress | None = None,
+    ignore_keys: Sequence[str] = (),
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Load a GGUF model, de-quantised to `dtype`.
 
@@ -300,17 +313,17 @@ def read_gguf(
       place: from the configuration, where each parameter goes, nested as they are; default: the
         default device.
       progress: told the bytes (de-quantised) of every piece that has been read.
+      ignore_keys: keys of the architecture to read as if they were not there.
 
     Raises:
       SourceError: not GGUF, truncated, another architecture, or tensors that do not fit.
       ConfigError: a configuration that this library does not handle.
     """
     file = path if isinstance(path, GGUFFile) else open_gguf(path)
-    config = config_of(file)
-    stored = [Stored(name, info.shape, _reader(file, name)) for name, info in file.tensors.items()]
+    config = config_of(file, ignore_keys=ignore_keys)
     return config, fill(
         config,
-        stored,
+        tensors_of(file),
         naming="gguf",
         dtype=dtype,
         where=str(file.path),

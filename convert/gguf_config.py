@@ -4,13 +4,14 @@ Every key of the architecture (`llama.*`, `qwen2.*`) is read, or is listed as ir
 reason, or is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxneurons.config import ModelConfig, RopeConfig
-from jaxneurons.convert.config import Keys, at, yarn_attention_factor
+from jaxneurons.config import PROJECTIONS, ModelConfig, RopeConfig
+from jaxneurons.convert.config import at, yarn_attention_factor
+from jaxneurons.convert.keys import Keys, without_keys
 from jaxneurons.errors import ConfigError, SourceError
 
 # Keys of the architecture that this library has in one form only.
@@ -21,6 +22,12 @@ GGUF_FIXED: dict[str, tuple[Any, ...]] = {
     "embedding_scale": (0.0, 1.0),
     "expert_count": (0,),
     "expert_used_count": (0,),
+    "expert_shared_count": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "nextn_predict_layers": (0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
     "tensor_data_layout": ("Meta AI original pth",),  # the interleaved rows that `rules` undoes
@@ -30,10 +37,12 @@ GGUF_FIXED: dict[str, tuple[Any, ...]] = {
 # Keys of the architecture that cannot change the logits, and why.
 GGUF_IRRELEVANT: dict[str, str] = {
     "rope.scaling.finetuned": "provenance",
+    "pooling_type": "how embeddings of whole texts are made, which is another task",
 }
 
 ARCHITECTURES: dict[str, tuple[str, ...]] = {"llama": (), "qwen2": ("q", "k", "v")}
-"""Supported architectures, and their projections with a bias. Mistral files are "llama"."""
+"""Supported architectures, and the projections that have a bias in all of their models; those of
+a "llama" (which Mistral files are, too) are known from the tensors."""
 
 
 def _decimal(value: float) -> float:
@@ -69,6 +78,11 @@ def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None, context: int) -> 
         raise keys.error("rope.scaling.attn_factor", attention, "only yarn has one")
     # Without a type, a factor means linear scaling (as in llama.cpp); 0 and 1 mean none.
     scaled = kind != "none" and factor not in (0.0, 1.0)
+    blend = keys.number("rope.scaling.yarn_ext_factor")
+    if blend is not None and scaled and blend != (kind == "yarn"):
+        raise keys.error(
+            "rope.scaling.yarn_ext_factor", blend, "only 1 with yarn, and 0 without, is supported"
+        )
     if kind in ("linear", "yarn") and not factor:
         raise ConfigError(f"{keys.where}: {keys.prefix}rope.scaling.factor is missing")
     if divisors is not None:
@@ -90,13 +104,43 @@ def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None, context: int) -> 
     return RopeConfig(theta=theta)
 
 
+def _architecture(fields: Mapping[str, Any], where: str) -> str:
+    """The architecture of a file, which must be a whole model of a supported one."""
+    # Parts but the first of a split file, and files of another kind, name no architecture.
+    parts = fields.get("split.count", 0)
+    if parts not in (0, 1):
+        number = fields.get("split.no")
+        which = f"part {number + 1}" if isinstance(number, int) else "one"
+        raise SourceError(
+            f"{where}: {which} of {parts} parts of a split GGUF; join them first with "
+            "llama-gguf-split --merge"
+        )
+    kind = fields.get("general.type", "model")
+    if kind != "model":
+        other = "an importance matrix for quantising" if kind == "imatrix" else f"of type {kind!r}"
+        raise SourceError(f"{where}: this GGUF is {other}, not a model")
+    architecture = fields.get("general.architecture")
+    if architecture is None:
+        raise SourceError(
+            f"{where}: this GGUF is not a model: it names no architecture (general.architecture)"
+        )
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise SourceError(
+            f"{where}: GGUF architecture {architecture!r} is not supported (supported: "
+            f"{', '.join(map(repr, ARCHITECTURES))}; Mistral files use 'llama' too)"
+        )
+    return architecture
+
+
 def config_from_gguf(
     fields: Mapping[str, Any],
     *,
     where: str,
     vocab_size: int | None = None,
     tied: bool = False,
+    biases: Sequence[str] = (),
     inv_freq_divisors: tuple[float, ...] | None = None,
+    ignore_keys: Sequence[str] = (),
 ) -> ModelConfig:
     """Read the metadata of a GGUF file.
 
@@ -108,27 +152,17 @@ def config_from_gguf(
       where: the file, for messages.
       vocab_size: rows of the embedding tensor; taken from the metadata when None.
       tied: the file has no `output.weight`.
+      biases: projections that the file has biases for.
       inv_freq_divisors: the values of the tensor `rope_freqs.weight`.
+      ignore_keys: keys of the architecture to read as if they were not there.
 
     Raises:
       SourceError: another architecture, or not a model.
       ConfigError: a key or value that this library does not handle.
     """
-    architecture = fields.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise SourceError(
-            f"{where}: GGUF architecture {architecture!r} is not supported (supported: "
-            f"{', '.join(map(repr, ARCHITECTURES))}; Mistral files use 'llama' too)"
-        )
-    kind = fields.get("general.type", "model")
-    if kind != "model":
-        raise SourceError(f"{where}: this GGUF is of type {kind!r}, not a model")
-    if fields.get("split.count", 0) not in (0, 1):
-        raise SourceError(
-            f"{where}: one of {fields['split.count']} parts of a split GGUF; join them first "
-            "with llama-gguf-split --merge"
-        )
+    architecture = _architecture(fields, where)
     prefix = f"{architecture}."
+    fields = without_keys(fields, ignore_keys, where=where, prefix=prefix)
     own = {key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)}
     keys = Keys(own, where, prefix=prefix)
     for key, allowed in GGUF_FIXED.items():
@@ -180,7 +214,7 @@ def config_from_gguf(
         rope = _gguf_rope(keys, inv_freq_divisors, context)
         for key in GGUF_IRRELEVANT:
             keys.left.pop(key, None)
-        keys.done("this key is not known, so it is not known whether it changes the model")
+        keys.done()
         return ModelConfig(
             vocab_size=keys.need("vocab_size", vocab),
             hidden_size=hidden,
@@ -194,7 +228,7 @@ def config_from_gguf(
             rope=rope,
             tied=tied,
             sliding_window=window or None,
-            biases=ARCHITECTURES[architecture],
+            biases=ARCHITECTURES[architecture] or tuple(n for n in PROJECTIONS if n in biases),
             family=architecture,
         )
     except ConfigError as error:

@@ -6,6 +6,7 @@ Torch is never imported: pickled weights are refused.
 import functools
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,7 +16,8 @@ from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.config import config_from_hf
-from jaxneurons.convert.rules import Place, Progress, Stored, fill, stored_names
+from jaxneurons.convert.fill import Stored, fill
+from jaxneurons.convert.rules import DROPPABLE, RULES, UNEMBED, Place, Progress, stored_names
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
 
@@ -94,10 +96,15 @@ def check_links(directory: Path, *names: str) -> None:
       SourceError: names the file.
     """
     home = directory.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    # Either folder of the cache may itself be a link, to a larger disk.
+    blobs = {
+        (place.parent.parent / "blobs").resolve()
+        for place in (home, directory.absolute())
+        if place.parent.name == "snapshots"
+    }
     for name in names:
         target = (directory / name).resolve()
-        if not (target.is_relative_to(home) or target.parent == blobs):
+        if not (target.is_relative_to(home) or target.parent in blobs):
             raise SourceError(
                 f"{directory / name}: a link out of the directory; give the directory that it "
                 "points into, or put the file itself there"
@@ -130,6 +137,7 @@ def read_hf(
     dtype: DTypeLike = jnp.float32,
     place: Place | None = None,
     progress: Progress | None = None,
+    ignore_keys: Sequence[str] = (),
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Load a model from a Hugging Face directory.
 
@@ -139,21 +147,17 @@ def read_hf(
       place: from the configuration, where each parameter goes, nested as they are; default: the
         default device.
       progress: told the bytes of every piece that has been read.
+      ignore_keys: keys of config.json to read as if they were not there.
 
     Raises:
       SourceError: files that are missing, damaged or pickled, or tensors that do not fit.
       ConfigError: a configuration that this library does not handle.
     """
     directory = Path(directory)
-    config = read_config(directory)
-    tensors = [
-        Stored(name, entry.shape, functools.partial(read_rows, path, name, entry))
-        for path, entries in hf_tensors(directory).items()
-        for name, entry in entries.items()
-    ]
+    config = read_config(directory, ignore_keys=ignore_keys)
     return config, fill(
         config,
-        tensors,
+        stored_tensors(hf_tensors(directory)),
         naming="hf",
         dtype=dtype,
         where=str(directory),
@@ -162,8 +166,19 @@ def read_hf(
     )
 
 
-def read_config(directory: Path) -> ModelConfig:
+def stored_tensors(files: Mapping[Path, Mapping[str, Entry]]) -> Iterator[Stored]:
+    """The tensors of `hf_tensors`, to be read by rows."""
+    for path, entries in files.items():
+        for name, entry in entries.items():
+            yield Stored(name, entry.shape, functools.partial(read_rows, path, name, entry))
+
+
+def read_config(directory: Path, *, ignore_keys: Sequence[str] = ()) -> ModelConfig:
     """The configuration of a Hugging Face directory.
+
+    Args:
+      directory: holds config.json.
+      ignore_keys: its keys to read as if they were not there.
 
     Raises:
       SourceError: no config.json, or not a JSON object.
@@ -173,7 +188,7 @@ def read_config(directory: Path) -> ModelConfig:
     if not where.is_file():
         raise SourceError(f"{directory}: no {CONFIG}")
     check_links(directory, CONFIG, INDEX)
-    return config_from_hf(read_json(where), where=str(where))
+    return config_from_hf(read_json(where), where=str(where), ignore_keys=ignore_keys)
 
 
 def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
@@ -186,14 +201,23 @@ def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
     for shard, listed in weight_files(directory).items():
         path = directory / shard
         if not path.is_file():
+            if listed is not None and all(map(_carries_nothing, listed)):
+                continue
             raise SourceError(f"{path}: no such file, but {INDEX} lists it")
         check_links(directory, shard)
         entries = open_safetensors(path)
         for name in sorted(set(listed) ^ set(entries)) if listed is not None else ():
+            # What is needed and not stored is missed later; tied models list both embeddings.
+            if _carries_nothing(name) or (name == UNEMBED.hf and name not in entries):
+                continue
             holder, other = (INDEX, shard) if name in (listed or ()) else (shard, INDEX)
             raise SourceError(f"{directory}: tensor {name} is in {holder} but not in {other}")
         found[path] = entries
     return found
+
+
+def _carries_nothing(name: str) -> bool:
+    return DROPPABLE["hf"].fullmatch(name) is not None
 
 
 def stored_dtypes(directory: Path) -> dict[str, str]:
@@ -205,14 +229,21 @@ def stored_dtypes(directory: Path) -> dict[str, str]:
     }
 
 
-def stored_dtype(directory: Path) -> np.dtype:
+def stored_dtype(directory: Path, *, ignore_keys: Sequence[str] = ()) -> np.dtype:
     """The narrowest dtype for parameters that holds every stored parameter exactly.
+
+    Args:
+      directory: a Hugging Face directory.
+      ignore_keys: keys of config.json to read as if they were not there.
 
     Raises:
       SourceError: float64 weights, for which there is none.
     """
-    own = stored_names(read_config(directory), "hf")
-    found = {dtype for name, dtype in stored_dtypes(directory).items() if name in own}
+    own = set(stored_names(read_config(directory, ignore_keys=ignore_keys), "hf"))
+    dtypes = stored_dtypes(directory)
+    if RULES[0].hf not in dtypes:  # a tied model that stores its unembedding instead
+        own.add(UNEMBED.hf)
+    found = {dtype for name, dtype in dtypes.items() if name in own}
     if "float64" in found:
         raise SourceError(f"{directory}: float64 weights; give a dtype, such as float32")
     if found <= {"bfloat16"}:

@@ -1,39 +1,25 @@
 """One table of parameter names, shapes and reshapes, for Hugging Face and GGUF checkpoints.
 
 Parameters are a nested dict of arrays: layers stacked on axis 0, kernels [in, out] (checkpoints
-store them [out, in]). `fill` copies a checkpoint into it, tensor by tensor, and accounts for every
-tensor on both sides.
+store them [out, in]). `fill.py` reads a checkpoint by it, `export.py` writes one.
 """
 
 import dataclasses
-import functools
 import math
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.typing import DTypeLike
 
 from jaxneurons.config import ModelConfig
-from jaxneurons.errors import ConfigError, SourceError
 
 Naming = Literal["hf", "gguf"]
 Progress = Callable[[int], None]
 """Told bytes as they pass."""
 Place = Callable[[ModelConfig], Any]
 """A `Sharding` for every parameter, nested as they are."""
-
-_ALIGNMENT = 64  # bytes
-_CHUNK = 1 << 20  # values read at a time
-_STRIP = 16  # rows transposed at a time: three times as fast as a thousand
-THREADS = min(4, os.cpu_count() or 1)
-"""That read and transpose; numpy and the file system leave each other room."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,21 +113,6 @@ DROPPABLE: dict[str, re.Pattern[str]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor of a checkpoint: its shape is known before it is read.
-
-    Attributes:
-      name: its name in the file.
-      shape: as stored, slowest axis first.
-      read: returns some of its rows (a slice of axis 0).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[slice], np.ndarray]
-
-
 def dimensions(config: ModelConfig) -> dict[str, int]:
     """Sizes of the named axes in `Rule.dims`."""
     return {
@@ -163,6 +134,16 @@ def rules_for(config: ModelConfig) -> tuple[Rule, ...]:
         if rule.path[-1] == "kernel" and rule.path[2] in config.biases
     ]
     return (*RULES, *biases) if config.tied else (*RULES, *biases, UNEMBED)
+
+
+def gguf_biases(names: Container[str]) -> tuple[str, ...]:
+    """The projections that a GGUF file has a bias for (in its first layer: all must be alike)."""
+    kernels = {rule.path[2]: rule.gguf for rule in RULES if rule.path[-1] == "kernel"}
+    return tuple(
+        name
+        for name, kernel in kernels.items()
+        if kernel.format(i=0).removesuffix("weight") + "bias" in names
+    )
 
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
@@ -216,211 +197,8 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
 
 
-def fill(
-    config: ModelConfig,
-    tensors: Iterable[Stored],
-    *,
-    naming: Naming,
-    dtype: DTypeLike = jnp.float32,
-    where: str,
-    shardings: Any = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Copy a checkpoint into a fresh parameter tree, one stacked parameter at a time.
-
-    Shapes are checked before anything is read; every parameter is filled exactly once; every
-    stored tensor is used or known to carry nothing. A stored unembedding of a tied model must
-    equal the embedding.
-
-    Args:
-      config: the model's shape.
-      tensors: the checkpoint.
-      naming: whose names they have.
-      dtype: dtype of the parameters; stored values are cast.
-      where: the checkpoint, for messages.
-      shardings: where each parameter goes, nested as they are; default: the default device.
-      progress: told the bytes of every piece that has been read.
-
-    Raises:
-      SourceError: a tensor is missing, left over, misshapen, stored twice, or not finite.
-      ConfigError: a dtype that parameters cannot have.
-    """
-    target_dtype = parameter_dtype(dtype)
-    tensors = list(tensors)
-    if config.num_layers > len(tensors):
-        raise SourceError(
-            f"{where}: the configuration says {config.num_layers} layers, but there are only "
-            f"{len(tensors)} tensors"
-        )
-    targets = stored_names(config, naming)
-    plan: dict[str, tuple[Stored, Rule, int | None]] = {}
-    left_over: list[str] = []
-    duplicate: Stored | None = None
-    for tensor in tensors:
-        if tensor.name in plan:
-            raise SourceError(f"{where}: tensor {tensor.name} is stored twice")
-        if tensor.name in targets:
-            rule, layer = targets[tensor.name]
-            expected = stored_shape(rule, config)
-            if tuple(tensor.shape) != expected:
-                raise SourceError(
-                    f"{where}: tensor {tensor.name} has shape {tuple(tensor.shape)}, "
-                    f"the configuration says {expected}"
-                )
-            plan[tensor.name] = (tensor, rule, layer)
-        elif config.tied and tensor.name == getattr(UNEMBED, naming):
-            duplicate = tensor
-        elif not DROPPABLE[naming].fullmatch(tensor.name):
-            left_over.append(tensor.name)
-    problems = []
-    if missing := [name for name in targets if name not in plan]:
-        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
-    if left_over:
-        problems.append(f"{len(left_over)} tensors have no place: {_some(left_over)}")
-    if problems:
-        raise SourceError(f"{where}: " + "; ".join(problems))
-
-    sources: dict[tuple[str, ...], list[tuple[Stored, Rule, int | None]]] = {}
-    for item in plan.values():
-        sources.setdefault(item[1].path, []).append(item)
-    sizes = dimensions(config)
-    # Only the architecture "llama" stores the rows of each head interleaved.
-    interleaved = naming == "gguf" and config.family == "llama"
-
-    def build(rule: Rule) -> np.ndarray:
-        """One parameter, stacked over layers."""
-        shape = tuple(sizes[dim] for dim in rule.dims)
-        shape = (config.num_layers, *shape) if rule.per_layer else shape
-        host = _aligned(shape, target_dtype)
-
-        def copy(item: tuple[Stored, int | None, slice]) -> int:
-            tensor, layer, rows = item
-            values = _read(tensor, rows, where)
-            if interleaved and rule.rotary is not None:
-                values = unpermute(values, sizes[rule.rotary])
-            target = host if layer is None else host[layer]
-            place = target[:, rows] if rule.transposed else target[rows]
-            _assign(place, values, tensor.name, where, transposed=rule.transposed)
-            return values.nbytes
-
-        whole = interleaved and rule.rotary is not None
-        pieces = (
-            (tensor, layer, rows)
-            for tensor, _, layer in sources[rule.path]
-            for rows in _slices(tensor.shape, whole=whole)
-        )
-        for nbytes in pool.map(copy, pieces):
-            if progress is not None:
-                progress(nbytes)
-        return host
-
-    # One parameter at a time: beside what is on the devices, the host holds the largest of them.
-    params: dict[str, Any] = {}
-    with ThreadPoolExecutor(THREADS) as pool:
-        for rule in rules_for(config):
-            host = build(rule)
-            if rule.path == ("embed", "embedding") and duplicate is not None:
-                _check_duplicate(duplicate, host, where)
-            put(params, rule.path, jax.device_put(host, _at(shardings, rule.path)))
-    return params
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf of a nested dict; None of None."""
-    return None if tree is None else functools.reduce(lambda node, key: node[key], path, tree)
-
-
-def _check_duplicate(duplicate: Stored, embedding: np.ndarray, where: str) -> None:
-    """A stored unembedding of a tied model must be the embedding."""
-    if duplicate.shape != embedding.shape or not all(
-        np.array_equal(_read(duplicate, rows, where).astype(embedding.dtype), embedding[rows])
-        for rows in _slices(duplicate.shape)
-    ):
-        raise SourceError(
-            f"{where}: the configuration ties the unembedding to the embedding, but "
-            f"{duplicate.name} differs from it; set tie_word_embeddings to false if the "
-            "stored unembedding is meant"
-        )
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that a CPU device can adopt as it is: XLA copies what is not aligned."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _slices(shape: tuple[int, ...], *, whole: bool = False) -> Iterator[slice]:
-    """Rows to read at a time: bounded, so that no temporary array is large."""
-    step = shape[0] if whole else max(1, _CHUNK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
-
-
-def _read(tensor: Stored, rows: slice, where: str) -> np.ndarray:
-    """Read rows of a tensor and refuse what is not finite."""
-    values = tensor.read(rows)
-    if values.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
-        raise SourceError(
-            f"{where}: tensor {tensor.name} has dtype {values.dtype.name}; only floating-point "
-            "weights are read"
-        )
-    with np.errstate(all="ignore"):
-        # A sum is not finite if any term is not; it is one pass without a temporary array.
-        suspicious = not np.isfinite(values.sum(dtype=np.float32))
-    if suspicious and not np.isfinite(values).all():
-        raise SourceError(f"{where}: tensor {tensor.name} holds NaN or infinite values")
-    return values
-
-
-def parameter_dtype(dtype: DTypeLike) -> np.dtype:
-    """The dtype, which must be one that parameters can have.
-
-    Raises:
-      ConfigError: it is not.
-    """
-    try:
-        found = np.dtype(jnp.dtype(dtype))
-    except TypeError:
-        raise ConfigError(f"unknown dtype {dtype!r} (float32, bfloat16 or float16)") from None
-    if found.name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"parameters cannot have dtype {found.name} (float32, bfloat16, float16)")
-    return found
-
-
-def transpose_into(target: np.ndarray, values: np.ndarray) -> None:
-    """target[...] = values.T, a few rows of `values` at a time, which its caches can hold."""
-    if target.dtype == values.dtype:  # plain integers are copied faster than bfloat16
-        plain = np.dtype(f"u{target.dtype.itemsize}")
-        target, values = target.view(plain), values.view(plain)
-    for start in range(0, len(values), _STRIP):
-        target[:, start : start + _STRIP] = values[start : start + _STRIP].T
-
-
-def _assign(
-    target: np.ndarray, values: np.ndarray, name: str, where: str, *, transposed: bool
-) -> None:
-    with np.errstate(over="ignore"):
-        if transposed:
-            transpose_into(target, values)
-        else:
-            target[...] = values
-    narrower = ml_dtypes.finfo(target.dtype).max < ml_dtypes.finfo(values.dtype).max
-    if narrower and not np.isfinite(target).all():
-        raise SourceError(
-            f"{where}: tensor {name} does not fit into {target.dtype.name}; load with "
-            "dtype=float32 or bfloat16"
-        )
-
-
 def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """Set the leaf of a nested dict."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown + (", ..." if len(names) > 5 else "")

@@ -10,6 +10,7 @@ import typer
 
 from jaxneurons import qrnca_cli, relspec_cli
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
+from jaxneurons.qrnca_cli import IgnoreKeys
 from jaxneurons.terminal import (
     console,
     counting,
@@ -55,9 +56,10 @@ def demo(
         ),
     ] = "lab",
     out: Annotated[Path, typer.Option(help="Run directory to write.")] = Path("runs/demo"),
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Locate the neurons of a few dozen facts, turn them off, and see what is lost."""
-    lm = load_and_say(model)
+    lm = load_and_say(model, ignore_keys=ignore_key)
     from jaxneurons.demo import demo_facts, run_demo
 
     facts = demo_facts(lm.source)
@@ -75,6 +77,7 @@ def convert_command(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
     ] = None,
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Convert a checkpoint; nothing appears under DESTINATION before it is whole."""
     from jaxneurons.save import FORMATS, check_free, save
@@ -87,7 +90,7 @@ def convert_command(
     from jaxneurons.load import load
 
     with counting_bytes("Reading") as tell:
-        lm = load(source, dtype=dtype, progress=tell)
+        lm = load(source, dtype=dtype, progress=tell, ignore_keys=ignore_key or ())
     with counting_bytes("Writing") as tell:
         save(lm, destination, to=to, progress=tell)  # type: ignore[arg-type]
     size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
@@ -108,6 +111,7 @@ def verify_command(
             min=1, help="Tokens of the long sequence; default: past the original context."
         ),
     ] = None,
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
     from jaxneurons.certificate import CERTIFICATE, verify
@@ -118,7 +122,7 @@ def verify_command(
         raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
     reference, _ = locate_source(against)
     with errors.status(f"Loading {directory} ..."):
-        lm = load(directory, dtype=dtype)
+        lm = load(directory, dtype=dtype, ignore_keys=ignore_key or ())
     with counting("Comparing", "comparisons") as tell:
         found = verify(lm, reference, long=long, progress=tell)
     where = directory / CERTIFICATE if directory.is_dir() else directory.with_suffix(".json")
@@ -129,18 +133,20 @@ def verify_command(
         _fail(
             f"{directory} is not what PyTorch makes of {against}: logits differ by "
             f"up to {found['logits_worst']['largest']:.1e} standard deviations, "
-            f"{found['continuations_equal']} continuations are equal"
+            f"{found['continuations_equal']} continuations are equal, "
+            f"{len(found['weights']['differ'])} of {found['weights']['tensors']} tensors differ"
         )
 
 
 @app.command("inspect")
 def inspect_command(
     source: Annotated[str, typer.Argument(help="Anything that load() takes.")],
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Family, shapes, neurons, memory and tokenizer of a checkpoint, without loading it."""
     from jaxneurons.describe import describe
 
-    show_description(describe(source))
+    show_description(describe(source, ignore_keys=ignore_key or ()))
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:

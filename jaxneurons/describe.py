@@ -1,13 +1,15 @@
 """What a checkpoint is, from its headers: no weight is read."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxneurons.config import ModelConfig
-from jaxneurons.convert.gguf import config_of, open_gguf
-from jaxneurons.convert.hf import hf_tensors, read_config
-from jaxneurons.convert.native import MARKER, read_marker
+from jaxneurons.convert.fill import match
+from jaxneurons.convert.gguf import config_of, open_gguf, tensors_of
+from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors
+from jaxneurons.convert.native import MARKER, read_marker, recorded_keys
 from jaxneurons.convert.rules import param_sizes
 from jaxneurons.errors import SourceError
 from jaxneurons.load import locate_source, read_tokenizer
@@ -41,15 +43,23 @@ class Description:
     tokenizer: dict[str, Any]
 
 
-def describe(source: str, *, revision: str | None = None) -> Description:
+def describe(
+    source: str, *, revision: str | None = None, ignore_keys: Sequence[str] = ()
+) -> Description:
     """Describe a model without loading it.
 
+    Args:
+      source: as `load` takes it.
+      revision: branch, tag or commit of a hub id.
+      ignore_keys: as `load` takes them.
+
     Raises:
-      SourceError: the source cannot be found, or its headers cannot be read.
+      SourceError: the source cannot be found, its headers cannot be read, or its tensors, by name
+        and shape, are not those of the configuration.
       ConfigError: the model's configuration is not supported.
     """
     path, label = locate_source(source, revision=revision, weights=False)
-    kind, config, stored = _headers(path)
+    kind, config, stored = _headers(path, ignore_keys)
     count = sum(param_sizes(config))
     return Description(
         source=label,
@@ -63,7 +73,7 @@ def describe(source: str, *, revision: str | None = None) -> Description:
     )
 
 
-def _headers(path: Path) -> tuple[str, ModelConfig, dict[str, int]]:
+def _headers(path: Path, ignored: Sequence[str]) -> tuple[str, ModelConfig, dict[str, int]]:
     stored: dict[str, int] = {}
 
     def add(name: str, nbytes: int) -> None:
@@ -75,20 +85,26 @@ def _headers(path: Path) -> tuple[str, ModelConfig, dict[str, int]]:
         header = open_gguf(path)
         for tensor in header.tensors.values():
             add(GGMLQuantizationType(tensor.kind).name, tensor.nbytes)
-        return "GGUF", config_of(header), stored
+        config = config_of(header, ignore_keys=ignored)
+        match(config, tensors_of(header), naming="gguf", where=str(path))
+        return "GGUF", config, stored
     if (path / MARKER).is_file():
         config, facts = read_marker(path)
+        recorded_keys(path, ignored)
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
         add(facts["dtype"], size)
         return "native", config, stored
-    config = read_config(path)
+    config = read_config(path, ignore_keys=ignored)
     try:
-        for entries in hf_tensors(path).values():
-            for entry in entries.values():
-                add(entry.dtype.name, entry.nbytes)
+        files = hf_tensors(path)
     except SourceError:
         if any(path.glob("*.safetensors")):
             raise  # weights that are here, and damaged
+        return "Hugging Face", config, stored
+    for entries in files.values():
+        for entry in entries.values():
+            add(entry.dtype.name, entry.nbytes)
+    match(config, stored_tensors(files), naming="hf", where=str(path))
     return "Hugging Face", config, stored
 
 

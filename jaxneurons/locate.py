@@ -143,9 +143,7 @@ def locate(
     prompts = encode_queries(lm, queries, settings)
     plan = batches.plan(prompts, batch_size)
     identity = {
-        "model": lm.hash,
-        "tokenizer": lm.tokenizer_hash,
-        "dtype": str(lm.params["embed"]["embedding"].dtype),
+        **lm.identity(),
         "settings": dataclasses.asdict(settings),
         "queries": digest([[q.id, q.group] for q in queries]),
         "prompts": digest(prompts),
@@ -284,13 +282,7 @@ def _facts(
     counts = np.array([len(found.neurons) for found in neurons.values()])
     return {
         "method": "QRNCA (arXiv 2406.10868)",
-        "model": {
-            "source": lm.source,
-            "sha256": lm.hash,
-            "tokenizer_sha256": lm.tokenizer_hash,
-            "dtype": str(lm.params["embed"]["embedding"].dtype),
-            "config": dataclasses.asdict(lm.config),
-        },
+        "model": lm.facts(),
         "settings": dataclasses.asdict(settings),
         "queries": len(queries),
         "groups": {

@@ -33,6 +33,15 @@ Directory = Annotated[Path, typer.Option("--run", help="Run directory of `qrnca 
 Model = Annotated[
     str | None, typer.Option(help="Where the run's model is now; default: where it was.")
 ]
+IgnoreKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-key",
+        metavar="NAME",
+        help="A key of the model's configuration to read as if it were not there; may be given "
+        "several times. Results say so.",
+    ),
+]
 OwnNeurons = Annotated[
     Path | None,
     typer.Option(help="CSV of site, layer, index: neurons of your own, one more method."),
@@ -72,6 +81,7 @@ def locate(
             "a fifth of the free disk; on an accelerator none.",
         ),
     ] = None,
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Find the neurons that the answer to each query depends on."""
     from jaxneurons import qrnca
@@ -87,7 +97,7 @@ def locate(
     asked = bundled_queries(queries)[:limit]
     qrnca.check_count(len(asked))
 
-    lm = load_and_say(model)
+    lm = load_and_say(model, ignore_keys=ignore_key)
     from jaxneurons.locate import locate as find
 
     with counting("Attributing") as tell:
@@ -146,7 +156,11 @@ def questions(
 
 @app.command()
 def evaluate(
-    run: Directory, model: Model = None, neurons: OwnNeurons = None, seed: Seed = 0
+    run: Directory,
+    model: Model = None,
+    neurons: OwnNeurons = None,
+    seed: Seed = 0,
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Boost and suppress each query's neurons, beside five baselines and matched random ones.
 
@@ -154,7 +168,7 @@ def evaluate(
     intervals, how much of the attribution a set holds, and its effect beyond the matched control.
     """
     extra = _own(neurons)
-    found = _opened(run, model)
+    found = _opened(run, model, ignore_key)
     from jaxneurons.qrnca_effects import change_rows, evaluation_rows
 
     outcomes = _trials(found, extra, seed)
@@ -171,13 +185,19 @@ def evaluate(
 
 
 @app.command()
-def edit(run: Directory, model: Model = None, neurons: OwnNeurons = None, seed: Seed = 0) -> None:
+def edit(
+    run: Directory,
+    model: Model = None,
+    neurons: OwnNeurons = None,
+    seed: Seed = 0,
+    ignore_key: IgnoreKeys = None,
+) -> None:
     """Which answers turn? Right ones when neurons are suppressed, wrong ones when boosted.
 
     Writes tables/editing and its figure; shares its passes with `evaluate`.
     """
     extra = _own(neurons)
-    found = _opened(run, model)
+    found = _opened(run, model, ignore_key)
     from jaxneurons.qrnca_effects import editing_rows
 
     outcomes = _trials(found, extra, seed)
@@ -189,12 +209,14 @@ def edit(run: Directory, model: Model = None, neurons: OwnNeurons = None, seed: 
 
 
 @app.command()
-def predict(run: Directory, model: Model = None, seed: Seed = 0) -> None:
+def predict(
+    run: Directory, model: Model = None, seed: Seed = 0, ignore_key: IgnoreKeys = None
+) -> None:
     """Answer each half of the queries from the neurons located in the other half alone.
 
     Writes tables/prediction and its figure. The protocol is that of `jaxneurons.prediction`.
     """
-    found = _opened(run, model)
+    found = _opened(run, model, ignore_key)
     from jaxneurons.prediction import predict as read_off
 
     with counting("Reading neurons") as tell:
@@ -216,12 +238,13 @@ def analyse(
         Path | None,
         typer.Option(help="Another run: how far do the neurons of the same queries agree?"),
     ] = None,
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Counts, overlap, layers, map and words of the neurons; kinds of neurons and runs compared.
 
     Writes tables and figures; `kinds` locates again at each site, on some of the queries.
     """
-    found = _opened(run, model)
+    found = _opened(run, model, ignore_key)
     from jaxneurons import qrnca_analyses as analyses
 
     neurons = analyses.neuron_rows(found)
@@ -307,10 +330,12 @@ def _write_facts(
     )
 
 
-def _opened(path: Path, model: str | None) -> "Run":
-    from jaxneurons.qrnca_run import open_run, source_of
+def _opened(path: Path, model: str | None, ignore_keys: list[str] | None = None) -> "Run":
+    from jaxneurons.qrnca_run import ignored_keys_of, open_run, source_of
 
-    return open_run(path, load_and_say(source_of(path) if model is None else model))
+    source = source_of(path)
+    keys = ignored_keys_of(path) if ignore_keys is None else ignore_keys
+    return open_run(path, load_and_say(model or source, ignore_keys=keys))
 
 
 def _write(run: "Run", tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:

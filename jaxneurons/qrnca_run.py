@@ -95,6 +95,14 @@ def source_of(path: str | os.PathLike[str]) -> str:
     return model["source"]
 
 
+def ignored_keys_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The keys of the model's configuration that a run was made without."""
+    keys = read_json(Path(path) / RUN)["model"].get("ignored_keys", [])
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise DataError(f"{Path(path) / RUN}: model.ignored_keys is not a list of names")
+    return tuple(keys)
+
+
 def open_run(path: str | os.PathLike[str], lm: LM | None = None) -> Run:
     """Open a finished run; its model is loaded from where it came from, unless it is given.
 
@@ -105,7 +113,7 @@ def open_run(path: str | os.PathLike[str], lm: LM | None = None) -> Run:
     path = Path(path)
     source = source_of(path)
     facts = read_json(path / RUN)
-    lm = load(source) if lm is None else lm
+    lm = load(source, ignore_keys=ignored_keys_of(path)) if lm is None else lm
     if facts["model"].get("sha256") != lm.hash:
         raise DataError(
             f"{path}: its neurons were located in {source} (weights {_short(facts)}), not in "

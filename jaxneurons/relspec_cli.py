@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxneurons.errors import DataError
+from jaxneurons.qrnca_cli import IgnoreKeys
 from jaxneurons.terminal import console, load_and_say, show_comparison, show_study, stages
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def run(
     detection: Detection = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Every stage: ask, take responses, rank neurons, switch them off, measure, draw."""
     from jaxneurons.relations import read_counts
@@ -84,7 +86,7 @@ def run(
         dtype=dtype,
         seed=seed,
     )
-    with _study(out, model, relations, settings) as study:
+    with _study(out, model, relations, settings, ignore_key) as study:
         from jaxneurons.relspec_run import analyse, collect, neurons, plot
 
         collect(study)
@@ -109,6 +111,7 @@ def collect(
     detection: Detection = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
+    ignore_key: IgnoreKeys = None,
 ) -> None:
     """Stage 1: which prompts does the model answer, and how do its neurons respond to them?"""
     settings = _settings(
@@ -123,7 +126,7 @@ def collect(
         dtype=dtype,
         seed=seed,
     )
-    with _study(out, model, relations, settings) as study:
+    with _study(out, model, relations, settings, ignore_key) as study:
         from jaxneurons.relspec_run import collect
 
         collect(study)
@@ -193,20 +196,25 @@ def _analyse(out: Path, analyses: str, counts: Path | None) -> None:
 
 @contextmanager
 def _study(
-    out: Path, model: str | None = None, relations: list[str] | None = None, settings: Any = None
+    out: Path,
+    model: str | None = None,
+    relations: list[str] | None = None,
+    settings: Any = None,
+    ignore_keys: list[str] | None = None,
 ) -> Iterator["Study"]:
     """A study begun or gone on with; relations are checked before the model is loaded."""
-    from jaxneurons.relspec_run import begin, gather, resume
+    from jaxneurons.relspec_run import begin, gather, ignored_keys_of, resume
     from jaxneurons.study import Study, check_relations
 
     if model is None or relations is None:
         model, relations, settings = resume(out)
+        ignore_keys = ignored_keys_of(out)
     found = gather(relations)
     check_relations(found, settings)
-    lm = load_and_say(model)
+    lm = load_and_say(model, ignore_keys=ignore_keys)
     with stages() as tell:
         study = Study(lm, found, out, settings=settings, tell=tell)
-        begin(out, model, relations, settings)
+        begin(out, model, relations, settings, ignore_keys or ())
         yield study
 
 

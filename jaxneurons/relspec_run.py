@@ -83,7 +83,11 @@ def gather(sources: Sequence[str | os.PathLike[str]]) -> list[Relation]:
 
 
 def begin(
-    out: str | os.PathLike[str], model: str, relations: Sequence[str], settings: RelSpecConfig
+    out: str | os.PathLike[str],
+    model: str,
+    relations: Sequence[str],
+    settings: RelSpecConfig,
+    ignore_keys: Sequence[str] = (),
 ) -> None:
     """Write how the study was begun, so that its later stages need only its directory."""
     write_json(
@@ -92,8 +96,17 @@ def begin(
             "model": os.path.abspath(model) if os.path.exists(model) else model,
             "relations": [s if s == BUNDLED else os.path.abspath(s) for s in map(str, relations)],
             "settings": dataclasses.asdict(settings),
+            **({"ignored_keys": list(ignore_keys)} if ignore_keys else {}),
         },
     )
+
+
+def ignored_keys_of(out: str | os.PathLike[str]) -> list[str]:
+    """The keys of the model's configuration that a study was begun without."""
+    keys = read_json(Path(out) / STUDY).get("ignored_keys", [])
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise DataError(f"{Path(out) / STUDY}: ignored_keys is not a list of names; begin anew")
+    return keys
 
 
 def resume(out: str | os.PathLike[str]) -> tuple[str, list[str], RelSpecConfig]:

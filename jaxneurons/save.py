@@ -73,9 +73,14 @@ def save(
             if progress is not None:
                 progress(sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params)))
             facts = {
-                "dtype": lm.params["embed"]["embedding"].dtype.name,
+                "dtype": lm.dtype,
                 "stored_dtypes": dtypes,
-                "source": {"name": lm.source, "sha256": source.result()},
+                "source": {
+                    "name": lm.source,
+                    "sha256": source.result(),
+                    **({"edited": True} if lm.edited else {}),
+                },
+                **({"ignored_keys": list(lm.ignored_keys)} if lm.ignored_keys else {}),
                 "jaxneurons": version("jaxneurons"),
             }
         write_marker(partial, config=lm.config, facts=facts)
@@ -152,7 +157,8 @@ def _token_ids(lm: LM) -> dict[str, int | None]:
 
 def _write_tokenizer(lm: LM, directory: Path) -> None:
     files = lm.files.tokenizer
-    if files and all(path.name in TOKENIZER_FILES for path in files):
+    own = lm.loaded.is_tokenizer(lm.tokenizer)
+    if own and files and all(path.name in TOKENIZER_FILES for path in files):
         copy_files(files, directory)
     else:
         lm.tokenizer.save_pretrained(str(directory))

@@ -87,11 +87,7 @@ class Study:
         self.lm, self.settings, self.tell = lm, settings, tell
         self.relations = {relation.name: relation for relation in relations}
         self.k = resolve_k(settings.k, lm.config, settings.sites)
-        self.identity = {
-            "model": lm.hash,
-            "tokenizer": lm.tokenizer_hash,
-            "dtype": str(lm.params["embed"]["embedding"].dtype),
-        }
+        self.identity = lm.identity()
         self.run = RunDirectory(
             out,
             {
@@ -374,13 +370,7 @@ class Study:
         packages = ("jaxneurons", "jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
         return {
             "method": "relation-specific neurons (arXiv 2502.17355)",
-            "model": {
-                "source": self.lm.source,
-                "sha256": self.lm.hash,
-                "tokenizer_sha256": self.lm.tokenizer_hash,
-                "dtype": self.identity["dtype"],
-                "config": dataclasses.asdict(self.lm.config),
-            },
+            "model": self.lm.facts(),
             "settings": dataclasses.asdict(self.settings),
             "neurons": {
                 "k": self.k,

@@ -1,6 +1,6 @@
 """What people see of a command: tables on standard output, progress on standard error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +65,12 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
 _COUNT = (MofNCompleteColumn(), TimeRemainingColumn())
 
 
-def load_and_say(source: str) -> "LM":
+def load_and_say(source: str, *, ignore_keys: Sequence[str] | None = None) -> "LM":
     """Load a model and say what it is."""
     from jaxneurons.load import load
 
     with errors.status(f"Loading {source} (fetched once, then cached) ..."):
-        lm = load(source)
+        lm = load(source, ignore_keys=ignore_keys or ())
     config = lm.config
     console.print(
         f"{lm.source}: {config.num_layers} layers, {config.intermediate_size} neurons each, "
@@ -104,7 +104,8 @@ def show_certificate(found: dict[str, Any]) -> None:
         table.add_row(result["sequence"], f"{result['logits']['relative']:.1e}", *sites)
     console.print(table)
     console.print(
-        f"Greedy continuations equal: {found['continuations_equal']}. "
+        f"Greedy continuations equal: {found['continuations_equal']}. Weights that differ: "
+        f"{len(found['weights']['differ'])} of {found['weights']['tensors']} tensors. "
         f"{'Passed' if found['passed'] else 'FAILED'} ({found['dtype']} weights; logits may differ "
         f"by {found['tolerance']['largest']:g}, and by {found['tolerance']['mean']:g} on average)."
     )

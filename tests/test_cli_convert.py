@@ -66,7 +66,7 @@ def test_inspect_reads_no_weight(run, model, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("jaxneurons.convert.rules._read", fail)
+    monkeypatch.setattr("jaxneurons.convert.fill._read", fail)
     for source, kind in ((model, "Hugging Face"), (native, "native")):
         code, out, err = run("inspect", source)
         assert (code, err) == (0, "")

@@ -5,8 +5,9 @@ import pytest
 from checkpoints import gguf_fields, tiny
 
 from jaxneurons.config import RopeConfig
-from jaxneurons.convert.config import DEFAULTS, IRRELEVANT, config_from_hf
+from jaxneurons.convert.config import DEFAULTS, config_from_hf
 from jaxneurons.convert.gguf_config import config_from_gguf
+from jaxneurons.convert.keys import IRRELEVANT
 from jaxneurons.errors import ConfigError, SourceError
 
 
@@ -177,7 +178,6 @@ def test_rope_that_is_refused(keys, message):
         ({"attention_bias": 1}, "attention_bias = 1: true or false"),
         ({"model_type": "mistral", "attention_bias": True}, "'mistral' has no such biases"),
         ({"model_type": "qwen2", "mlp_bias": True}, "'qwen2' has no such biases"),
-        ({"model_type": "qwen2", "attention_bias": False}, "always has biases on q, k and v"),
         ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window = 'no'"),
         ({"use_sliding_window": True}, "use_sliding_window = True: this key is not known"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -321,6 +321,23 @@ def test_gguf_rope_freqs_become_divisors():
         ({"rope__scaling__type": "longrope"}, "llama.rope.scaling.type = 'longrope'"),
         ({"rope__scaling__type": "yarn"}, "llama.rope.scaling.factor is missing"),
         ({"rope__scaling__attn_factor": 2.0}, "attn_factor = 2.0: only yarn has one"),
+        ({"rope__scaling__yarn_log_multiplier": 0.1}, "yarn_log_multiplier = 0.1"),
+        (
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 4.0,
+                "rope__scaling__yarn_ext_factor": 0.5,
+            },
+            "yarn_ext_factor = 0.5: only 1 with yarn",
+        ),
+        (
+            {
+                "rope__scaling__type": "linear",
+                "rope__scaling__factor": 4.0,
+                "rope__scaling__yarn_ext_factor": 1.0,
+            },
+            "yarn_ext_factor = 1.0: only 1 with yarn",
+        ),
         ({"rope__scaling__type": "linear"}, "llama.rope.scaling.factor is missing"),
         ({"rope__dimension_count": 4}, "llama.rope.dimension_count = 4: must equal head_dim = 8"),
         ({"attention__value_length": 4}, "llama.attention.value_length = 4"),
@@ -343,12 +360,41 @@ def test_gguf_keys_that_are_refused(keys, message):
         ({"general.architecture": "gemma"}, "architecture 'gemma'"),
         ({"general.architecture": ["llama"]}, "architecture"),
         ({"general.type": "adapter"}, "type 'adapter'"),
+        ({"split.count": 3, "split.no": 1}, "part 2 of 3 parts of a split GGUF"),
+        # Parts but the first hold their number and tensors, an importance matrix no architecture.
+        ({"split.count": 3, "split.no": 2, "general.architecture": "absent"}, "part 3 of 3 parts"),
         ({"split.count": 3}, "one of 3 parts"),
+        (
+            {"general.type": "imatrix", "general.architecture": "absent"},
+            "an importance matrix for quantising, not a model",
+        ),
+        ({"general.architecture": "absent"}, "not a model: it names no architecture"),
     ],
 )
 def test_gguf_files_of_another_kind(fields, message):
+    fields = {k: v for k, v in (gguf_fields(tiny()) | fields).items() if v != "absent"}
     with pytest.raises(SourceError, match=message):
-        config_from_gguf(gguf_fields(tiny()) | fields, where="m.gguf")
+        config_from_gguf(fields, where="m.gguf")
+
+
+def test_gguf_keys_that_change_nothing():
+    yarn = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}
+    assert read_gguf(pooling_type=0) == read_gguf(pooling_type=3) == read_gguf()
+    more = {"rope__scaling__yarn_log_multiplier": 0.0, "rope__scaling__yarn_ext_factor": 1.0}
+    assert read_gguf(**yarn, **more) == read_gguf(**yarn)
+    assert read_gguf(**more) == read_gguf()
+    assert read_gguf(final_logit_softcapping=0.0) == read_gguf()
+
+
+def test_gguf_keys_that_the_user_says_are_to_be_ignored():
+    fields = gguf_fields(tiny()) | {"llama.clever_new_trick": 3}
+    name = "llama.clever_new_trick"
+    with pytest.raises(ConfigError, match=f"--ignore-key {name}"):
+        config_from_gguf(fields, where="m.gguf")
+    assert config_from_gguf(fields, where="m.gguf", ignore_keys=(name,)) == read_gguf()
+    for other in ("clever_new_trick", "general.architecture", "split.count", "llama.x"):
+        with pytest.raises(ConfigError, match=f"no key '{other}' to ignore"):
+            config_from_gguf(fields, where="m.gguf", ignore_keys=(other,))
 
 
 def test_gguf_keys_of_others_are_irrelevant():

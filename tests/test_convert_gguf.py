@@ -146,7 +146,11 @@ def test_rope_freqs_become_divisors(tmp_path):
         (lambda t: t.pop("blk.1.ffn_up.weight"), r"1 tensors are missing: blk\.1\.ffn_up\.weight"),
         (
             lambda t: t.update({"blk.0.attn_q.bias": np.zeros(32, np.float32)}),
-            r"no place: blk\.0\.attn_q\.bias",
+            r"1 tensors are missing: blk\.1\.attn_q\.bias",
+        ),
+        (
+            lambda t: t.update({"blk.1.attn_q.bias": np.zeros(32, np.float32)}),
+            r"no place: blk\.1\.attn_q\.bias",
         ),
         (
             lambda t: t.update({"output_norm.weight": np.zeros(31, np.float32)}),

@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import hf_tensors, tiny, write_hf
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from jaxneurons.convert.config import config_from_hf
-from jaxneurons.convert.hf import read_hf
-from jaxneurons.convert.rules import Stored, fill, param_shapes, permute, unpermute
+from jaxneurons.convert.fill import Stored, fill
+from jaxneurons.convert.hf import read_hf, stored_dtype
+from jaxneurons.convert.rules import param_shapes, permute, unpermute
 from jaxneurons.errors import ConfigError, SourceError
 
 KERNELS = {
@@ -123,7 +124,7 @@ def test_overflow_in_a_narrow_dtype_is_an_error(tmp_path):
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxneurons.convert.rules._CHUNK", 100)
+    monkeypatch.setattr("jaxneurons.convert.fill._CHUNK", 100)
     config = tiny(tie_word_embeddings=False)
     tensors = hf_tensors(config)
     _, params = read_hf(write_hf(tmp_path, config, tensors))
@@ -215,6 +216,57 @@ def test_redundant_unembedding_of_a_tied_model(tmp_path):
         read_hf(tmp_path)
 
 
+def test_a_tied_model_that_stores_only_its_unembedding(tmp_path):
+    tensors = hf_tensors(tiny())
+    stored = dict(tensors)
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    for directory, shards in ((tmp_path / "one", 1), (tmp_path / "two", 2)):
+        write_hf(directory, tiny(), stored, shards=shards)
+        _, params = read_hf(directory)
+        assert_same(params, tensors)
+        assert stored_dtype(directory) == np.float32
+    stored["lm_head.weight"] = np.ones((41, 32), np.float32)
+    write_hf(tmp_path / "one", tiny(), stored)
+    with pytest.raises(SourceError, match=r"lm_head.weight has shape \(41, 32\)"):
+        read_hf(tmp_path / "one")
+    untied = {**tiny(), "tie_word_embeddings": False}
+    write_hf(tmp_path / "one", untied, {**stored, "lm_head.weight": np.ones((40, 32), np.float32)})
+    with pytest.raises(SourceError, match=r"missing: model\.embed_tokens"):
+        read_hf(tmp_path / "one")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_an_index_that_lists_rotary_tables(tmp_path, listed, there):
+    tensors = hf_tensors(tiny())
+    write_hf(tmp_path, tiny(), tensors, shards=2)
+    name, shard = "model.layers.0.self_attn.rotary_emb.inv_freq", "model-00002-of-00002.safetensors"
+    where = tmp_path / "model.safetensors.index.json"
+    index = json.loads(where.read_text())
+    if listed:
+        index["weight_map"][name] = shard
+        # and a file of nothing else, which nobody kept
+        index["weight_map"][name.replace("0", "1")] = "model-00003-of-00003.safetensors"
+    if there:
+        own = load_file(tmp_path / shard)
+        save_file({**own, name: np.ones(4, np.float32)}, tmp_path / shard)
+    where.write_text(json.dumps(index))
+    _, params = read_hf(tmp_path)
+    assert_same(params, tensors)
+
+
+def test_an_index_that_lists_both_embeddings_of_a_tied_model(tmp_path):
+    write_hf(tmp_path, tiny(), hf_tensors(tiny()), shards=2)
+    where = tmp_path / "model.safetensors.index.json"
+    index = json.loads(where.read_text())
+    index["weight_map"]["lm_head.weight"] = "model-00001-of-00002.safetensors"
+    where.write_text(json.dumps(index))
+    assert "unembed" not in read_hf(tmp_path)[1]
+    (tmp_path / "config.json").write_text(json.dumps({**tiny(), "tie_word_embeddings": False}))
+    with pytest.raises(SourceError, match=r"1 tensors are missing: lm_head\.weight"):
+        read_hf(tmp_path)
+
+
 def test_rotary_tables_are_dropped(tmp_path):
     tensors = hf_tensors(tiny())
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
@@ -246,16 +298,37 @@ def test_links_out_of_the_directory_are_refused(tmp_path, name):
         read_hf(tmp_path / directory)
 
 
-def test_the_hubs_cache_is_made_of_links(tmp_path):
-    """The hub's cache: snapshots/x/model.safetensors -> ../../blobs/..."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "x"
+@pytest.mark.parametrize("linked", [None, "blobs", "snapshots", "."])
+def test_the_hubs_cache_is_made_of_links(tmp_path, linked):
+    """The hub's cache: snapshots/x/model.safetensors -> ../../blobs/...; folders may be links."""
+    cache = tmp_path / "models--org--name"
+    blobs, snapshot = cache / "blobs", cache / "snapshots" / "x"
     write_hf(blobs, tiny(), hf_tensors(tiny()), shards=2)
     snapshot.mkdir(parents=True)
     for n, path in enumerate(sorted(blobs.iterdir())):
         path.rename(blobs / f"blob{n}")
-        os.symlink(f"../../blobs/blob{n}", snapshot / path.name)
+        relative = f"../../blobs/blob{n}"
+        os.symlink(blobs / f"blob{n}" if linked == "snapshots" else relative, snapshot / path.name)
+    if linked is not None:
+        folder = (cache / linked).resolve()
+        elsewhere = tmp_path / "larger disk" / f"{folder.name} moved"
+        elsewhere.parent.mkdir()
+        folder.rename(elsewhere)
+        os.symlink(elsewhere, folder)
     _, params = read_hf(snapshot)
     assert_same(params, hf_tensors(tiny()))
+
+
+def test_the_hubs_cache_does_not_lead_out_of_itself(tmp_path):
+    write_hf(tmp_path / "outside", tiny(), hf_tensors(tiny()))
+    snapshot = tmp_path / "cache" / "snapshots" / "x"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "cache" / "blobs").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        os.symlink(tmp_path / "outside" / name, tmp_path / "cache" / "blobs" / name)
+        os.symlink(f"../../blobs/{name}", snapshot / name)
+    with pytest.raises(SourceError, match="a link out of the directory"):
+        read_hf(snapshot)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import gguf_fields, gguf_tensors, write_gguf
 from models import compiled
+from safetensors.numpy import load_file, save_file
 
 from jaxneurons import ModelConfig, SourceError, forward
 from jaxneurons.convert.config import config_from_hf
+from jaxneurons.convert.gguf import read_gguf
 from jaxneurons.convert.hf import read_hf
 
 torch = pytest.importorskip("torch")
@@ -140,6 +143,45 @@ def test_bfloat16_logits_equal_pytorch(tmp_path, family, rope, loud):
         assert apart.mean() / np.std(theirs) < 2e-2
     else:
         assert apart.max() < 2e-2
+
+
+def test_a_tied_model_that_stores_only_its_unembedding(tmp_path):
+    model = make("llama", "default", "gqa", tied=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    theirs = torch_logits(again, IDS)
+    np.testing.assert_allclose(theirs, torch_logits(model, IDS), atol=1e-5)
+    config, params = read_hf(tmp_path)
+    np.testing.assert_allclose(our_logits(params, IDS, config), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", ["qkv", "qkvo", "all"])
+def test_biases_of_a_gguf_llama(tmp_path, kinds):
+    """Tensors as llama.cpp's converter writes them: biases of q and k permuted like the rows."""
+    model = make("llama-biases", "default", "gqa", tied=False)
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            own = name.split(".")[-2].removesuffix("_proj")
+            if name.endswith("bias") and kinds != "all" and own not in kinds:
+                values.zero_()
+    model.save_pretrained(tmp_path)
+    config = {**json.loads((tmp_path / "config.json").read_text()), "rope_theta": 500.0}
+    config = {**config, "head_dim": 8}
+    tensors = {
+        name: values
+        for name, values in load_file(tmp_path / "model.safetensors").items()
+        if not name.endswith("bias") or values.any()
+    }
+    path = write_gguf(tmp_path / "m.gguf", gguf_fields(config), gguf_tensors(config, tensors))
+    read, params = read_gguf(path)
+    assert read.biases == {"qkv": tuple("qkv"), "qkvo": tuple("qkvo")}.get(
+        kinds, (*"qkvo", "gate", "up", "down")
+    )
+    ours, theirs = our_logits(params, IDS, read), torch_logits(model, IDS)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 # --- mutation: every value matters ----------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Out and back in: native and Hugging Face directories, bit for bit."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -249,13 +250,52 @@ def test_damaged_native_directories(tmp_path, tokenizer):
         with pytest.raises((SourceError, ConfigError), match=message.replace("positive", ".*")):
             jaxneurons.load(native)
     marker.write_text(good.replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(SourceError, match=r"jaxneurons\.json: damaged or edited"):
+        jaxneurons.load(native)
+    older = without_checksums(marker, good)
+    marker.write_text(older.replace('"hidden_size": 32', '"hidden_size": 64'))
     with pytest.raises(SourceError, match="cannot be restored"):
         jaxneurons.load(native)
-    marker.write_text(good)
     (kernel,) = [p for p in (native / "params").iterdir() if p.name.endswith("up.kernel")]
     shutil.rmtree(kernel)
-    with pytest.raises(SourceError, match="cannot be restored"):
-        jaxneurons.load(native)
+    for text, message in ((good, "no such file, but jaxneurons.json"), (older, "be restored")):
+        marker.write_text(text)
+        with pytest.raises(SourceError, match=message):
+            jaxneurons.load(native)
+
+
+def without_checksums(marker, text):
+    """The marker as versions before checksums wrote it."""
+    values = json.loads(text)
+    del values["sha256"], values["sha256_of_the_above"]
+    return json.dumps(values, indent=2)
+
+
+def test_a_flipped_bit_of_a_native_directory_is_found(tmp_path, tokenizer):
+    write_checkpoint(tmp_path / "source", tokenizer)
+    native = save(jaxneurons.load(tmp_path / "source"), tmp_path / "native")
+    lm = jaxneurons.load(native)
+    before = lm.hash
+    paths = sorted(p for p in (native / "params").rglob("*") if p.is_file())
+    listed = json.loads((native / MARKER).read_text())["sha256"]
+    assert listed == {
+        str(path.relative_to(native)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+    }
+    for path in (*paths, native / MARKER):
+        good = path.read_bytes()
+        at = len(good) // 2
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises((SourceError, ConfigError), match=f"{path.name}"):
+            jaxneurons.load(native)
+        path.write_bytes(good)
+    assert jaxneurons.load(native).hash == before
+    # A directory of a version that wrote no checksums: read as ever, flipped bit or not.
+    marker = native / MARKER
+    marker.write_text(without_checksums(marker, marker.read_text()))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool((a == b).all()), jaxneurons.load(native).params, lm.params)
+    )
 
 
 @pytest.mark.parametrize(
@@ -374,6 +414,8 @@ def test_malformed_markers(tmp_path, tokenizer, change):
     write_checkpoint(tmp_path / "source", tokenizer)
     native = save(jaxneurons.load(tmp_path / "source"), tmp_path / "native")
     marker = native / MARKER
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), **change}))
+    values = json.loads(marker.read_text())
+    values.pop("sha256_of_the_above")  # as versions before checksums wrote it
+    marker.write_text(json.dumps({**values, **change}))
     with pytest.raises((SourceError, ConfigError), match="dtype"):
         jaxneurons.load(native, dtype=None)
