@@ -22,7 +22,7 @@ from jaxneurons.neurons import neuron_table, read_neurons
 from jaxneurons.perplexity import perplexity
 from jaxneurons.relations import Relation, bundled_relations, read_relations
 from jaxneurons.relspec import RelSpecConfig
-from jaxneurons.store import write_json, write_text
+from jaxneurons.store import make_directory, null_for_nan, write_json, write_text
 from jaxneurons.study import Study, Tell
 from jaxneurons.tables import read_json, read_tables, write_table
 
@@ -129,7 +129,7 @@ def collect(study: Study) -> Tables:
 def neurons(study: Study) -> None:
     """Stage 2: average precision, and the neurons of each relation as CSV."""
     directory = study.run.path / "neurons"
-    directory.mkdir(exist_ok=True)
+    make_directory(directory)
     found = study.experts()
     for name, one in study.neurons().items():
         text = neuron_table(
