@@ -88,8 +88,10 @@ class NeuronSet:
         object.__setattr__(self, "codes", clean)
 
     @classmethod
-    def of(cls, **sites: Iterable[tuple[int, int]]) -> "NeuronSet":
+    def of(cls, **sites: Iterable[Any]) -> "NeuronSet":
         """From (layer, index) pairs by site: `NeuronSet.of(up=[(3, 17)], down=[(0, 5)])`.
+
+        Pairs are of any kind of whole numbers, or the rows of an array.
 
         Raises:
           ConfigError: an unknown site, or numbers that are negative, not whole or too large.
@@ -241,20 +243,21 @@ def _whole(values: Any) -> np.ndarray:
     return found.astype(np.int64).reshape(-1)
 
 
-def _encode(pairs: Iterable[tuple[int, int]]) -> np.ndarray:
+def _encode(pairs: Iterable[Any]) -> np.ndarray:
     """[n] int64: the codes of pairs of layer and index."""
     rows = pairs if isinstance(pairs, np.ndarray) else list(pairs)
     if not len(rows):
         return np.zeros(0, np.int64)
+    first = rows[0]
     if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iu":
         try:
             rows = np.array([[operator.index(n) for n in pair] for pair in rows], object)
         except (TypeError, ValueError):
             raise ConfigError(
-                f"neurons are pairs of whole numbers, layer and index; got {rows[0]!r}"
+                f"neurons are pairs of whole numbers, layer and index; got {first!r}"
             ) from None
     if rows.ndim != 2 or rows.shape[1] != 2:
-        raise ConfigError(f"neurons are pairs of layer and index, got {rows[0]!r}")
+        raise ConfigError(f"neurons are pairs of layer and index, got {first!r}")
     for name, column, most in zip(("layer", "neuron"), rows.T, _MOST, strict=True):
         low, high = int(column.min()), int(column.max())
         if low < 0:

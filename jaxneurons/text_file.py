@@ -1,19 +1,11 @@
 """Text that people wrote, in the encodings that their programs save."""
 
-import codecs
+import json
 import os
 import stat
 from pathlib import Path
 
 from jaxneurons.errors import DataError
-
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
 
 
 def read_text(path: Path) -> str:
@@ -27,7 +19,7 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read: {reason}") from None
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    encoding = json.detect_encoding(data)  # by the mark, or by the zeros of UTF-16 and UTF-32
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -39,8 +31,7 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
-            f"{path}: line {line} holds a zero byte: no text, or UTF-16 without a byte-order mark; "
-            "save it as UTF-8"
+            f"{path}: line {line} holds a zero byte, so it is no text; save it as UTF-8"
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
