@@ -184,7 +184,7 @@ def locate(
         clusters, width=site_width(lm.config, settings.site), settings=settings
     )
     # What it was made with stays as it is.
-    facts = None if computed else _facts_there(run.path / RUN, identity)
+    facts = None if computed else facts_there(run.path / RUN, identity)
     if facts is None:
         facts = _facts(lm, queries, settings, by_query, neurons, seconds)
     _write(run, queries, neurons, common, by_query, facts, len(clusters))
@@ -217,7 +217,7 @@ _NEEDED = {
 """What is read of run.json, by this and later stages; there is more in it."""
 
 
-def _facts_there(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def facts_there(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The contents of run.json, or None where it is missing, damaged or of another run."""
     try:
         facts = read_json(path)

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxneurons import batches
 from jaxneurons.errors import DataError
@@ -114,12 +115,13 @@ def open_run(path: str | os.PathLike[str], lm: LM | None = None) -> Run:
     path = Path(path)
     lm = load(source_of(path)) if lm is None else lm
     _check_finished(path)
+    known = path / "parts" / "identity.json"
     try:
-        identity = typed(
-            {"model": str, "settings": QRNCAConfig, "batch size": int},
-            read_json(path / "parts" / "identity.json"),
-            str(path / "parts" / "identity.json"),
-        )
+        written = read_json(known)
+        kind = {"model": str, "settings": QRNCAConfig, "batch size": int}
+        identity = typed(kind, written, str(known))
+        if identity["batch size"] < 1:
+            raise DataError(f"{known}: batch size: {identity['batch size']}")
         queries = _read_queries(path / QUERIES)
     except DataError as error:
         raise DataError(
@@ -132,7 +134,18 @@ def open_run(path: str | os.PathLike[str], lm: LM | None = None) -> Run:
             f"{identity['model'][:12]}), not in {lm.source} (weights {lm.hash[:12]}); "
             "give the model of the run"
         )
+    _check_settings(path / RUN, written["settings"])
     return make_run(path, lm, queries, identity["settings"], batch_size=identity["batch size"])
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raise if run.json, which people edit, says other settings than the parts were made with."""
+    try:
+        said = read_json(path).get("settings")
+    except DataError:
+        return
+    if isinstance(said, dict) and said != settings:
+        raise DataError(f"{path}: says other settings than its parts were made with; {_ANEW}")
 
 
 def make_run(

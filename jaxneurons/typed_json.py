@@ -30,7 +30,9 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         return _dataclass(kind, value, where)
     if isinstance(kind, dict):
         found = _mapping(value, where)
-        return {key: typed(one, found.get(key), f"{where}: {key}") for key, one in kind.items()}
+        if missing := [key for key in kind if key not in found]:
+            raise DataError(f"{where}: no {' or '.join(missing)}")
+        return {key: typed(one, found[key], f"{where}: {key}") for key, one in kind.items()}
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and isinstance(value, list):
         return tuple(typed(inner[0], one, f"{where}[{n}]") for n, one in enumerate(value))
@@ -40,8 +42,9 @@ def typed(kind: Any, value: Any, where: str) -> Any:
                 return typed(one, value, where)
             except DataError:
                 continue
-    plain = float if kind is float and type(value) is int else type(value)
-    if plain is kind or (origin is typing.Literal and value in inner):
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:
+        return float(value)
+    if type(value) is kind or (origin is typing.Literal and value in inner):
         return value
     name = getattr(kind, "__name__", str(kind))
     raise DataError(f"{where}: {value!r:.40} where {name} is needed")
