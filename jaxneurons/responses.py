@@ -101,12 +101,13 @@ class ResponseStore:
             kind = {"identity": dict, "done": dict}
             about = typed(kind, read_json(self._about), str(self._about))
             known, done = about["identity"], about["done"]
+            other = [key for key in self._identity if known.get(key) != self._identity[key]]
             for site, count in done.items():
-                if not 0 <= typed(int, count, f"{self._about}: {site}") <= len(self._plan):
+                typed(int, count, f"{self._about}: {site}")
+                if not other and not 0 <= count <= len(self._plan):
                     raise DataError(f"{self._about}: {site}: {count} of {len(self._plan)} batches")
         except DataError as error:
             raise DataError(f"{error}: unreadable; delete {self.path}") from None
-        other = [key for key in self._identity if known.get(key) != self._identity[key]]
         if other:
             raise DataError(
                 f"{self.path}: holds responses with another {', '.join(other)}; "
