@@ -5,7 +5,6 @@ The same table of names as on the way in (`rules.py`), read in the other directi
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from jaxneurons.convert.keys import IRRELEVANT
 from jaxneurons.convert.rules import Progress, Rule, stored_names, stored_shape
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
+from jaxneurons.store import write_json
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
@@ -200,7 +200,7 @@ def write_hf(
         if narrow != dtype and all(np.array_equal(p, p.astype(narrow)) for p in pieces()):
             dtype = narrow
         tensors[name] = ToWrite(dtype, shape, pieces)
-    (directory / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / CONFIG, written)
 
     shards: list[dict[str, ToWrite]] = [{}]
     room = shard_bytes
@@ -221,7 +221,7 @@ def write_hf(
         weight_map |= dict.fromkeys(shard, file)
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / INDEX, index)
 
 
 class _Host:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,9 @@ from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
 from jaxneurons.convert.rules import Place, Progress, param_shapes
-from jaxneurons.errors import ConfigError, SourceError
+from jaxneurons.errors import ConfigError, SourceError, WriteError
 from jaxneurons.provenance import hash_each
+from jaxneurons.store import write_json
 
 MARKER = "jaxneurons.json"
 PARAMS = "params"
@@ -38,20 +40,47 @@ def write_params(directory: Path, params: Mapping[str, Any]) -> None:
     """Write parameters, of any sharding, into an existing directory that holds none yet.
 
     Raises:
-      SourceError: they cannot be written.
+      WriteError: they cannot be written.
     """
     import orbax.checkpoint as ocp
 
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
     try:
-        with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+        with _quiet(), _one_report(directory), ocp.Checkpointer(_handler()) as checkpointer:
             checkpointer.save(
                 (directory / PARAMS).absolute(),
                 args=ocp.args.PyTreeSave(dict(params), save_args=save_args),
             )
     except Exception as error:  # Orbax and TensorStore raise whatever they find
-        text = " ".join(str(error).split())[:200]
-        raise SourceError(f"{directory}: cannot be written: {text}") from None
+        raise WriteError(directory, error) from None
+
+
+@contextmanager
+def _one_report(directory: Path) -> Iterator[None]:
+    """Without what Orbax's and TensorStore's threads print of a failure that is raised anyway.
+
+    Some of it comes when the failure is known already: after one it stays unsaid, of this directory
+    only.
+    """
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:  # a write that ended after another one's failure
+        if str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    def other(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return str(directory) not in f"{record.getMessage()} {error}"
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(other)
+    sys.unraisablehook = hook
+    yield
+    for logger in loggers:
+        logger.removeFilter(other)
+    if sys.unraisablehook is hook:
+        sys.unraisablehook = before
 
 
 def write_marker(directory: Path, *, config: ModelConfig, facts: Mapping[str, Any]) -> None:
@@ -64,7 +93,7 @@ def write_marker(directory: Path, *, config: ModelConfig, facts: Mapping[str, An
     values = {"format": FORMAT, "config": dataclasses.asdict(config), **facts, "sha256": files}
     values = json.loads(json.dumps(values))
     values[_OWN] = _digest(values)
-    (directory / MARKER).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / MARKER, values)
 
 
 def check_params(directory: Path) -> dict[Path, str]:

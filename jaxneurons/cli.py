@@ -116,7 +116,7 @@ def verify_command(
     """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
     from jaxneurons.certificate import CERTIFICATE, verify
     from jaxneurons.load import load, locate_source
-    from jaxneurons.store import write_json
+    from jaxneurons.store import null_for_nan, write_json
 
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
@@ -126,7 +126,7 @@ def verify_command(
     with counting("Comparing", "comparisons") as tell:
         found = verify(lm, reference, long=long, progress=tell)
     where = directory / CERTIFICATE if directory.is_dir() else directory.with_suffix(".json")
-    write_json(where, found)
+    write_json(where, null_for_nan(found))
     show_certificate(found)
     console.print(f"Written: {where}")
     if not found["passed"]:

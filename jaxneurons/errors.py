@@ -1,6 +1,8 @@
 """Errors that a user can act on: what was wrong, where, and the way out."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -18,6 +20,30 @@ class ConfigError(JaxneuronsError):
 
 class DataError(JaxneuronsError):
     """Queries, facts or results on disk that cannot be used as they are."""
+
+
+class WriteError(DataError):
+    """A file that the system refuses to write; `reason` says why, and the way out if room is it."""
+
+    def __init__(self, path: str | os.PathLike[str], error: BaseException):
+        self.reason = _reason(error)
+        super().__init__(f"{os.fspath(path)}: cannot be written: {self.reason}")
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+
+
+def _reason(error: BaseException) -> str:
+    """The system's own words, without the paths that a library wraps them in."""
+    text = " ".join(str(error).split())
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None:
+        code = next((code for code in _REFUSALS if os.strerror(code) in text), None)
+    if code is None:
+        return text[:200] or type(error).__name__
+    hint = "; make room, and the same command goes on" if code in _FULL else ""
+    return os.strerror(code) + hint
 
 
 def near_matches(word: str, known: Iterable[str]) -> str:

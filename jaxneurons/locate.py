@@ -6,6 +6,7 @@ had finished, `caches/` what later stages would compute again without it.
 """
 
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ from jaxneurons.qrnca import PromptScores, QRNCAConfig, QueryNeurons
 from jaxneurons.queries import Query
 from jaxneurons.store import RunDirectory, digest, write_json, write_json_lines
 from jaxneurons.tables import read_json
+from jaxneurons.typed_json import typed
 
 FORMAT = 3
 """Of the parts; counts up when what is in them changes."""
@@ -187,9 +190,9 @@ def locate(
     neurons, common = qrnca.rank(
         clusters, width=site_width(lm.config, settings.site), settings=settings
     )
-    if not computed and (run.path / RUN).is_file():  # what it was made with stays as it is
-        facts = read_json(run.path / RUN)
-    else:
+    # What it was made with stays as it is.
+    facts = None if computed else facts_there(run.path / RUN, identity)
+    if facts is None:
         facts = _facts(lm, queries, settings, by_query, neurons, seconds)
     _write(run, queries, neurons, common, by_query, facts, len(clusters))
     mass = facts["answers"]["option_mass_mean"]
@@ -225,6 +228,34 @@ def _unlikely(
         f"{query.answers[i]!r} is {odds:.1g} times as probable as "
         f"{lm.tokenizer.decode([choice])!r}; state its `separator` if it is to be joined otherwise)"
     )
+
+
+_NEEDED = {
+    "model": {"source": str, "sha256": str},
+    "queries": int,
+    "prompts": int,
+    "neurons_per_query": {"mean": float, "min": int, "max": int},
+    "answers": {"accuracy": float, "probability_mean": float, "option_mass_mean": float | None},
+    "completeness": {
+        "gap_median": float,
+        "gap_max": float,
+        "gap_max_layer": int,
+        "nodes_mean": float,
+    },
+    "seconds": {"attribution": float, "per_prompt": float},
+}
+"""What is read of run.json, by this and later stages; there is more in it."""
+
+
+def facts_there(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The contents of run.json, or None where it is missing, damaged or of another run."""
+    try:
+        facts = read_json(path)
+        same = typed(_NEEDED, facts, str(path))["model"]["sha256"] == identity["model"]
+    except DataError:
+        return None
+    settings = json.loads(json.dumps(identity["settings"]))
+    return facts if same and facts.get("settings") == settings else None
 
 
 def _pack(found: dict[int, PromptScores], seconds: float) -> dict[str, np.ndarray]:

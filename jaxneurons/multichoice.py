@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxneurons.csv_file import read_csv, read_text
+from jaxneurons.csv_file import read_csv
 from jaxneurons.errors import DataError, near_matches
-from jaxneurons.json_file import parse_json
+from jaxneurons.json_file import read_values
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -138,46 +138,76 @@ class Question:
         return self.group, self.language, self.relation
 
 
-def read_questions(path: str | os.PathLike[str]) -> list[Question]:
-    """Read questions: CSV, a JSON list or JSON Lines.
+TABLES = (".csv", ".tsv", ".tab")
+"""How the names of files end that are tables; others are JSON."""
+_FIELDS = ("id", "group", "language", "relation")
 
-    Fields: question, answer; if you like group, language, relation, id.
+
+def read_questions(path: str | os.PathLike[str]) -> list[Question]:
+    """Read questions: a table (see `TABLES`), a JSON list or JSON Lines.
+
+    Fields: question, answer; if you like group, language, relation, id. Texts stay as they are
+    written: "NaN", "None" and "007" are answers.
 
     Raises:
       DataError: a file that cannot be read, or a question without text or answer; says which.
     """
     path = Path(path)
-    records: list[Any]
-    if path.suffix.lower() == ".csv":
-        records = list(read_csv(path))
-    else:
-        records = parse_json(path, read_text(path))
-        if isinstance(records, Mapping) and "question" in records:  # JSON Lines of one line
-            records = [records]
-        if not isinstance(records, list):
-            raise DataError(f"{path}: a list of questions is needed")
     found: dict[str, Question] = {}
-    for number, record in enumerate(records, 1):
-        one = _question(record if isinstance(record, Mapping) else {}, number)
-        if not one.text or not one.answer:
-            raise DataError(f"{path}: question {number}: question and answer are needed")
+    for number, (where, record) in enumerate(_records(path), 1):
+        try:
+            one = _question(record, number)
+        except DataError as error:
+            raise DataError(f"{path}: {where}: {error}") from None
         if one.id in found:
-            raise DataError(f"{path}: question {number}: the id {one.id!r} is there twice")
+            raise DataError(f"{path}: {where}: the id {one.id!r} is there twice")
         found[one.id] = one
     if not found:
         raise DataError(f"{path}: holds no questions")
     return list(found.values())
 
 
-def _question(record: Mapping[str, Any], number: int) -> Question:
-    def get(key: str, default: str = "") -> str:
-        value = record.get(key)
-        return str(value).strip() if value not in (None, "") else default
+def _records(path: Path) -> list[tuple[str, Any]]:
+    """What each question is called in messages, and what is written of it."""
+    if path.suffix.lower() in TABLES:
+        rows = read_csv(path, ("question", "answer"), _FIELDS)
+        return [(f"line {line}", row) for line, row in rows]
+    records = read_values(path)
+    if isinstance(records, Mapping) and _lower(records).keys() & {"question", "answer"}:
+        records = [records]  # JSON Lines of one line
+    if not isinstance(records, list):
+        raise DataError(f"{path}: a list of questions is needed")
+    return [(f"question {number}", record) for number, record in enumerate(records, 1)]
 
+
+def _lower(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.strip().casefold(): value for key, value in record.items()}
+
+
+def _question(record: Any, number: int) -> Question:
+    if not isinstance(record, Mapping):
+        raise DataError(f"an object is needed, got {type(record).__name__}")
+    fields = _lower(record)
+    if len(fields) != len(record):
+        raise DataError(f"two of the keys {', '.join(map(repr, record))} are one but for case")
+
+    def get(key: str, default: str = "") -> str:
+        value = fields.get(key)
+        if value is None:
+            return default
+        # Only what is written down again as it was: not 1e5, which would become 100000.0.
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise DataError(f"{key!r} must be a text; put it between quotes")
+        return str(value).strip() or default
+
+    question, answer = get("question"), get("answer")
+    if not question or not answer:
+        named = ", ".join(map(repr, record)) or "none"
+        raise DataError(f"question and answer are needed; its fields are {named}")
     return Question(
         id=get("id", str(number)),
-        text=get("question"),
-        answer=get("answer"),
+        text=question,
+        answer=answer,
         group=get("group", "all"),
         language=get("language", "en"),
         relation=get("relation"),

@@ -5,10 +5,12 @@ import dataclasses
 import functools
 import hashlib
 import io
+import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -24,6 +26,8 @@ ATTENTION = ("q", "k", "v", "o")
 
 _INDEX = 32
 """Bits of a code that hold the index; the layer is above them."""
+_MOST = (1 << 31, 1 << _INDEX)
+"""Layers and indices are below these: a code is an int64."""
 
 
 class Neuron(NamedTuple):
@@ -65,6 +69,9 @@ class NeuronSet:
 
     Attributes:
       codes: by site, ascending and unique int64: layer * 2**32 + index. Make one with `of`.
+
+    Raises:
+      ConfigError: an unknown site, or codes that are none.
     """
 
     codes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -72,7 +79,7 @@ class NeuronSet:
     def __post_init__(self) -> None:
         clean = {}
         for site in SITES:
-            codes = np.unique(np.asarray(self.codes.get(site, ()), np.int64))
+            codes = np.unique(_whole(self.codes.get(site, ())))
             if len(codes):
                 codes.setflags(write=False)
                 clean[site] = codes
@@ -81,18 +88,27 @@ class NeuronSet:
         object.__setattr__(self, "codes", clean)
 
     @classmethod
-    def of(cls, **sites: Iterable[tuple[int, int]]) -> "NeuronSet":
+    def of(cls, **sites: Iterable[Any]) -> "NeuronSet":
         """From (layer, index) pairs by site: `NeuronSet.of(up=[(3, 17)], down=[(0, 5)])`.
 
+        Pairs are of any kind of whole numbers, or the rows of an array.
+
         Raises:
-          ConfigError: an unknown site, or a negative number.
+          ConfigError: an unknown site, or numbers that are negative, not whole or too large.
         """
         return cls({site: _encode(pairs) for site, pairs in sites.items()})
 
     @classmethod
     def of_flat(cls, flat: np.ndarray, config: ModelConfig, sites: Iterable[str]) -> "NeuronSet":
-        """From positions in the concatenated, flattened [layer, width] tables of `sites`."""
-        flat, codes, start = np.asarray(flat, np.int64), {}, 0
+        """From positions in the concatenated, flattened [layer, width] tables of `sites`.
+
+        Raises:
+          ConfigError: positions that are not in these tables.
+        """
+        sites = tuple(sites)
+        flat, codes, start = _whole(flat), {}, 0
+        if len(flat) and flat.max() >= (size := neuron_count(config, sites)):
+            raise ConfigError(f"position {int(flat.max())} is not among {size} neurons")
         for site in sites:
             width = site_width(config, site)
             here = flat[(flat >= start) & (flat < start + config.num_layers * width)] - start
@@ -114,8 +130,12 @@ class NeuronSet:
         return sum(map(len, self.codes.values()))
 
     def __contains__(self, neuron: object) -> bool:
-        site, (layer, index) = neuron  # type: ignore[misc]
-        return bool(np.isin((layer << _INDEX) + index, self.codes.get(site, ())))
+        site, pair = neuron  # type: ignore[misc]
+        try:
+            code = _encode([pair])
+        except ConfigError:  # no neuron of any model
+            return False
+        return bool(np.isin(code, self.codes.get(site, ())).all())
 
     def __or__(self, other: "NeuronSet") -> "NeuronSet":
         return self._with(other, np.union1d)
@@ -213,10 +233,38 @@ class NeuronSet:
         return NeuronSet.of(**sites)
 
 
-def _encode(pairs: Iterable[tuple[int, int]]) -> np.ndarray:
-    table = np.asarray(list(pairs), np.int64).reshape(-1, 2)
-    if len(table) and table.min() < 0:
-        raise ConfigError(f"layers and neurons are counted from 0, got {int(table.min())}")
+def _whole(values: Any) -> np.ndarray:
+    """[n] int64 of whole numbers from 0 on."""
+    found = np.asarray(values)
+    if found.size and found.dtype.kind not in "iu":
+        raise ConfigError(f"whole numbers are needed, got {found.reshape(-1)[0]!r}")
+    if found.size and not 0 <= int(found.min()) <= int(found.max()) < 1 << 63:
+        raise ConfigError(f"numbers from 0 to 2**63 - 1 are needed, got {int(found.min())}")
+    return found.astype(np.int64).reshape(-1)
+
+
+def _encode(pairs: Iterable[Any]) -> np.ndarray:
+    """[n] int64: the codes of pairs of layer and index."""
+    rows = pairs if isinstance(pairs, np.ndarray) else list(pairs)
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    first = rows[0]
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iu":
+        try:
+            rows = np.array([[operator.index(n) for n in pair] for pair in rows], object)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"neurons are pairs of whole numbers, layer and index; got {first!r}"
+            ) from None
+    if rows.ndim != 2 or rows.shape[1] != 2:
+        raise ConfigError(f"neurons are pairs of layer and index, got {first!r}")
+    for name, column, most in zip(("layer", "neuron"), rows.T, _MOST, strict=True):
+        low, high = int(column.min()), int(column.max())
+        if low < 0:
+            raise ConfigError(f"layers and neurons are counted from 0, got {low}")
+        if high >= most:
+            raise ConfigError(f"{name} {high} is in no model: the most is {most - 1}")
+    table = rows.astype(np.int64)
     return (table[:, 0] << _INDEX) + table[:, 1]
 
 
@@ -226,10 +274,12 @@ def matched_random(
     """As many random neurons in the same layers, none of them in `neurons`.
 
     Raises:
-      DataError: a layer has not enough other neurons.
+      DataError: a layer has not enough other neurons, or a neuron is none of `width`.
     """
     layers: dict[int, set[int]] = {}
     for layer, index in neurons:
+        if not 0 <= index < width:
+            raise DataError(f"layer {layer}: neuron {index} is none of {width}")
         layers.setdefault(layer, set()).add(index)
     drawn: list[Neuron] = []
     for layer, indices in sorted(layers.items()):
@@ -265,6 +315,9 @@ def neuron_table(neurons: NeuronSet, **columns: Mapping[str, np.ndarray]) -> str
     return text.getvalue()
 
 
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
 def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
     """Read a set of neurons from CSV with the columns site, layer and index.
 
@@ -273,15 +326,16 @@ def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
     """
     path = Path(path)
     found: dict[str, list[tuple[int, int]]] = {}
-    for line, row in enumerate(read_csv(path), 2):
-        try:
-            site, pair = row["site"], (int(row["layer"]), int(row["index"]))
-            check_site(site)
-            if min(pair) < 0:
-                raise ValueError
-        except (KeyError, TypeError, ValueError, ConfigError):
+    for line, row in read_csv(path, ("site", "layer", "index")):
+        site, numbers = row["site"].strip(), [row["layer"].strip(), row["index"].strip()]
+        if site not in SITES or not all(_NUMBER.fullmatch(number) for number in numbers):
             raise DataError(
                 f"{path}: line {line}: needs a site ({', '.join(SITES)}), a layer and an index"
-            ) from None
+            )
+        pair = (int(numbers[0]), int(numbers[1]))
+        try:
+            _encode([pair])
+        except ConfigError as error:
+            raise DataError(f"{path}: line {line}: {error}") from None
         found.setdefault(site, []).append(pair)
     return NeuronSet.of(**found)

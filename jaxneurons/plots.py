@@ -1,5 +1,6 @@
 """Figures. Each function draws on data in hand and writes one PNG."""
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.neurons import Neuron
+from jaxneurons.store import make_directory, write_bytes
 
 # Okabe and Ito's palette: told apart with any colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
@@ -32,10 +34,12 @@ def entitle(axes: Any, text: str) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Write a figure as PNG."""
+    """Write a figure as PNG, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure).print_figure(path, dpi=160)
+    drawn = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(drawn, dpi=160, format="png")
+    write_bytes(path, drawn.getvalue())
     return path
 
 
@@ -54,7 +58,7 @@ def draw_tables(
       directory: made if it is missing.
       source: the model, for titles.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     made = []
     for name, (table, function) in figures.items():
         rows = tables.get(table)

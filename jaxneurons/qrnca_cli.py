@@ -114,7 +114,9 @@ def locate(
 
 @app.command()
 def questions(
-    source: Annotated[Path, typer.Argument(help="Questions and answers: JSON, JSON Lines, CSV.")],
+    source: Annotated[
+        Path, typer.Argument(help="Questions and answers: JSON, JSON Lines, CSV, TSV.")
+    ],
     destination: Annotated[Path, typer.Argument(help="Multi-choice file to write: JSON.")],
     options: Annotated[int, typer.Option(help="Options of a question.")] = 4,
     wordings: Annotated[int, typer.Option(help="Wordings of a question.")] = 3,
@@ -129,10 +131,11 @@ def questions(
     language (en, fr, ru, ar, ja, zh) and id.
     """
     from jaxneurons.multichoice import free_form, multi_choice, read_questions
-    from jaxneurons.store import write_json, write_json_lines
+    from jaxneurons.store import check_not_input, write_json, write_json_lines
 
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}; {near_matches(form, FORMS)}")
+    check_not_input(destination, source)
     if form == "free":
         records = free_form(read_questions(source), wordings=wordings)
         write_json_lines(destination, records)

@@ -1,7 +1,6 @@
 """A finished run of `qrnca locate`, opened again with its model: what later stages work on."""
 
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from jaxneurons import batches
 from jaxneurons.errors import DataError
+from jaxneurons.json_file import read_values
 from jaxneurons.load import LM, load
 from jaxneurons.locate import (
     QUERIES,
@@ -22,10 +22,10 @@ from jaxneurons.locate import (
 )
 from jaxneurons.neurons import site_width
 from jaxneurons.qrnca import QRNCAConfig
-from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import Query
 from jaxneurons.store import RunDirectory
 from jaxneurons.tables import read_json
+from jaxneurons.typed_json import typed
 
 Progress = Callable[[int, int], None]
 
@@ -87,52 +87,74 @@ def source_of(path: str | os.PathLike[str]) -> str:
       DataError: no finished run there.
     """
     path = Path(path)
+    _check_finished(path)
+    try:
+        return typed({"model": {"source": str}}, read_json(path / RUN), str(path / RUN))["model"][
+            "source"
+        ]
+    except DataError as error:
+        raise DataError(f"{error}; give the model with --model, or {_ANEW}") from None
+
+
+_ANEW = "run `jaxneurons qrnca locate` as before, which writes this file anew"
+
+
+def _check_finished(path: Path) -> None:
     if not (path / RUN).is_file():
         raise DataError(f"{path}: no finished run of `jaxneurons qrnca locate`; run that first")
-    model = read_json(path / RUN).get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("source"), str):
-        raise DataError(f"{path / RUN}: names no model; run `jaxneurons qrnca locate` again")
-    return model["source"]
 
 
 def ignored_keys_of(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """The keys of the model's configuration that a run was made without."""
-    keys = read_json(Path(path) / RUN)["model"].get("ignored_keys", [])
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise DataError(f"{Path(path) / RUN}: model.ignored_keys is not a list of names")
-    return tuple(keys)
+    where = Path(path) / RUN
+    model = read_json(where).get("model")
+    keys = model.get("ignored_keys", []) if isinstance(model, dict) else []
+    return typed(tuple[str, ...], keys, f"{where}: model: ignored_keys")
 
 
 def open_run(path: str | os.PathLike[str], lm: LM | None = None) -> Run:
     """Open a finished run; its model is loaded from where it came from, unless it is given.
+
+    What run.json says beside its model's source is made anew from the parts where it is damaged.
 
     Raises:
       DataError: no finished run, one that is damaged, or a model other than the run's.
       SourceError: the model cannot be loaded.
     """
     path = Path(path)
-    source = source_of(path)
-    facts = read_json(path / RUN)
-    lm = load(source, ignore_keys=ignored_keys_of(path)) if lm is None else lm
-    if facts["model"].get("sha256") != lm.hash:
-        raise DataError(
-            f"{path}: its neurons were located in {source} (weights {_short(facts)}), not in "
-            f"{lm.source} (weights {lm.hash[:12]}); give the model of the run"
-        )
+    lm = load(source_of(path), ignore_keys=ignored_keys_of(path)) if lm is None else lm
+    _check_finished(path)
+    known = path / "parts" / "identity.json"
     try:
-        settings = dict(facts["settings"])
-        settings["quadrature"] = Quadrature(**settings["quadrature"])
-        made = QRNCAConfig(**settings)
-        lines = (path / QUERIES).read_text(encoding="utf-8").split("\n")
-        queries = [_query(json.loads(line)) for line in lines if line]
-        identity = json.loads((path / "parts" / "identity.json").read_text(encoding="utf-8"))
-        batch_size = int(identity["batch size"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        written = read_json(known)
+        kind = {"model": str, "settings": QRNCAConfig, "batch size": int}
+        identity = typed(kind, written, str(known))
+        if identity["batch size"] < 1:
+            raise DataError(f"{known}: batch size: {identity['batch size']}")
+        queries = _read_queries(path / QUERIES)
+    except DataError as error:
         raise DataError(
-            f"{path}: a damaged or older run ({type(error).__name__}: {error}); "
+            f"{path}: a damaged or older run ({error}); "
             "run `jaxneurons qrnca locate` into a new directory"
         ) from None
-    return make_run(path, lm, queries, made, batch_size=batch_size)
+    if identity["model"] != lm.hash:
+        raise DataError(
+            f"{path}: its neurons were located in {_source(path)} (weights "
+            f"{identity['model'][:12]}), not in {lm.source} (weights {lm.hash[:12]}); "
+            "give the model of the run"
+        )
+    _check_settings(path / RUN, written["settings"])
+    return make_run(path, lm, queries, identity["settings"], batch_size=identity["batch size"])
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raise if run.json, which people edit, says other settings than the parts were made with."""
+    try:
+        said = read_json(path).get("settings")
+    except DataError:
+        return
+    if isinstance(said, dict) and said != settings:
+        raise DataError(f"{path}: says other settings than its parts were made with; {_ANEW}")
 
 
 def make_run(
@@ -163,16 +185,21 @@ def make_run(
     return Run(path, lm, list(queries), settings, located, RunDirectory(path, identity), size)
 
 
-def _short(facts: dict[str, Any]) -> str:
-    return str(facts["model"].get("sha256"))[:12]
+def _source(path: Path) -> str:
+    try:
+        return source_of(path)
+    except DataError:
+        return "another model"
 
 
-def _query(record: dict[str, Any]) -> Query:
-    return Query(
-        id=record["id"],
-        group=record["group"],
-        prompts=tuple(record["prompts"]),
-        answers=tuple(record["answers"]),
-        options=tuple(tuple(letters) for letters in record["options"]),
-        separators=tuple(record["separators"]),
-    )
+def _read_queries(path: Path) -> list[Query]:
+    """The queries that `locate` wrote."""
+    values = read_values(path)
+    values = values if isinstance(values, list) else [values]
+    found = [typed(Query, one, f"{path}: query {n}") for n, one in enumerate(values, 1)]
+    for query in found:
+        between = query.separators or (None,) * len(query.prompts)
+        counts = {len(query.prompts), len(query.answers), len(query.options), len(between)}
+        if len(counts) > 1 or not query.prompts:
+            raise DataError(f"{path}: query {query.id!r}: as many prompts as answers are needed")
+    return found

@@ -23,7 +23,7 @@ from typing import Any
 
 from jaxneurons.answers import option_letters, option_lines
 from jaxneurons.errors import DataError
-from jaxneurons.json_file import parse_json
+from jaxneurons.json_file import read_values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +56,11 @@ def read_queries(path: str | os.PathLike[str]) -> list[Query]:
     """Read a query file, in the order it is written.
 
     Raises:
-      DataError: the file is missing, is not JSON, or a query is unusable; says file, query and
+      DataError: the file cannot be read, is not JSON, or a query is unusable; says file, query and
         what is wrong.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such query file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    return _checked(path, _records(path, text))
+    return _checked(path, _records(path, read_values(path)))
 
 
 def parse_queries(where: str, records: Mapping[str, Any]) -> list[Query]:
@@ -96,14 +90,13 @@ def _checked(path: Path | str, records: Iterable[tuple[str, Any]]) -> list[Query
     return queries
 
 
-def _records(path: Path, text: str) -> Iterable[tuple[str, Any]]:
-    """(id, record) of each query, from one JSON value or from JSON Lines."""
-    whole = parse_json(path, text)
+def _records(path: Path, whole: Any) -> Iterable[tuple[str, Any]]:
+    """(id, record) of each query, from one JSON value or from the values of JSON Lines."""
     if isinstance(whole, Mapping) and not {"prompt", "prompts"} & whole.keys():
         return list(whole.items())
     records = whole if isinstance(whole, list) else [whole]
     return [
-        (str(record.get("id", n)) if isinstance(record, Mapping) else str(n), record)
+        (_name(f"{path}: query {n + 1}", "id", record, str(n)), record)
         for n, record in enumerate(records)
     ]
 
@@ -123,7 +116,7 @@ def _query(path: Path | str, name: str, record: Any) -> Query:
     answer = _texts(where, "answer", record.get("answer"))
     if len(answer) != 1:
         raise DataError(f"{where}: 'answer' must be one text")
-    group = str(record.get("group", "all"))
+    group = _name(where, "group", record, "all")
     between = _separators(where, record, len(prompts))
     return Query(name, group, prompts, answer * len(prompts), ((),) * len(prompts), between)
 
@@ -144,8 +137,9 @@ def _multi_choice(where: str, name: str, record: Mapping[str, Any]) -> Query:
                 f"{where}: sentence {i + 1} has option lines {', '.join(lines)}: "
                 "they must be A, B, ... in order, two at least"
             )
+    group = _name(where, "relation_name", record, "all")
     between = _separators(where, record, len(prompts))
-    return Query(name, str(record.get("relation_name", "all")), prompts, labels, options, between)
+    return Query(name, group, prompts, labels, options, between)
 
 
 def _separators(where: str, record: Mapping[str, Any], count: int) -> tuple[str | None, ...]:
@@ -159,6 +153,16 @@ def _separators(where: str, record: Mapping[str, Any], count: int) -> tuple[str 
         if text is not None and (not isinstance(text, str) or text.strip()):
             raise DataError(f"{where}: 'separator' must be white space or nothing, got {text!r}")
     return tuple(values)
+
+
+def _name(where: str, key: str, record: Any, default: str) -> str:
+    """An id or a group: a text or a whole number; null is as if it were not there."""
+    value = record.get(key) if isinstance(record, Mapping) else None
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where}: {key!r} must be a text, got {type(value).__name__}")
+    return str(value)
 
 
 def _texts(where: str, key: str, value: Any) -> tuple[str, ...]:

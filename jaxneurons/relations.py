@@ -7,7 +7,6 @@ data: a run names its set, since small models answer the plain form far better t
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 
 from jaxneurons.csv_file import read_csv
 from jaxneurons.errors import DataError, near_matches
+from jaxneurons.json_file import read_value
 
 TEMPLATE_SETS = ("plain", "zero-shot", "answer")
 NEUTRAL = "After a while they were talking about {}"
@@ -107,14 +107,7 @@ def read_relation(path: str | os.PathLike[str]) -> Relation:
       DataError: a file that cannot be read or is not of this format; names file and entry.
     """
     path = Path(path)
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not in UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
+    values = read_value(path)
     if not isinstance(values, dict) or not isinstance(values.get("samples"), list):
         raise DataError(f"{path}: not a relation: an object with name and samples is needed")
     triples: dict[Triple, None] = {}
@@ -165,7 +158,7 @@ def _triple(sample: Any, where: str) -> Triple:
     pair = [sample.get(key) for key in ("subject", "object")]
     pair = [value.strip() if isinstance(value, str) else "" for value in pair]
     if not all(pair):
-        raise DataError(f"{where}: subject and object are needed")
+        raise DataError(f"{where}: subject and object are needed, as texts")
     return Triple(*pair)
 
 
@@ -223,18 +216,23 @@ def read_counts(path: str | os.PathLike[str]) -> dict[tuple[str, Triple], float]
       DataError: a file that cannot be read or is not of this format; names the line.
     """
     path = Path(path)
-    found = {}
-    for line, row in enumerate(read_csv(path), 2):
-        texts = [row.get(key, "").strip() for key in ("relation", "subject", "object")]
+    found: dict[tuple[str, Triple], float] = {}
+    for line, row in read_csv(path, ("relation", "subject", "object", "count")):
+        relation, subject, object_ = (row[key].strip() for key in ("relation", "subject", "object"))
         try:
-            count = float(row.get("count", ""))
+            count = float(row["count"])
         except ValueError:
             count = -1.0
-        if not all(texts) or not 0 <= count < float("inf"):
+        if not (relation and subject and object_) or not 0 <= count < float("inf"):
             raise DataError(
                 f"{path}: line {line}: needs relation, subject, object and a count of 0 or more"
             )
-        found[texts[0], Triple(*texts[1:])] = count
+        fact = relation, Triple(subject, object_)
+        if found.setdefault(fact, count) != count:
+            raise DataError(
+                f"{path}: line {line}: the fact {', '.join((relation, subject, object_))} is there "
+                f"twice, with the counts {found[fact]:g} and {count:g}"
+            )
     return found
 
 

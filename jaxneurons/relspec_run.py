@@ -22,9 +22,10 @@ from jaxneurons.neurons import neuron_table, read_neurons
 from jaxneurons.perplexity import perplexity
 from jaxneurons.relations import Relation, bundled_relations, read_relations
 from jaxneurons.relspec import RelSpecConfig
-from jaxneurons.store import write_json, write_text
+from jaxneurons.store import make_directory, null_for_nan, write_json, write_text
 from jaxneurons.study import Study, Tell
 from jaxneurons.tables import read_json, read_tables, write_table
+from jaxneurons.typed_json import typed
 
 ANALYSES: dict[str, Callable[[Study], Tables]] = {
     "ablation": analyses.ablation,
@@ -113,21 +114,22 @@ def resume(out: str | os.PathLike[str]) -> tuple[str, list[str], RelSpecConfig]:
     """How a study was begun: model source, relation sources and settings.
 
     Raises:
-      DataError: no study in this directory.
+      DataError: no study in this directory, or a file that is damaged.
     """
     path = Path(out) / STUDY
     if not path.is_file():
         raise DataError(
             f"{out}: no study here; begin one with --model and --relations, or give its directory"
         )
-    found = read_json(path)
+    kind = {"model": str, "relations": tuple[str, ...], "settings": RelSpecConfig}
     try:
-        values = dict(found["settings"])
-        values |= {name: tuple(values[name]) for name in ("sites", "templates")}
-        settings = RelSpecConfig(**values)
-        return str(found["model"]), [str(one) for one in found["relations"]], settings
-    except (KeyError, TypeError):
-        raise DataError(f"{path}: not written by this version; begin anew") from None
+        found = typed(kind, read_json(path), str(path))
+    except DataError as error:
+        raise DataError(
+            f"{error}; give --model and --relations to `jaxneurons relspec run` as before, which "
+            "writes this file anew"
+        ) from None
+    return found["model"], list(found["relations"]), found["settings"]
 
 
 def collect(study: Study) -> Tables:
@@ -142,7 +144,7 @@ def collect(study: Study) -> Tables:
 def neurons(study: Study) -> None:
     """Stage 2: average precision, and the neurons of each relation as CSV."""
     directory = study.run.path / "neurons"
-    directory.mkdir(exist_ok=True)
+    make_directory(directory)
     found = study.experts()
     for name, one in study.neurons().items():
         text = neuron_table(
@@ -206,7 +208,7 @@ def _finish(study: Study, seconds: dict[str, float], skipped: dict[str, str]) ->
         {
             **study.facts(),
             "tables": sorted({*tables, *(["summary"] if total else [])}),
-            "summary": [row for row in total if row["analysis"] == "ablation"],
+            "summary": null_for_nan([row for row in total if row["analysis"] == "ablation"]),
             "seconds_of_this_call": seconds,
             "skipped_by_this_call": skipped,
         },
@@ -223,11 +225,18 @@ def plot(out: str | os.PathLike[str]) -> list[Path]:
     tables = read_tables(directory / "tables")
     if not tables:
         raise DataError(f"{directory}: no tables here; run the analyses first")
-    run = directory / "run.json"
-    source = str(read_json(run)["model"]["source"]) if run.is_file() else ""
+    source = _source(directory / "run.json")
     if os.path.isabs(source):
         source = Path(source).name  # titles are short
     return relspec_plots.draw(tables, directory / "figures", source=source)
+
+
+def _source(path: Path) -> str:
+    """The model of a run, for titles; "" where run.json does not say."""
+    try:
+        return typed({"model": {"source": str}}, read_json(path), str(path))["model"]["source"]
+    except DataError:
+        return ""
 
 
 def compare(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ One forward pass per prompt; the mean is taken inside the scan over layers. A za
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxneurons import batches
 from jaxneurons.config import ModelConfig
-from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.neurons import check_site, site_width
-from jaxneurons.store import digest, write_json
+from jaxneurons.store import digest, make_directory, write_json
+from jaxneurons.tables import read_json
 from jaxneurons.token_ids import check_ids
 from jaxneurons.transformer import forward
+from jaxneurons.typed_json import typed
 
 DTYPES = ("float32", "bfloat16")
 ROWS = 64
@@ -101,12 +102,16 @@ class ResponseStore:
                 raise DataError(f"{self.path}: holds files but no responses; give a new directory")
             return {}
         try:
-            about = json.loads(self._about.read_text(encoding="utf-8"))
+            kind = {"identity": dict, "done": dict}
+            about = typed(kind, read_json(self._about), str(self._about))
             known, done = about["identity"], about["done"]
             other = [key for key in self._identity if known.get(key) != self._identity[key]]
-            done = {str(site): int(count) for site, count in done.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{self._about}: unreadable; delete {self.path}") from None
+            for site, count in done.items():
+                typed(int, count, f"{self._about}: {site}")
+                if not other and not 0 <= count <= len(self._plan):
+                    raise DataError(f"{self._about}: {site}: {count} of {len(self._plan)} batches")
+        except DataError as error:
+            raise DataError(f"{error}: unreadable; delete {self.path}") from None
         if other:
             raise DataError(
                 f"{self.path}: holds responses with another {', '.join(other)}; "
@@ -130,6 +135,9 @@ class ResponseStore:
           params: the model's parameters.
           sites: which outputs.
           progress: told how many prompts are done, and of how many.
+
+        Raises:
+          WriteError: no room, say; what was written stays.
         """
         for site in sites:
             check_site(site)
@@ -148,7 +156,11 @@ class ResponseStore:
                     progress(min((number + 1) * ROWS, len(self)), len(self))
 
     def write(self, number: int, found: Mapping[str, Array]) -> None:
-        """Write one batch of the plan, [layer, batch, width] by site, made elsewhere."""
+        """Write one batch of the plan, [layer, batch, width] by site, made elsewhere.
+
+        Raises:
+          WriteError: no room, say.
+        """
         self._write_about()
         arrays = {site: self._open(site, create=True) for site in found}
         self._write(number, len(self._plan[number].index), arrays, found)
@@ -157,24 +169,23 @@ class ResponseStore:
         self, number: int, count: int, arrays: Mapping[str, Any], found: Mapping[str, Array]
     ) -> None:
         start = number * ROWS
-        pending = []
+        pending = {}
         for site, array in arrays.items():
             values = np.asarray(found[site])[:, :count].swapaxes(0, 1)
-            pending.append(
-                array[start : start + count].write(values.astype(array.dtype.numpy_dtype))
+            pending[site] = array[start : start + count].write(
+                values.astype(array.dtype.numpy_dtype)
             )
-        for one in pending:
-            one.result()
+        refused = {site: one.exception() for site, one in pending.items()}
+        for site, error in refused.items():  # all of them have ended
+            if error is not None:
+                raise WriteError(self.path / site, error) from None
         for site in arrays:
             self._done[site] = number + 1
         self._write_about()
 
     def _write_about(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self._about, {"identity": self._identity, "done": self._done})
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error.strerror})") from None
+        make_directory(self.path)
+        write_json(self._about, {"identity": self._identity, "done": self._done})
 
     def _open(self, site: str, *, create: bool = False) -> Any:
         import tensorstore as ts
@@ -198,7 +209,9 @@ class ResponseStore:
         }
         try:
             return ts.open(spec, create=create, open=True).result()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            if create and not (self.path / site / "zarr.json").exists():
+                raise WriteError(self.path / site, error) from None
             reason = str(error).split(" [")[0]
             raise DataError(f"{self.path / site}: unreadable ({reason}); delete it") from None
 

@@ -20,7 +20,7 @@ from jaxneurons.convert.export import GENERATION, copy_files, sync, write_hf
 from jaxneurons.convert.hf import CONFIG, read_json, stored_dtypes
 from jaxneurons.convert.native import MARKER, read_marker, write_marker, write_params
 from jaxneurons.convert.rules import Progress, stored_names
-from jaxneurons.errors import ConfigError, SourceError, near_matches
+from jaxneurons.errors import ConfigError, SourceError, WriteError, near_matches
 from jaxneurons.load import LM, TOKENIZER_FILES, cache_directory
 from jaxneurons.store import digest, write_json
 
@@ -126,8 +126,11 @@ def published(target: Path) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
     except Timeout:
         raise SourceError(f"{target}: another process is writing it") from None
+    except WriteError as error:
+        raise SourceError(f"{target}: cannot be written: {error.reason}") from None
     except OSError as error:
-        raise SourceError(f"{target}: cannot be written: {error.strerror or error}") from None
+        reason = WriteError(target, error).reason
+        raise SourceError(f"{target}: cannot be written: {reason}") from None
 
 
 def _origin(lm: LM) -> tuple[dict[str, Any] | None, dict[str, str]]:

@@ -7,50 +7,131 @@ whole. A directory belongs to one identity (model, data, settings): another one 
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxneurons.errors import DataError
+from jaxneurons.errors import DataError, WriteError
 
 _IDENTITY = "identity.json"
 _DIGEST = hashlib.sha256().digest_size
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write a text file atomically.
+
+    Raises:
+      WriteError: as `write_bytes`.
+    """
+    # Bytes of a file name that are no UTF-8 come as halves of surrogate pairs; JSON reads their
+    # escapes back.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, indented, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically, indented, keys in the order given.
+
+    Raises:
+      DataError: a NaN or an infinity, which JSON does not have; says where. `null_for_nan` makes
+        them null where a value may be missing.
+      WriteError: as `write_bytes`.
+    """
+    write_text(path, _json(path, value, indent=2) + "\n")
 
 
 def write_json_lines(path: Path, records: Iterable[Any]) -> None:
-    """Write a JSON Lines file atomically, one record a line."""
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    """Write a JSON Lines file atomically, one record a line; as `write_json`."""
+    write_text(path, "".join(_json(path, record) + "\n" for record in records))
+
+
+def _json(path: Path, value: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        where = next(_not_numbers(value), None)
+        reason = str(error) if where is None else f"{where} has no place in JSON"
+        raise DataError(f"{path}: not written: {reason}") from None
+
+
+def _not_numbers(value: Any, where: str = "") -> Iterator[str]:
+    """Where NaN and infinities are in a JSON value."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{where.lstrip('.') or 'the value'} = {value}"
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _not_numbers(inner, f"{where}.{key}")
+    if isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _not_numbers(inner, f"{where}[{number}]")
+
+
+def null_for_nan(value: Any) -> Any:
+    """A JSON value whose NaN and infinities are null: for what may be missing."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: null_for_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_for_nan(inner) for inner in value]
+    return value
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: whatever happens, it is the old one or the whole new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file atomically: whatever happens, it is the old one or the whole new one.
+
+    A link is followed; a pipe or a device (/dev/stdout) is written into.
+
+    Raises:
+      WriteError: no room, no permission, no such directory; names the path and the cause.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file() and not target.is_dir():
+            target.write_bytes(data)
+            return
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(name, 0o666 & ~mask)
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise WriteError(path, error) from None
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, unless it is there.
+
+    Raises:
+      WriteError: it cannot be made; names the path and the cause.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(path, error) from None
+
+
+def check_not_input(output: Path, *inputs: Path) -> None:
+    """Raise `DataError` if an output would take the place of an input, by whatever name."""
+    for one in inputs:
+        try:
+            same = os.path.samefile(output, one)
+        except OSError:  # one is not there
+            same = os.path.abspath(output) == os.path.abspath(one)
+        if same:
+            raise DataError(f"{output}: is what is read ({one}); give another file to write to")
 
 
 def digest(value: Any) -> str:
@@ -67,6 +148,7 @@ class RunDirectory:
 
     Raises:
       DataError: the directory holds another run, or other files.
+      WriteError: it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
@@ -77,20 +159,29 @@ class RunDirectory:
         known = self.parts / _IDENTITY
         if known.is_file():
             self._check(known, identity)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            return
+        if self.path.is_dir() and not self._is_new():
             raise DataError(
                 f"{self.path}: holds files but no run of ours; give a new or empty directory"
             )
-        try:
-            self.parts.mkdir(parents=True, exist_ok=True)
-            write_json(known, dict(identity))
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error.strerror})") from None
+        make_directory(self.parts)
+        write_json(known, dict(identity))
+
+    def _is_new(self) -> bool:
+        """Whether nothing is there but what a first write, stopped or refused, leaves behind."""
+        begun = f".{_IDENTITY}."
+        return all(entry == self.parts for entry in self.path.iterdir()) and (
+            not self.parts.exists()
+            or (
+                self.parts.is_dir()
+                and all(entry.name.startswith(begun) for entry in self.parts.iterdir())
+            )
+        )
 
     def _check(self, known: Path, identity: Mapping[str, Any]) -> None:
         try:
             there = json.loads(known.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise DataError(f"{known}: unreadable; give a new directory") from None
         wanted = json.loads(json.dumps(dict(identity)))
         if not isinstance(there, dict):

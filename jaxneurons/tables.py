@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from jaxneurons.errors import DataError
-from jaxneurons.store import write_bytes
+from jaxneurons.store import make_directory, write_bytes
 
 
 def write_table(directory: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `name.csv` and `name.parquet`, each atomically; None is an empty cell."""
+    """Write `name.csv` and `name.parquet`, each atomically; None is an empty cell.
+
+    Raises:
+      WriteError: no room, say; names the file and the cause.
+    """
     import pyarrow as pa
     from pyarrow import csv, parquet
 
     table = pa.Table.from_pylist([dict(row) for row in rows])
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     for suffix, write in (("csv", csv.write_csv), ("parquet", parquet.write_table)):
         buffer = io.BytesIO()
         # A column of nothing but None has no type; CSV does not write it otherwise.
@@ -52,7 +56,7 @@ def read_tables(directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from disk.
+    """A JSON object that this library has written; older ones hold NaN.
 
     Raises:
       DataError: it is not there, or not one.
@@ -61,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise DataError(f"{path}: not a JSON object")

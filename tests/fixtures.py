@@ -1,12 +1,15 @@
 """A tiny random Llama with a tokenizer of its own, as a Hugging Face directory; tiny queries."""
 
+import contextlib
 import functools
 import json
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from checkpoints import hf_tensors, tiny, write_hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -150,6 +153,21 @@ def cloze(count: int = 4) -> list[dict[str, Any]]:
 def write_queries(path: Path, records: Any) -> Path:
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def room(size: int) -> Iterator[None]:
+    """As on a full disk: the system refuses to make a file larger than so many bytes.
+
+    Python ignores the signal that would come with it.
+    """
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def assert_same_outcomes(one, other):

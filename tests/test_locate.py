@@ -1,8 +1,10 @@
 """Locating on a tiny model: what is written, and that nothing depends on how it was run."""
 
+import dataclasses
 import functools
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,14 @@ from fixtures import cloze, multi_choice, write_lm, write_queries
 import jaxneurons
 from jaxneurons import batches, qrnca
 from jaxneurons.attribution import integrated_gradients
-from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.locate import LowOptionMassWarning, encode_queries, locate
+from jaxneurons.errors import ConfigError, DataError, JaxneuronsError
+from jaxneurons.locate import LowOptionMassWarning, encode_queries, facts_there, locate
 from jaxneurons.neurons import Neuron
 from jaxneurons.qrnca import QRNCAConfig
+from jaxneurons.qrnca_run import open_run, source_of
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import read_queries
+from jaxneurons.terminal import show_located
 
 # A random model says anything rather than the answer.
 pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
@@ -97,6 +101,126 @@ def test_run_file(whole, lm):
     assert run["completeness"]["nodes_mean"] >= 2 * LAYERS
     assert run["versions"]["jaxneurons"] == jaxneurons.__version__
     assert run["seconds"]["attribution"] > 0
+
+
+def places(value, path=()):
+    """The paths of all values in a JSON value, its own first."""
+    yield path
+    items = value.items() if isinstance(value, dict) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+    """A copy with another value at a path; without the key, where it is KeyError."""
+    if not path:
+        return None if new is KeyError else new
+    copy = dict(value)
+    copy[path[0]] = changed(copy[path[0]], path[1:], new)
+    if len(path) == 1 and new is KeyError:
+        del copy[path[0]]
+    return copy
+
+
+ODD = [KeyError, None, True, -1, 2.5, math.nan, "x", [], {}, [1], {"a": 1}]
+
+
+def test_every_value_of_the_run_file_replaced(whole, lm, queries, tmp_path):
+    """What is taken as it is can be shown; all else is written anew from the parts."""
+    located, out = whole
+    facts = json.loads((out / "run.json").read_text())
+    identity = json.loads((out / "parts" / "identity.json").read_text())
+    taken = 0
+    for path in places(facts):
+        for odd in ODD:
+            made = changed(facts, path, odd)
+            (tmp_path / "run.json").write_text(json.dumps(made))
+            found = facts_there(tmp_path / "run.json", identity)
+            if found is not None:
+                taken += 1
+                show_located(dataclasses.replace(located, run=found), tmp_path)
+                assert path[0] != "settings" or made == facts
+    assert 100 < taken < len(list(places(facts))) * len(ODD) - 100
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    assert facts_there(tmp_path / "run.json", identity) == facts
+    assert facts_there(tmp_path / "none.json", identity) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        ((), "["),
+        ((), 3),
+        (("model",), KeyError),
+        (("model", "sha256"), "x"),
+        (("settings",), KeyError),
+        (("settings",), 3),
+        (("answers",), 0.5),
+        (("answers", "option_mass_mean"), KeyError),
+        (("completeness", "gap_max"), None),
+        (("seconds",), KeyError),
+    ],
+)
+def test_a_damaged_run_file_is_written_anew(whole, lm, queries, tmp_path, path, new):
+    """By `locate`, and by what opens the run with its model."""
+    _, out = whole
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    facts = json.loads((out / "run.json").read_text())
+    damaged = "[" if new == "[" else json.dumps(changed(facts, path, new))
+    for again in (
+        lambda: open_run(copy, lm).located,
+        lambda: locate(lm, queries, copy, settings=SETTINGS, batch_size=2),
+    ):
+        (copy / "run.json").write_text(damaged)
+        assert json.loads(json.dumps(again().run)) == facts
+        assert json.loads((copy / "run.json").read_text()) == facts
+    assert contents(copy) == contents(out)
+    (copy / "run.json").write_text(damaged)
+    if path[:1] in ((), ("model",)) and path != ("model", "sha256"):
+        with pytest.raises(DataError, match=r"run\.json: .*; give the model with --model, or run"):
+            source_of(copy)
+    else:
+        assert source_of(copy) == lm.source
+
+
+def test_other_settings_in_the_run_file(whole, lm, queries, tmp_path):
+    """Which of the two is right cannot be known; `locate` knows its own."""
+    _, out = whole
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    facts = json.loads((out / "run.json").read_text())
+    for path, new in ((("settings", "top"), 7), (("settings",), {}), (("settings", "x"), 1)):
+        made = changed({**facts, "settings": {**facts["settings"], "x": 0}}, path, new)
+        (copy / "run.json").write_text(json.dumps(made))
+        with pytest.raises(DataError, match=r"run\.json: says other settings than .*writes this"):
+            open_run(copy, lm)
+        locate(lm, queries, copy, settings=SETTINGS, batch_size=2)
+        assert json.loads((copy / "run.json").read_text()) == facts
+        assert open_run(copy, lm).settings == SETTINGS
+
+
+@pytest.mark.parametrize("name", ["parts/identity.json", "queries.jsonl"])
+def test_what_a_run_is_opened_with_is_checked(whole, lm, tmp_path, name):
+    _, out = whole
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    text = (out / name).read_text()
+    text, rest = text.split("\n", 1) if name == "queries.jsonl" else (text, "")
+    first = json.loads(text)
+    for path in places(first):
+        for odd in ODD:
+            made = changed(first, path, odd)
+            if path[:1] == ("settings",) and odd not in (KeyError, None, "x"):
+                continue  # test_typed_json.py has them
+            (copy / name).write_text(json.dumps(made) + "\n" + rest)
+            said = None
+            try:
+                open_run(copy, lm)
+            except JaxneuronsError as error:
+                said = str(error)
+            assert (said is None) == (made == first)
+            assert said is None or str(copy) in said
 
 
 def test_no_litter(whole):

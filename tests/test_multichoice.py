@@ -269,6 +269,42 @@ def test_bad_files(tmp_path, text, message):
         read_questions(path)
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("NaN", "NaN is no JSON value"),
+        ("1e5", "question 1: 'answer' must be a text; put it between quotes"),
+        ("2.50", "'answer' must be a text"),
+        ("true", "'answer' must be a text"),
+        ('["x"]', "'answer' must be a text"),
+        ("{}", "'answer' must be a text"),
+        ("null", "question and answer are needed; its fields are 'question', 'answer'"),
+        ('"\\udfff"', "half a surrogate"),
+        ('"x", "Answer": "y"', "two of the keys 'question', 'answer', 'Answer' are one"),
+    ],
+)
+def test_answers_that_would_become_others(tmp_path, answer, message):
+    path = tmp_path / "q.json"
+    path.write_text(f'[{{"question": "x", "answer": {answer}}}]')
+    with pytest.raises(DataError, match=message):
+        read_questions(path)
+
+
+def test_answers_stay_as_they_are_written(tmp_path):
+    texts = ["NaN", "None", "null", "TRUE", "true", "1e5", "007", "2.50", "-0", "N/A", "inf"]
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps([{"Question": "x", " ANSWER": text} for text in texts]))
+    assert [one.answer for one in read_questions(path)] == texts
+    path.write_text('[{"question": 7, "answer": 1945, "id": 3, "group": null}]')
+    assert read_questions(path) == [Question("3", "7", "1945")]
+    path = tmp_path / "q.csv"
+    path.write_text("question,answer\n" + "".join(f"x,{text}\n" for text in texts))
+    assert [one.answer for one in read_questions(path)] == texts
+    records, _ = multi_choice(read_questions(path))
+    options = {o for r in records.values() for s in r["sentences"] for o in take_apart(s).options}
+    assert options <= set(texts)
+
+
 def test_one_line_of_json_lines(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(RECORDS[0]) + "\n")
@@ -297,3 +333,10 @@ def test_from_the_command_line(run, tmp_path):
     code, _, err = run("qrnca", "questions", source, tmp_path / "none.json")
     assert (code, err.splitlines()[-1].startswith("error: ")) == (1, True)
     assert not (tmp_path / "none.json").exists()
+    before = source.read_bytes()
+    (tmp_path / "link.json").symlink_to(source)
+    for form in ("choice", "free"):
+        for there in (source, tmp_path / "link.json"):
+            code, _, err = run("qrnca", "questions", source, there, "--form", form)
+            assert (code, "is what is read" in err) == (1, True)
+    assert source.read_bytes() == before

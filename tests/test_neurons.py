@@ -12,6 +12,7 @@ from jaxneurons.neurons import (
     SITES,
     Neuron,
     NeuronSet,
+    matched_random,
     neuron_count,
     neuron_table,
     random_neurons,
@@ -99,6 +100,68 @@ def test_neurons_of_another_model(pair):
         NeuronSet.of(up=[pair]).scales(tiny_config())
 
 
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([(0, 2**33 + 2)], "neuron 8589934594 is in no model"),
+        ([(0, 2**32)], "neuron 4294967296 is in no model: the most is 4294967295"),
+        ([(2**31, 1)], "layer 2147483648 is in no model"),
+        ([(10**30, 1)], "layer 10{30} is in no model"),
+        ([(0, 1), (0, -(10**30))], "counted from 0, got -10{30}"),
+        ([(1.5, 2)], r"pairs of whole numbers, layer and index; got \(1\.5, 2\)"),
+        ([(2.0, 2)], "pairs of whole numbers"),
+        ([(float("nan"), 2)], "pairs of whole numbers"),
+        (np.array([[1.0, 2.0]]), "pairs of whole numbers"),
+        (["12"], "pairs of whole numbers"),
+        ([("1", "2")], "pairs of whole numbers"),
+        ([3], "pairs of whole numbers"),
+        ([(1, 2, 3), (4, 5, 6)], "pairs of layer and index, got"),
+        ([(1, 2), (3,)], "pairs of layer and index, got"),
+        (np.arange(6), "pairs of layer and index, got"),
+        (np.array([[0, 2**64 - 1]], np.uint64), f"neuron {2**64 - 1} is in no model"),
+    ],
+)
+def test_what_is_no_neuron(pairs, message):
+    with pytest.raises(ConfigError, match=message):
+        NeuronSet.of(up=pairs)
+
+
+def test_any_whole_numbers_make_neurons():
+    """Each kind of integers, to the ends of what a code holds."""
+    want = {("up", 2**31 - 1, 2**32 - 1), ("up", 0, 0), ("up", 3, 5)}
+    pairs = [(2**31 - 1, 2**32 - 1), (0, 0), (3, 5)]
+    kinds = [np.array(pairs), np.array(pairs, np.uint64), map(Neuron._make, pairs)]
+    mixed = [(np.uint64(a), np.int64(b)) for a, b in pairs]  # numpy makes floats of these
+    for one in (pairs, iter(pairs), *kinds, mixed):
+        assert plain(NeuronSet.of(up=one)) == want
+    assert not len(NeuronSet.of(up=np.zeros((0, 2))))
+
+
+def test_what_is_no_code_or_position():
+    for codes in ([-1], [1.5], ["1"], np.array([2**63], np.uint64), [[float("nan")]]):
+        with pytest.raises(ConfigError, match="needed, got"):
+            NeuronSet({"up": np.asarray(codes)})
+    config = tiny_config()
+    size = neuron_count(config, ("up",))
+    for flat in ([-1], [size], [0.5]):
+        with pytest.raises(ConfigError):
+            NeuronSet.of_flat(np.asarray(flat), config, ("up",))
+    assert len(NeuronSet.of_flat(np.zeros(0), config, ("up",))) == 0
+
+
+def test_other_neurons_are_no_members():
+    """Not those whose code would be the same."""
+    one = NeuronSet.of(up=[(1, 3), (2, 0)])
+    assert ("up", (1, 3)) in one
+    for pair in ((0, 2**32 + 3), (2, -(2**32) + 3), (3, -(2**32)), (1.0, 3.0), (1, 3, 0)):
+        assert ("up", pair) not in one
+
+
+def test_controls_of_neurons_that_are_none():
+    with pytest.raises(DataError, match="layer 1: neuron 9 is none of 8"):
+        matched_random([Neuron(1, 9)], width=8, rng=np.random.default_rng(0))
+
+
 def test_bad_members():
     with pytest.raises(ConfigError, match="unknown site 'ups'; did you mean 'up'"):
         NeuronSet.of(ups=[(0, 0)])
@@ -109,10 +172,24 @@ def test_bad_members():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("site,layer\nup,1\n", "line 2: needs a site"),
+        ("site,layer\nup,1\n", "needs the columns site, layer, index; its first row is 'site', 'l"),
         ("site,layer,index\nup,1,2\nups,1,2\n", "line 3"),
         ("site,layer,index\nup,1,-2\n", "line 2"),
         ("site,layer,index\nup,x,2\n", "line 2"),
+        ("", "n.csv: needs the columns site, layer, index; it is empty"),
+        *[
+            (f"site,layer,index,score\nup,0,1,\nup,{pair},3\n", f"n.csv: line 3: {said}")
+            for pair, said in (
+                ("0,8589934594", "neuron 8589934594 is in no model"),
+                ("1099511627776,1", "layer 1099511627776 is in no model"),
+                (f"1,{10**30}", "needs a site"),
+                ("1,1e30", "needs a site"),
+                ("1.0,2", "needs a site"),
+                ("nan,2", "needs a site"),
+                ("1_0,2", "needs a site"),
+                ("٣,2", "needs a site"),  # a digit to Python
+            )
+        ],
     ],
 )
 def test_bad_tables(tmp_path, text, message):

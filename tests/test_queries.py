@@ -1,6 +1,9 @@
 """Query files: what is read, and what is said of the ones that cannot be."""
 
 import json
+import os
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -114,7 +117,7 @@ GOOD = '{"prompt": "x", "answer": "y"}'
         (json.dumps(multi_choice(1), indent=1) + "\n}", r"line \d\d, column 1: not JSON"),
         (
             GOOD + "\n" + '{"prompt": "x", "prompt": "z"}',
-            r"the key 'prompt' is written twice.*line 2",
+            r"line 2: the key 'prompt' is written twice",
         ),
         ('{"q": {"sentences": 1}, "q": {}}', r"the key 'q' is written twice"),
         ("[" * 100_000, r"nested too deeply"),
@@ -138,7 +141,7 @@ GOOD = '{"prompt": "x", "answer": "y"}'
         ([{"id": "a", "prompt": "x", "answer": ""}], r"query 'a': 'answer' holds an empty"),
         ([{"id": "a", "prompt": "x", "answer": ["y", "z"]}], r"query 'a': 'answer' must be one"),
         ([{"id": "a", "prompt": "x", "answer": 3}], r"query 'a': 'answer' must be a text"),
-        ([{"id": "a", "prompt": "x\ud800", "answer": "y"}], r"query 'a': holds half a surrogate"),
+        ([{"id": "a", "prompt": "x\ud800", "answer": "y"}], r"'x\\ud800' holds half a surrogate"),
         ([{"id": "\udfff", "prompt": "x", "answer": "y"}], r"holds half a surrogate"),
         (
             [{"id": i, "prompt": "x", "answer": "y"} for i in ("a", "b", "a")],
@@ -160,7 +163,19 @@ GOOD = '{"prompt": "x", "answer": "y"}'
             )
             for lines in ("A", "AC", "ABBC", "ABD")
         ],
-        (b"\xff\xfe{", "cannot be read as UTF-8 text"),
+        (b"\xff\xfe{", r"not in UTF-16 \(byte 2, line 1\); save it as UTF-8"),
+        (b"{\n" + b"\xe9", r"not in UTF-8 \(byte 2, line 2\); save it as UTF-8"),
+        (b"{\n ab\0", r"line 2 holds a zero byte"),
+        (GOOD.encode("utf-16-le")[:-1], r"not in UTF-16-LE \(byte 58, line 1\)"),
+        ('[{"prompt": "x", "answer": NaN}]', r"NaN is no JSON value"),
+        (GOOD + '\n{"prompt": "x", "answer": -Infinity}', r"line 2: -Infinity is no JSON value"),
+        ('[{"prompt": "x", "answer": "y", "w": 1e400}]', r"the number 1e400 is too large"),
+        *[
+            ([{"prompt": "x", "answer": "y", key: value}], f"query .*: '{key}' must be a text, got")
+            for key in ("id", "group")
+            for value in (True, 1.5, ["a"], {})
+        ],
+        ([{"id": n, "prompt": "x", "answer": "y"} for n in (7, "7")], r"query '7' is there twice"),
     ],
 )
 def test_bad_files(read, content, message):
@@ -170,10 +185,55 @@ def test_bad_files(read, content, message):
 
 
 def test_not_a_file(tmp_path):
-    with pytest.raises(DataError, match=r"none\.json: no such query file"):
-        read_queries(tmp_path / "none.json")
-    with pytest.raises(DataError, match="cannot be read as UTF-8 text"):
-        read_queries(tmp_path)
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in (
+        (tmp_path / "none.json", "No such file or directory"),
+        (tmp_path, "it is a directory"),
+        (tmp_path / "a", "Too many levels of symbolic links"),
+        ("/dev/zero", "it is a device"),
+        ("a\0b", "null byte"),
+    ):
+        with pytest.raises(DataError, match=f"cannot be read: .*{reason}"):
+            read_queries(path)
+    with pytest.raises(DataError, match="pipe: line 1, column 1: not JSON"):
+        read_queries(tmp_path / "pipe")  # nobody writes into it
+
+
+def test_a_pipe_is_read(tmp_path):
+    text = json.dumps(multi_choice(40))
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["sh", "-c", 'exec cat > "$0"', tmp_path / "pipe"], stdin=-1)
+    with os.fdopen(os.open(tmp_path / "pipe", os.O_RDONLY)):  # until the writer is there
+        feed = threading.Thread(target=writer.communicate, args=(text.encode(),))
+        feed.start()
+        assert len(read_queries(tmp_path / "pipe")) == 40
+    feed.join()
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_files_as_other_programs_save_them(tmp_path, encoding, end):
+    records = [{"prompt": "首都は", "answer": "東京"}, {"prompt": "b", "answer": "c"}]
+    for text in (lines(records), json.dumps(records, indent=1, ensure_ascii=False)):
+        path = tmp_path / "q"
+        path.write_bytes((text + "\n\n").replace("\n", end).encode(encoding))
+        assert [query.answers[0] for query in read_queries(path)] == ["東京", "c"]
+
+
+def test_texts_stay_texts(read):
+    texts = ["NaN", "None", "null", "TRUE", "1e5", "007", "-0", " 1.50"]
+    found = read([{"id": text, "group": text, "prompt": text, "answer": text} for text in texts])
+    assert [query.answers for query in found] == [(text,) for text in texts]
+    assert [(q.id, q.group, q.prompts[0]) for q in found] == [(t, t, t) for t in texts]
+
+
+def test_null_is_not_there(read):
+    records = [{"id": None, "group": None, "prompt": "x", "answer": "y"}] * 2
+    assert [(query.id, query.group) for query in read(records)] == [("0", "all"), ("1", "all")]
 
 
 # --- anything at all ------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_directories(tmp_path):
     with pytest.raises(DataError, match="no relation files"):
         read_relations(tmp_path)
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(DataError, match=r"a\.json: not valid JSON"):
+    with pytest.raises(DataError, match=r"a\.json: line 1, column 2: not JSON"):
         read_relations(tmp_path)
 
 
@@ -184,15 +184,43 @@ def test_another_encoding(tmp_path):
     path = write(tmp_path / "r.json", samples=[{"subject": "Köln", "object": "b"}])
     text = json.dumps(json.loads(path.read_text()), ensure_ascii=False)
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=r"r\.json: not in UTF-8 \(byte \d+\)"):
+    with pytest.raises(DataError, match=r"r\.json: not in UTF-8 \(byte \d+, line 1\)"):
         read_relation(path)
+
+
+def test_what_json_would_drop_is_refused(tmp_path):
+    path = write(tmp_path / "r.json")
+    text = path.read_text()
+    for old, new, message in (
+        ('"samples":', '"samples": [], "samples":', "the key 'samples' is written twice"),
+        ('"object": "b"', '"object": "b", "object": "c"', "the key 'object' is written twice"),
+        ('"name": "in"', '"name": NaN', "NaN is no JSON value"),
+        ('"b"', '"\\ud800"', "holds half a surrogate pair"),
+        ('"b"', "1945", "sample 1: subject and object are needed, as texts"),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(DataError, match=rf"r\.json: .*{message}"):
+            read_relation(path)
+    path.write_text(text.replace("\n", "") + "\n" + text.replace("\n", ""))
+    with pytest.raises(DataError, match=r"r\.json: line 2, column 1: not JSON"):  # no JSON Lines
+        read_relation(path)
+
+
+def test_a_fact_counted_twice(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("Relation;Subject;Object;Count\nr;a;b;3\nr;a;b;3.0\n")
+    assert read_counts(path) == {("r", Triple("a", "b")): 3}
+    path.write_text("relation,subject,object,count\nr,a,b,3\n\nr,a,b,4\n")
+    with pytest.raises(DataError, match=r"line 4: the fact r, a, b is there twice, .* 3 and 4"):
+        read_counts(path)
 
 
 def test_counts(tmp_path):
     path = tmp_path / "c.csv"
     path.write_text("relation,subject,object,count\nr,a,b,3\nr, a ,c,1e3\n")
     assert read_counts(path) == {("r", Triple("a", "b")): 3, ("r", Triple("a", "c")): 1000}
-    for bad in ("r,a,b,x", "r,a,b,-1", "r,,b,1", "r,a,b", "r,a,b,inf"):
+    for bad in ("r,a,b,nan", "r,a,b,x", "r,a,b,-1", "r,,b,1", "r,a,b", "r,a,b,inf"):
         path.write_text(f"relation,subject,object,count\n{bad}\n")
         with pytest.raises(DataError, match="line 2: needs relation, subject, object"):
             read_counts(path)

@@ -2,15 +2,16 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import write_lm
+from fixtures import room, write_lm
 from models import tiny_config, tiny_params
 
 import jaxneurons
 from jaxneurons import responses
-from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.neurons import SITES
+from jaxneurons.errors import ConfigError, DataError, WriteError
+from jaxneurons.neurons import SITES, site_width
 from jaxneurons.responses import ResponseStore, mean_responses
 
 CONFIG = tiny_config()
@@ -176,15 +177,52 @@ def test_damage_is_noticed(params, tmp_path):
         found.read("up", 2)
 
 
+def test_a_full_disk(tmp_path, monkeypatch):
+    """Names site and cause; what was written stays, and the same goes on when there is room."""
+    monkeypatch.setattr(responses, "ROWS", 14)
+    prompts, rng = PROMPTS * 4, np.random.default_rng(1)
+    made = [
+        {
+            site: jnp.asarray(rng.normal(size=(CONFIG.num_layers, 14, site_width(CONFIG, site))))
+            for site in ("up", "down")
+        }
+        for _ in range(2)
+    ]
+    path = tmp_path / "r" / "s"
+    # The list of what is done, the array's description, its values.
+    for most, where in ((100, r"s/responses\.json"), (400, "s/(up|down)"), (1000, "s/(up|down)")):
+        with room(most), pytest.raises(WriteError, match=f"{where}: cannot be written: File too"):
+            store(path, prompts).write(0, made[0])
+    store(path, prompts).write(0, made[0])
+    with room(1000), pytest.raises(WriteError, match=r"s/(up|down): .*make room, and the same"):
+        store(path, prompts).write(1, made[1])
+    store(path, prompts).write(1, made[1])
+    other = store(tmp_path / "other", prompts)
+    for number, batch in enumerate(made):
+        other.write(number, batch)
+    for site in ("up", "down"):
+        for layer in range(CONFIG.num_layers):
+            again = store(path, prompts).read(site, layer)
+            np.testing.assert_array_equal(again, other.read(site, layer))
+
+
 def test_bad_directories(tmp_path):
     (tmp_path / "x").write_text("x")
     with pytest.raises(DataError, match="holds files but no responses"):
         store(tmp_path)
     (tmp_path / "r").mkdir()
-    for text in ("{", "[]", json.dumps({"identity": {}, "done": 3})):
+    for text in ("{", "[]", "[" * 10**5, json.dumps({"identity": {}, "done": 3})):
         (tmp_path / "r" / "responses.json").write_text(text)
-        with pytest.raises(DataError, match=r"responses\.json: unreadable; delete"):
+        with pytest.raises(DataError, match=r"responses\.json: .*unreadable; delete"):
             store(tmp_path / "r")
+    ones = {"up": jnp.ones((CONFIG.num_layers, 2, CONFIG.intermediate_size))}
+    store(tmp_path / "q").write(0, ones)
+    about = tmp_path / "q" / "responses.json"
+    written = json.loads(about.read_text())
+    for count in (5, -1, 1.5, None, True, "1"):
+        about.write_text(json.dumps({**written, "done": {"up": count}}))
+        with pytest.raises(DataError, match=r"responses\.json: up: .*unreadable; delete"):
+            store(tmp_path / "q")
     with pytest.raises(ConfigError, match="unknown response dtype 'float8'"):
         store(tmp_path / "s", dtype="float8")
     with pytest.raises(DataError, match="no prompts"):

@@ -1,5 +1,6 @@
 """Out and back in: native and Hugging Face directories, bit for bit."""
 
+import gc
 import hashlib
 import importlib
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from checkpoints import byte_level_vocabulary, gguf_fields, gguf_tensors, tiny, write_gguf, write_hf
 from checkpoints import hf_tensors as random_tensors
+from fixtures import room
 from safetensors.numpy import load_file, save_file
 
 import jaxneurons
@@ -94,6 +96,25 @@ def test_hf_to_native_to_hf_is_bit_exact(tmp_path, tokenizer, cast, shards, tied
     assert config_from_hf(json.loads((back / where).read_text()), where=where) == (
         jaxneurons.load(source).config
     )
+
+
+@pytest.mark.parametrize("to", ["native", "hf"])
+def test_a_full_disk(tmp_path, tokenizer, monkeypatch, capfd, caplog, to):
+    """One error, nothing beside it from anybody's threads, and the same call goes on."""
+    write_checkpoint(tmp_path / "source", tokenizer)
+    lm = jaxneurons.load(tmp_path / "source")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_tokenizer", lambda *_: None)
+        said = rf"^{tmp_path}/out: cannot be written: File too large; make room, and the same"
+        with room(6000), pytest.raises(SourceError, match=said):
+            save(lm, tmp_path / "out", to=to)
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    save(lm, tmp_path / "out", to=to)
+    again = jaxneurons.load(tmp_path / "out")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.params, lm.params))
 
 
 def test_transformers_loads_what_was_written_without_a_warning(tmp_path, tokenizer, caplog):

@@ -1,7 +1,9 @@
 """Files that are whole or not there, and directories that belong to one run."""
 
 import json
+import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -9,8 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxneurons import store
-from jaxneurons.errors import DataError
-from jaxneurons.store import RunDirectory, digest, write_json, write_json_lines, write_text
+from jaxneurons.errors import DataError, WriteError
+from jaxneurons.store import (
+    RunDirectory,
+    check_not_input,
+    digest,
+    null_for_nan,
+    write_bytes,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 
 IDENTITY = {"model": "abc", "settings": {"top": 20, "rule": ("right", 16)}}
 
@@ -23,6 +34,7 @@ class Crash(BaseException):
 @pytest.mark.parametrize("error", [Crash, OSError(28, "No space left on device")])
 def test_crash_leaves_the_old_file_or_none(tmp_path, monkeypatch, step, error):
     path = tmp_path / "file.json"
+    said = None if error is Crash else f"^{re.escape(str(path))}: cannot be written: No space left"
     for old in (None, "old\n"):
         if old:
             write_text(path, old)
@@ -32,7 +44,7 @@ def test_crash_leaves_the_old_file_or_none(tmp_path, monkeypatch, step, error):
 
         with monkeypatch.context() as patch:
             patch.setattr(store.os, step, crash)
-            with pytest.raises(Crash if error is Crash else OSError):
+            with pytest.raises(Crash if error is Crash else WriteError, match=said):
                 write_text(path, "new\n" * 1000)
         assert (path.read_text() if path.exists() else None) == old
         assert [p.name for p in tmp_path.iterdir()] == (["file.json"] if old else [])
@@ -64,6 +76,71 @@ def test_json(tmp_path):
     assert [json.loads(line)["n"] for line in (tmp_path / "l").read_text().splitlines()] == [0, 1]
     write_json_lines(tmp_path / "l", [])
     assert (tmp_path / "l").read_text() == ""
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_json_is_strict(tmp_path, number):
+    path = tmp_path / "a"
+    value = {"b": [1.0, {"c": number}], "d": (0.5, number)}
+    for write in (write_json, lambda path, value: write_json_lines(path, [value])):
+        with pytest.raises(DataError, match=rf"a: not written: b\[1\]\.c = {number}"):
+            write(path, value)
+    assert not path.exists()
+    write_json(path, null_for_nan(value))
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert found == {"b": [1.0, {"c": None}], "d": [0.5, None]}
+
+
+def test_names_that_are_no_text(tmp_path):
+    """A file name of other bytes, as Python spells it, survives a file of ours."""
+    name = os.fsdecode(b"/models/\xff")
+    write_json(tmp_path / "a", {"source": name})
+    assert json.loads((tmp_path / "a").read_text("utf-8")) == {"source": name}
+
+
+def test_links_are_followed_and_pipes_written_into(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(tmp_path / "pipe", "through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_long_names(tmp_path):
+    name = "東" * 80  # 240 of the 255 bytes that a name may have
+    write_text(tmp_path / name, "x")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [("none/a", "No such file or directory"), ("file/a", "Not a directory"), ("", "directory")],
+)
+def test_what_cannot_be_written_is_named(tmp_path, path, reason):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteError, match=rf"^{tmp_path / path}: cannot be written: .*{reason}"):
+        write_bytes(tmp_path / path, b"x")
+
+
+def test_an_output_is_no_input(tmp_path):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "soft").symlink_to("a")
+    os.link(tmp_path / "a", tmp_path / "hard")
+    (tmp_path / "d").symlink_to(tmp_path)
+    for name in ("a", "soft", "hard", "d/a"):
+        with pytest.raises(DataError, match=f"{name}: is what is read"):
+            check_not_input(tmp_path / name, tmp_path / "a")
+    check_not_input(tmp_path / "b", tmp_path / "a")
+    with pytest.raises(DataError, match="is what is read"):
+        check_not_input(tmp_path / "none", tmp_path / "a", tmp_path / "none")
 
 
 def test_digest_is_of_the_value():
@@ -134,7 +211,52 @@ def test_paths_that_cannot_be_directories(tmp_path):
         RunDirectory(tmp_path / "file" / "run", IDENTITY)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"null"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [Crash, OSError(28, "No space left on device")])
+def test_a_first_write_that_fails_does_not_stand_in_the_way(tmp_path, monkeypatch, step, error):
+    """Neither where the directory was made, nor what a kill leaves in it."""
+    path = tmp_path / "a" / "run"
+
+    def crash(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os, step, crash)
+        if error is Crash:
+            patch.setattr(store.Path, "unlink", crash)  # a kill cleans nothing up
+        kinds = (Crash, WriteError)
+        with pytest.raises(
+            kinds, match=None if error is Crash else "run.*No space left on device; "
+        ):
+            RunDirectory(path, IDENTITY)
+    assert path.is_dir()
+    run = RunDirectory(path, IDENTITY)
+    run.save(0, PART)
+    assert RunDirectory(path, IDENTITY).load(0) is not None
+
+
+def test_a_run_is_taken_up_where_nothing_can_be_written(tmp_path, monkeypatch):
+    RunDirectory(tmp_path, IDENTITY).save(0, PART)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    run = RunDirectory(tmp_path, IDENTITY)
+    assert run.load(0) is not None
+    with pytest.raises(WriteError, match=r"00001\.npz: cannot be written: No space left"):
+        run.save(1, PART)
+    assert run.load(1) is None
+
+
+def test_parts_of_nobody_are_refused(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "00000.npz").write_bytes(b"x")
+    with pytest.raises(DataError, match="holds files but no run of ours"):
+        RunDirectory(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"null", b"[" * 10**5])
 def test_unreadable_identity(tmp_path, content):
     RunDirectory(tmp_path, IDENTITY)
     (tmp_path / "parts" / "identity.json").write_bytes(content)
