@@ -11,6 +11,7 @@ neuron; its weighted sum over alpha is the attribution.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -19,6 +20,7 @@ from jaxneurons import transformer
 from jaxneurons.adaptive import adaptive
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError
+from jaxneurons.finite import NotFiniteError, explain
 from jaxneurons.neurons import check_site
 from jaxneurons.quadrature import Quadrature, nodes_and_weights
 from jaxneurons.rows import Prefill, prefill, rows_in_budget, sweep
@@ -82,6 +84,7 @@ def integrated_gradients(
 
     Raises:
       ConfigError: unknown site or rule, or shapes that do not fit.
+      NotFiniteError: scores that are not finite, outside of jit and other transformations.
     """
     check_site(site)
     if tokens.ndim != 2 or targets.ndim not in (1, 2) or len(targets) != len(tokens):
@@ -93,7 +96,7 @@ def integrated_gradients(
     if lengths is None:
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     pre = prefill(params, tokens, targets, config=config, lengths=lengths)
-    return attribute(
+    found = attribute(
         params,
         pre,
         config=config,
@@ -103,6 +106,24 @@ def integrated_gradients(
         chunk_rows=chunk_rows,
         memory_budget=memory_budget,
     )
+    if not isinstance(found.scores, jax.core.Tracer):
+        _check_finite(params, tokens, targets, lengths, found, config)
+    return found
+
+
+def _check_finite(
+    params: transformer.Params,
+    tokens: Array,
+    targets: Array,
+    lengths: Array,
+    found: Attribution,
+    config: ModelConfig,
+) -> None:
+    """Raise `NotFiniteError` for the first prompt whose scores or probability are not finite."""
+    lost = ~np.isfinite(found.scores).all((1, 2)) | ~np.isfinite(found.probability)
+    for row in np.flatnonzero(lost)[:1].tolist():
+        ids = np.concatenate([tokens[row, : int(lengths[row])], targets[row, :-1]])
+        raise NotFiniteError(row, explain(params, ids, config=config))
 
 
 def attribute(

@@ -140,8 +140,11 @@ def row_probabilities(
     mask &= keys[:, None, :] < positions[..., None]
 
     # Keep only matmul results for the backward pass: without this policy every layer's weights
-    # would be copied into the list of saved values.
+    # would be copied into the list of saved values. The scores of many keys would be most of it, in
+    # every layer: those, the matmuls with batch dimensions, are computed again.
     keep = jax.checkpoint_policies.dots_saveable
+    if keys.shape[1] > MANY_KEYS:
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
     @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
     def step(x: Array, scales: Array, index: Array, everywhere: Array | None) -> Array:
@@ -216,6 +219,9 @@ def evaluate_with_untouched(
     return p, gradient, jnp.moveaxis(untouched, 0, 2)
 
 
+MANY_KEYS = 1024
+"""Cached keys from which on the backward pass computes scores again rather than keep them."""
+
 GROUPS = 6
 """Groups of layers that rows enter by: more groups skip more work and compile longer."""
 
@@ -273,7 +279,8 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
     """Rows that can be evaluated together within `memory_budget` bytes of activations.
 
     Counts what the backward pass keeps for each row (the matmul results of every layer and the
-    vocabulary's logits and probabilities), in float32. More rows than keep the platform busy bring
+    vocabulary's logits and probabilities), in float32; of more than `MANY_KEYS` keys the scores of
+    one layer, with their weights and gradients. More rows than keep the platform busy bring
     nothing, and small chunks skip more layers.
     """
     per_layer = (
@@ -281,8 +288,9 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
         + 2 * config.hidden_size
         + 2 * config.query_width
         + 2 * config.kv_width
-        + config.num_heads * (keys + 1)
     )
-    per_row = 4 * (config.num_layers * per_layer + 3 * config.vocab_size)
+    scores = config.num_heads * (keys + 1)
+    scores *= config.num_layers if keys <= MANY_KEYS else 6
+    per_row = 4 * (config.num_layers * per_layer + scores + 3 * config.vocab_size)
     busy = 640 if jax.default_backend() == "cpu" else 1024
     return max(1, min(memory_budget // per_row, busy))
