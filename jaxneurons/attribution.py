@@ -9,7 +9,8 @@ neuron; its weighted sum over alpha is the attribution.
 `integrated_gradients` is pure and composes with the caller's `jit`, `vmap` and sharding.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons import transformer
-from jaxneurons.adaptive import adaptive
+from jaxneurons.adaptive import EXTRA, adaptive
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError
 from jaxneurons.finite import NotFiniteError, explain
 from jaxneurons.neurons import check_site
 from jaxneurons.quadrature import Quadrature, nodes_and_weights
 from jaxneurons.rows import Prefill, prefill, rows_in_budget, sweep
+
+MANY_ANSWERS = 32
+"""Answer tokens of a batch that are attributed together, whatever the memory budget."""
 
 
 class Attribution(NamedTuple):
@@ -143,14 +147,20 @@ def attribute(
     if answer_lengths is None:
         answer_lengths = jnp.full((batch,), answers, jnp.int32)
     rows = chunk_rows or rows_in_budget(config, pre.cache.k.shape[2], memory_budget)
-    rows = max(1, rows // (batch * answers))
 
-    if quadrature.rule == "adaptive":
-        parts = adaptive(params, pre, config=config, site=site, quadrature=quadrature, rows=rows)
-    else:
+    def integrals(pre: Prefill) -> tuple[Array, Array, Array | None, Array]:
+        each = max(1, rows // pre.targets.size)
+        if quadrature.rule == "adaptive":
+            return adaptive(params, pre, config=config, site=site, quadrature=quadrature, rows=each)
         x, w = nodes_and_weights(quadrature.rule, quadrature.steps)
-        parts = _fixed(params, pre, x, w, config=config, site=site, rows=rows)
-    scores, ablated, error, nodes = parts
+        return _fixed(params, pre, x, w, config=config, site=site, rows=each)
+
+    # A pass has a row for every layer of every answer token at least.
+    fitting = max(1, rows // (batch * (config.num_layers + EXTRA + 1)))
+    if batch * answers > MANY_ANSWERS and fitting < answers:
+        scores, ablated, error, nodes = _some_answers_at_a_time(integrals, pre, fitting)
+    else:
+        scores, ablated, error, nodes = integrals(pre)
     gap = jnp.abs(scores.sum(-1) - (pre.probability[..., None] - ablated))
     error = gap if error is None else error
     error = error / jnp.maximum(jnp.linalg.norm(scores, axis=-1), jnp.finfo(jnp.float32).tiny)
@@ -169,6 +179,36 @@ def attribute(
         error=mean(error),
         nodes=jnp.einsum("bal,ba->bl", nodes, real).astype(jnp.int32),
     )
+
+
+def _some_answers_at_a_time(
+    integrals: Callable[[Prefill], Any], pre: Prefill, each: int
+) -> tuple[Array, Array, Array | None, Array]:
+    """`integrals` of `each` answer tokens after the other; their results side by side."""
+    answers = pre.targets.shape[1]
+    parts = -(-answers // each)
+
+    def split(x: Array, axis: int) -> Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, parts * each - answers)
+        x = jnp.pad(x, pad, mode="edge")
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, each, *x.shape[axis + 1 :]), axis, 0)
+
+    by_layer = {"residual": pre.residual, "added": pre.added, "captured": pre.captured}
+    by_prompt = {
+        name: getattr(pre, name) for name in ("positions", "targets", "probability", "logits")
+    }
+    fields = {
+        **jax.tree.map(lambda x: split(x, 2), by_layer),
+        **jax.tree.map(lambda x: split(x, 1), by_prompt),
+    }
+    found = jax.lax.map(lambda own: integrals(pre._replace(**own)), fields)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)  # [batch, part, each, ...]
+        return x.reshape(len(x), parts * each, *x.shape[3:])[:, :answers]
+
+    return jax.tree.map(join, found)
 
 
 def _fixed(

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons import layers, transformer
+from jaxneurons.blockwise import MOST_SCORES
 from jaxneurons.config import ModelConfig
 from jaxneurons.neurons import site_width
 
@@ -294,3 +295,23 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
     per_row = 4 * (config.num_layers * per_layer + scores + 3 * config.vocab_size)
     busy = 640 if jax.default_backend() == "cpu" else 1024
     return max(1, min(memory_budget // per_row, busy))
+
+
+def memory_bound(
+    config: ModelConfig, tokens: int, *, prompts: int = 1, memory_budget: int = 1 << 30
+) -> int:
+    """Bytes above the float32 parameters that locating a batch of prompts needs at most.
+
+    What is compiled and computed with, not what the process itself takes: keys and values, twice;
+    what a layer computes of every token; the scores of a block of queries; the rows.
+
+    Args:
+      config: the model's shape.
+      tokens: of a prompt, padded.
+      prompts: in the batch.
+      memory_budget: bytes that the rows may take.
+    """
+    kept = 2 * config.num_layers * config.kv_width
+    widths = config.hidden_size + config.intermediate_size + config.query_width + config.kv_width
+    scores = config.num_heads * min(tokens**2, MOST_SCORES)
+    return 4 * prompts * (tokens * (2 * kept + 4 * widths) + 4 * scores) + memory_budget
