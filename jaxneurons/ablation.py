@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jaxneurons import batches
+from jaxneurons import batches, finite
 from jaxneurons.config import ModelConfig
-from jaxneurons.generate import greedy
+from jaxneurons.errors import DataError
+from jaxneurons.generate import NO_TOKEN, greedy
 from jaxneurons.neurons import FFN, NeuronSet, site_width
 from jaxneurons.token_ids import check_ids
 
@@ -42,11 +43,16 @@ def generate_ablated(
     config: ModelConfig,
     steps: int,
 ) -> Int[Array, "set prompt step"]:
-    """Greedy continuations of right-padded prompts under each set of kept neurons."""
+    """Greedy continuations of right-padded prompts under each set of kept neurons.
+
+    Sets together; one after the other where prompts are long (`batches.LENGTH_TOKENS`).
+    """
 
     def one(keep: Any) -> Array:
         return greedy(params, tokens, config=config, lengths=lengths, steps=steps, scales=keep)
 
+    if tokens.shape[1] > batches.LENGTH_TOKENS:
+        return jax.lax.map(one, keep)
     return jax.vmap(one)(keep)
 
 
@@ -90,7 +96,8 @@ def ablated(
       Number of the set, and what follows each prompt.
 
     Raises:
-      DataError: a set with neurons, or a prompt with tokens, that the model does not have.
+      DataError: a set with neurons, or a prompt with tokens, that the model does not have; logits
+        that are not finite.
     """
     for each in sets:
         each.check(config)
@@ -109,7 +116,28 @@ def ablated(
                 params, batch.tokens, batch.lengths, masks, config=config, steps=steps
             )
             count = len(batch.index)
-            found[:, batch.index] = np.asarray(said)[: len(group), :count]
+            said = np.asarray(said)[: len(group), :count]
+            if (said == NO_TOKEN).any():
+                raise _not_finite(params, batch, keep, said, start, config)
+            found[:, batch.index] = said
             if progress is not None:
                 progress(len(group) * count)
         yield from enumerate(found, start)
+
+
+def _not_finite(
+    params: Any,
+    batch: batches.PromptBatch,
+    keep: dict[str, np.ndarray],
+    said: np.ndarray,
+    start: int,
+    config: ModelConfig,
+) -> DataError:
+    """The error of the first generation that came to no token."""
+    number, row = (int(i) for i in np.argwhere((said == NO_TOKEN).any(-1))[0])
+    before = said[number, row][: int(np.argmax(said[number, row] == NO_TOKEN))]
+    tokens = np.concatenate([batch.tokens[row, : batch.lengths[row]], before])
+    scales = {site: mask[number][:, None, None] for site, mask in keep.items()}
+    where = finite.explain(params, tokens, config=config, scales=scales)
+    prompt = int(batch.index[row]) + 1
+    return DataError(f"prompt {prompt} with set {start + number + 1} off says nothing: {where}")

@@ -9,20 +9,26 @@ neuron; its weighted sum over alpha is the attribution.
 `integrated_gradients` is pure and composes with the caller's `jit`, `vmap` and sharding.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons import transformer
-from jaxneurons.adaptive import adaptive
+from jaxneurons.adaptive import EXTRA, adaptive
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError
+from jaxneurons.finite import NotFiniteError, explain
 from jaxneurons.neurons import check_site
 from jaxneurons.quadrature import Quadrature, nodes_and_weights
 from jaxneurons.rows import Prefill, prefill, rows_in_budget, sweep
 from jaxneurons.token_ids import check_ids
+
+MANY_ANSWERS = 32
+"""Answer tokens of a batch that are attributed together, whatever the memory budget."""
 
 
 class Attribution(NamedTuple):
@@ -84,6 +90,7 @@ def integrated_gradients(
     Raises:
       ConfigError: unknown site or rule, or shapes that do not fit.
       DataError: a token id that the model's vocabulary does not have (outside of `jit`).
+      NotFiniteError: scores that are not finite, outside of jit and other transformations.
     """
     check_site(site)
     if tokens.ndim != 2 or targets.ndim not in (1, 2) or len(targets) != len(tokens):
@@ -97,7 +104,7 @@ def integrated_gradients(
     if lengths is None:
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     pre = prefill(params, tokens, targets, config=config, lengths=lengths)
-    return attribute(
+    found = attribute(
         params,
         pre,
         config=config,
@@ -107,6 +114,24 @@ def integrated_gradients(
         chunk_rows=chunk_rows,
         memory_budget=memory_budget,
     )
+    if not isinstance(found.scores, jax.core.Tracer):
+        _check_finite(params, tokens, targets, lengths, found, config)
+    return found
+
+
+def _check_finite(
+    params: transformer.Params,
+    tokens: Array,
+    targets: Array,
+    lengths: Array,
+    found: Attribution,
+    config: ModelConfig,
+) -> None:
+    """Raise `NotFiniteError` for the first prompt whose scores or probability are not finite."""
+    lost = ~np.isfinite(found.scores).all((1, 2)) | ~np.isfinite(found.probability)
+    for row in np.flatnonzero(lost)[:1].tolist():
+        ids = np.concatenate([tokens[row, : int(lengths[row])], targets[row, :-1]])
+        raise NotFiniteError(row, explain(params, ids, config=config))
 
 
 def attribute(
@@ -126,14 +151,20 @@ def attribute(
     if answer_lengths is None:
         answer_lengths = jnp.full((batch,), answers, jnp.int32)
     rows = chunk_rows or rows_in_budget(config, pre.cache.k.shape[2], memory_budget)
-    rows = max(1, rows // (batch * answers))
 
-    if quadrature.rule == "adaptive":
-        parts = adaptive(params, pre, config=config, site=site, quadrature=quadrature, rows=rows)
-    else:
+    def integrals(pre: Prefill) -> tuple[Array, Array, Array | None, Array]:
+        each = max(1, rows // pre.targets.size)
+        if quadrature.rule == "adaptive":
+            return adaptive(params, pre, config=config, site=site, quadrature=quadrature, rows=each)
         x, w = nodes_and_weights(quadrature.rule, quadrature.steps)
-        parts = _fixed(params, pre, x, w, config=config, site=site, rows=rows)
-    scores, ablated, error, nodes = parts
+        return _fixed(params, pre, x, w, config=config, site=site, rows=each)
+
+    # A pass has a row for every layer of every answer token at least.
+    fitting = max(1, rows // (batch * (config.num_layers + EXTRA + 1)))
+    if batch * answers > MANY_ANSWERS and fitting < answers:
+        scores, ablated, error, nodes = _some_answers_at_a_time(integrals, pre, fitting)
+    else:
+        scores, ablated, error, nodes = integrals(pre)
     gap = jnp.abs(scores.sum(-1) - (pre.probability[..., None] - ablated))
     error = gap if error is None else error
     error = error / jnp.maximum(jnp.linalg.norm(scores, axis=-1), jnp.finfo(jnp.float32).tiny)
@@ -152,6 +183,36 @@ def attribute(
         error=mean(error),
         nodes=jnp.einsum("bal,ba->bl", nodes, real).astype(jnp.int32),
     )
+
+
+def _some_answers_at_a_time(
+    integrals: Callable[[Prefill], Any], pre: Prefill, each: int
+) -> tuple[Array, Array, Array | None, Array]:
+    """`integrals` of `each` answer tokens after the other; their results side by side."""
+    answers = pre.targets.shape[1]
+    parts = -(-answers // each)
+
+    def split(x: Array, axis: int) -> Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, parts * each - answers)
+        x = jnp.pad(x, pad, mode="edge")
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, each, *x.shape[axis + 1 :]), axis, 0)
+
+    by_layer = {"residual": pre.residual, "added": pre.added, "captured": pre.captured}
+    by_prompt = {
+        name: getattr(pre, name) for name in ("positions", "targets", "probability", "logits")
+    }
+    fields = {
+        **jax.tree.map(lambda x: split(x, 2), by_layer),
+        **jax.tree.map(lambda x: split(x, 1), by_prompt),
+    }
+    found = jax.lax.map(lambda own: integrals(pre._replace(**own)), fields)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)  # [batch, part, each, ...]
+        return x.reshape(len(x), parts * each, *x.shape[3:])[:, :answers]
+
+    return jax.tree.map(join, found)
 
 
 def _fixed(

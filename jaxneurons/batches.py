@@ -1,4 +1,8 @@
-"""Prompts of mixed lengths in batches of few shapes, so that few programs are compiled."""
+"""Prompts of mixed lengths in batches of few shapes, so that few programs are compiled.
+
+A batch holds a number of prompts, or of tokens where they are long, so that its memory does not
+follow the longest prompt; then no row of it only fills the shape.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +12,15 @@ import numpy as np
 
 from jaxneurons.answers import TokenPrompt
 from jaxneurons.errors import ConfigError
+
+PLAN_TOKENS = 512
+"""Tokens that each row of a batch of prompts with answers stands for: longer prompts take more."""
+
+ANSWER_TOKENS = 128
+"""Tokens that each token of an answer counts as: it is attributed by rows of its own."""
+
+LENGTH_TOKENS = 128
+"""Tokens that each row of a batch of prompts alone stands for."""
 
 
 class Batch(NamedTuple):
@@ -57,6 +70,9 @@ class PromptBatch(NamedTuple):
 def by_length(prompts: Sequence[Sequence[int]], rows: int) -> list[PromptBatch]:
     """Prompts sorted by length, `rows` at a time: little padding, and one shape to a length.
 
+    Prompts of more than `LENGTH_TOKENS` tokens have batches of their own: of at most
+    `rows * LENGTH_TOKENS` tokens, a power of two of prompts, without rows that only fill the shape.
+
     Raises:
       ConfigError: fewer than one row.
     """
@@ -64,20 +80,42 @@ def by_length(prompts: Sequence[Sequence[int]], rows: int) -> list[PromptBatch]:
         raise ConfigError(f"batch size must be at least 1, got {rows!r}")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     order = np.argsort(lengths, kind="stable")
-    batches = []
-    for start in range(0, len(prompts), rows):
-        index = order[start : start + rows]
-        padded = np.concatenate([index, np.repeat(index[:1], rows - len(index))])
-        tokens = np.zeros((rows, bucket(int(lengths[index].max()), step=4)), np.int32)
+    batches, start = [], 0
+    while start < len(prompts):
+        index, filled = order[start : start + rows], rows
+        short = index[lengths[index] <= LENGTH_TOKENS]
+        if len(short):
+            index = short
+        else:
+            filled = _power_of_two(len(index))
+            while filled > 1 and filled * _padded(lengths, index[:filled]) > rows * LENGTH_TOKENS:
+                filled //= 2
+            index = index[:filled]
+        padded = np.concatenate([index, np.repeat(index[:1], filled - len(index))])
+        tokens = np.zeros((filled, _padded(lengths, index)), np.int32)
         for row, i in enumerate(padded):
             tokens[row, : lengths[i]] = prompts[i]
         batches.append(PromptBatch(index, tokens, lengths[padded]))
+        start += len(index)
     return batches
 
 
+def _padded(lengths: np.ndarray, index: np.ndarray) -> int:
+    """The padded length of prompts sorted by length."""
+    return bucket(int(lengths[index[-1]]), step=4)
+
+
+def _power_of_two(count: int) -> int:
+    """The largest one that is not above `count`."""
+    return 1 << (count.bit_length() - 1)
+
+
 def bucket(length: int, step: int = 32) -> int:
-    """The padded length: two sizes to every doubling, multiples of `step` up to four of them."""
-    while step * 4 < length:
+    """The padded length: two sizes to every doubling, multiples of `step` up to four of them.
+
+    Above 2,048 four sizes to every doubling: there, padding takes more time than compiling.
+    """
+    while step * (8 if step >= 256 and length > 2048 else 4) < length:
         step *= 2
     return -(-length // step) * step
 
@@ -91,7 +129,9 @@ def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[
     """Group prompts into batches of equal padded shape; the same prompts give the same batches.
 
     Within a shape, batches are full but for the last, which is filled up: a few rows more cost less
-    than another program.
+    than another program. A batch of `batch_size` prompts holds at most `batch_size * PLAN_TOKENS`
+    tokens: where prompts or answers are longer it has fewer prompts, and (nearly) no rows that only
+    fill the shape.
 
     Raises:
       ConfigError: a batch size below 1.
@@ -104,11 +144,25 @@ def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[
         longest = max(map(len, prompt.options), default=1)
         key = (bucket(len(prompt.prompt)), len(prompt.answer), len(prompt.options), longest)
         shapes.setdefault(key, []).append(i)
-    return [
-        _pad(prompts, members[start : start + size], key, rows=min(size, len(members)))
-        for key, members in sorted(shapes.items())
-        for start in range(0, len(members), size)
-    ]
+    batches = []
+    for key, members in sorted(shapes.items()):
+        rows = _rows(len(members), size, tokens=max(key[0], ANSWER_TOKENS * key[1]))
+        batches += [
+            _pad(prompts, members[start : start + rows], key, rows=min(rows, len(members)))
+            for start in range(0, len(members), rows)
+        ]
+    return batches
+
+
+def _rows(count: int, size: int, *, tokens: int) -> int:
+    """Prompts of a batch, of `count` that count as `tokens` each."""
+    if tokens <= PLAN_TOKENS:
+        return size
+    rows = _power_of_two(min(count, max(1, size * PLAN_TOKENS // tokens)))
+    # One row in 16 may be left over: less costs less than another program would.
+    while -count % rows > count // 16:
+        rows //= 2
+    return rows
 
 
 def _pad(

@@ -9,6 +9,9 @@ from jaxtyping import Array, Int, Shaped
 from jaxneurons import transformer
 from jaxneurons.config import ModelConfig
 
+NO_TOKEN = -1
+"""Instead of a token where the logits are not finite."""
+
 
 def greedy(
     params: transformer.Params,
@@ -22,7 +25,7 @@ def greedy(
     """The most probable continuation of each prompt, token by token.
 
     Neurons are scaled at every position, of the prompt and of what is generated. Pure: `jax.vmap`
-    over `scales` runs many ablations at once.
+    over `scales` runs many ablations at once. Where logits are not finite, a token is `NO_TOKEN`.
 
     Args:
       params: the parameters.
@@ -40,13 +43,17 @@ def greedy(
     cache = transformer.init_cache(config, batch, seq + max(steps - 1, 0), dtype)
     run: Any = transformer.forward
     out = run(params, tokens, config=config, lengths=lengths, scales=everywhere, cache=cache)
-    first = out.logits[:, 0].argmax(-1).astype(tokens.dtype)
+    first = _likeliest(out.logits[:, 0]).astype(tokens.dtype)
 
     def step(state: Any, _: None) -> tuple[Any, Array]:
         cache, last = state
         out = run(params, last[:, None], config=config, scales=everywhere, cache=cache)
-        following = out.logits[:, 0].argmax(-1).astype(last.dtype)
+        following = _likeliest(out.logits[:, 0]).astype(last.dtype)
         return (out.cache, following), following
 
     _, rest = jax.lax.scan(step, (out.cache, first), None, length=steps - 1)
     return jnp.concatenate([first[:, None], rest.T], axis=1)
+
+
+def _likeliest(logits: Array) -> Array:
+    return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), NO_TOKEN)

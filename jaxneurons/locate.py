@@ -23,6 +23,7 @@ from jaxneurons import batches, qrnca
 from jaxneurons.answers import LOW_ODDS, LOW_OPTION_MASS, TokenPrompt, encode_query
 from jaxneurons.caches import Caches, prompts_of
 from jaxneurons.errors import DataError
+from jaxneurons.finite import NotFiniteError
 from jaxneurons.joining import join
 from jaxneurons.load import LM
 from jaxneurons.neurons import Neuron, site_width
@@ -130,13 +131,15 @@ def locate(
       queries: at least four with the default settings; see `queries.read_queries`.
       out: the run directory.
       settings: hyper-parameters.
-      batch_size: prompts per batch; default: what suits the platform.
+      batch_size: prompts per batch, fewer where they are long: see `batches.plan`; default: what
+        suits the platform.
       cache_bytes: keys and values that may be kept in `caches/` for later stages, which then need
         not run the prompts again; default: `caches.default_limit`.
       progress: told how many prompts are done.
 
     Raises:
-      DataError: unusable queries or directory, before anything is computed.
+      DataError: unusable queries or directory, before anything is computed; scores that are not
+        finite, as float16's may be: says of which query and prompt, and from which layer on.
     """
     qrnca.check_count(len(queries), settings.common)
     check_groups(queries)
@@ -165,13 +168,17 @@ def locate(
         if part is None:
             start = time.perf_counter()
             pre = qrnca.run_prompts(lm.params, batch, config=lm.config, site=settings.site)
-            found = qrnca.attribute_batch(
-                lm.params, batch, pre, config=lm.config, settings=settings
-            )
+            try:
+                found = qrnca.attribute_batch(
+                    lm.params, batch, pre, config=lm.config, settings=settings
+                )
+            except NotFiniteError as error:
+                raise DataError(f"{_named(queries, settings, error)}: {error.where}") from None
             caches.keep(
                 number, batch, prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
             )
             run.save(number, _pack(found, time.perf_counter() - start))
+            del pre  # the next prompts are run without these in memory
             part = run.load(number)
             assert part is not None
             computed += 1
@@ -256,6 +263,13 @@ def facts_there(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     settings = json.loads(json.dumps(identity["settings"]))
     return facts if same and facts.get("settings") == settings else None
+
+
+def _named(queries: Sequence[Query], settings: QRNCAConfig, error: NotFiniteError) -> str:
+    """Query and prompt that an error is about."""
+    owners = [(q.id, i) for q in queries for i in range(prompt_count(q, settings))]
+    query, prompt = owners[error.index]
+    return f"query {query!r}, prompt {prompt + 1}"
 
 
 def _pack(found: dict[int, PromptScores], seconds: float) -> dict[str, np.ndarray]:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxneurons import batches
+from jaxneurons import batches, finite, layers
 from jaxneurons.ablation import default_shape, kept
 from jaxneurons.analyses import Tables
 from jaxneurons.config import ModelConfig
+from jaxneurons.errors import DataError
 from jaxneurons.neurons import NeuronSet
 from jaxneurons.relspec import Prompt
 from jaxneurons.study import Study
@@ -36,12 +37,24 @@ def sentence_loss(
     def one(keep: Any) -> Array:
         scales = {site: values[:, None, None] for site, values in keep.items()}
         out = forward(params, tokens, config=config, lengths=lengths, at="all", scales=scales)
-        logits = out.logits[:, :-1]
-        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
         real = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
-        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * real, axis=-1)
+        if tokens.shape[1] <= batches.LENGTH_TOKENS:
+            losses = _losses(out.logits[:, :-1], tokens[:, 1:])
+        else:  # never the logits of all positions at once
+            losses = jax.lax.map(
+                lambda each: _losses(layers.unembed(params, each[0], config), each[1]),
+                (out.final[:, :-1].swapaxes(0, 1), tokens[:, 1:].T),
+                batch_size=batches.LENGTH_TOKENS,
+            ).T
+        return jnp.sum(jnp.where(real, losses, 0), axis=-1)
 
     return jax.lax.map(one, keep)
+
+
+def _losses(logits: Array, tokens: Array) -> Array:
+    """-log p of each token."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
 def perplexity(study: Study) -> Tables:
@@ -65,6 +78,13 @@ def perplexity(study: Study) -> Tables:
                     study.lm.params, batch.tokens, batch.lengths, masks, config=config
                 )
                 loss[:, batch.index] = np.asarray(found)[:, : len(batch.index)]
+                for row, index in enumerate(batch.index.tolist()):
+                    lost = np.flatnonzero(~np.isfinite(loss[:, index]))
+                    if len(lost):
+                        ids = batch.tokens[row, : batch.lengths[row]]
+                        scales = {s: mask[lost[0], :, None, None] for s, mask in masks.items()}
+                        where = finite.explain(study.lm.params, ids, config=config, scales=scales)
+                        raise DataError(f"{name!r}, sentence {texts[index]!r}: {where}")
             done = {"loss": loss}
             study.run.save(part, done)
         count = sum(len(sentence) - 1 for sentence in sentences)

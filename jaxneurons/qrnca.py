@@ -23,6 +23,7 @@ from jaxneurons.batches import Batch
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.evaluate import changes, last_position, scaled_answers
+from jaxneurons.finite import NotFiniteError, explain
 from jaxneurons.neurons import Neuron, check_site
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.rows import Prefill, prefill
@@ -205,6 +206,9 @@ def attribute_batch(
 
     Source: section "neuron attribution" of the paper; the coarse threshold is applied here, so
     that the scores of all neurons need not be kept.
+
+    Raises:
+      NotFiniteError: scores of a prompt that are not finite: float16 overflows in some models.
     """
     found, said = jax.device_get(_attribute(params, batch, pre, config=config, settings=settings))
     results = {}
@@ -212,6 +216,9 @@ def attribute_batch(
         if index < 0:
             continue
         scores = found.scores[row].reshape(-1)
+        if not (np.isfinite(scores).all() and np.isfinite(found.probability[row])):
+            ids = np.concatenate([batch.tokens[row, : batch.lengths[row]], batch.targets[row, :-1]])
+            raise NotFiniteError(index, explain(params, ids, config=config))
         neurons = coarse(scores, settings.threshold)
         if said.options.shape[1]:
             right = batch.answers_by_option[row][said.options[row].argmax()]

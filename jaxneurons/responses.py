@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxneurons import batches
+from jaxneurons import batches, finite
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.neurons import check_site, site_width
@@ -27,7 +27,7 @@ from jaxneurons.typed_json import typed
 
 DTYPES = ("float32", "bfloat16")
 ROWS = 64
-"""Prompts in a batch, and examples in a chunk."""
+"""Prompts in a batch (fewer where they are long), and examples in a chunk."""
 
 Read = Callable[[str, int], Float[np.ndarray, "example width"]]
 """Responses of all examples at one site and layer."""
@@ -85,6 +85,7 @@ class ResponseStore:
         self.path, self.config, self.dtype = Path(path), config, dtype
         self._plan = batches.by_length(prompts, ROWS)
         order = np.concatenate([batch.index for batch in self._plan])
+        self._starts = np.cumsum([0, *(len(batch.index) for batch in self._plan)]).tolist()
         self._row_of = np.argsort(order)
         self._about = self.path / "responses.json"
         self._identity = {
@@ -137,6 +138,7 @@ class ResponseStore:
           progress: told how many prompts are done, and of how many.
 
         Raises:
+          DataError: responses that are not finite; says to which prompt, and from which layer on.
           WriteError: no room, say; what was written stays.
         """
         for site in sites:
@@ -151,9 +153,19 @@ class ResponseStore:
                 found = mean_responses(
                     params, batch.tokens, batch.lengths, config=self.config, sites=together
                 )
+                self._check(params, batch, found)
                 self._write(number, len(batch.index), arrays, found)
                 if progress is not None:
-                    progress(min((number + 1) * ROWS, len(self)), len(self))
+                    progress(self._starts[number + 1], len(self))
+
+    def _check(self, params: Any, batch: batches.PromptBatch, found: Mapping[str, Array]) -> None:
+        """Raise `DataError` for the first prompt of a batch whose responses are not finite."""
+        for row, index in enumerate(batch.index.tolist()):
+            if not all(np.isfinite(np.asarray(values)[:, row]).all() for values in found.values()):
+                where = finite.explain(
+                    params, batch.tokens[row, : batch.lengths[row]], config=self.config
+                )
+                raise DataError(f"prompt {index + 1} of {len(self)}: no responses: {where}")
 
     def write(self, number: int, found: Mapping[str, Array]) -> None:
         """Write one batch of the plan, [layer, batch, width] by site, made elsewhere.
@@ -168,7 +180,7 @@ class ResponseStore:
     def _write(
         self, number: int, count: int, arrays: Mapping[str, Any], found: Mapping[str, Array]
     ) -> None:
-        start = number * ROWS
+        start = self._starts[number]
         pending = {}
         for site, array in arrays.items():
             values = np.asarray(found[site])[:, :count].swapaxes(0, 1)
@@ -219,7 +231,7 @@ class ResponseStore:
         """Responses of all examples, in their order, at one site and layer, as float32.
 
         Raises:
-          DataError: not all written, or damaged.
+          DataError: not all written, damaged, or not finite.
         """
         if self._done.get(site, 0) < len(self._plan):
             raise DataError(f"{self.path}: the responses at {site!r} are not complete")
@@ -230,4 +242,11 @@ class ResponseStore:
                 f"{self.path / site}: damaged at layer {layer} ({str(error).split(' [')[0]}); "
                 f"delete {self.path} and run again"
             ) from None
-        return values.astype(np.float32)[self._row_of]
+        values = values.astype(np.float32)[self._row_of]
+        lost = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if len(lost):
+            raise DataError(
+                f"{self.path / site}: responses to prompt {lost[0] + 1} are not finite at layer "
+                f"{layer}; delete {self.path}, and run again in bfloat16 or float32"
+            )
+        return values

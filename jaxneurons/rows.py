@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons import layers, transformer
+from jaxneurons.blockwise import MOST_SCORES
 from jaxneurons.config import ModelConfig
 from jaxneurons.neurons import site_width
 
@@ -140,8 +141,11 @@ def row_probabilities(
     mask &= keys[:, None, :] < positions[..., None]
 
     # Keep only matmul results for the backward pass: without this policy every layer's weights
-    # would be copied into the list of saved values.
+    # would be copied into the list of saved values. The scores of many keys would be most of it, in
+    # every layer: those, the matmuls with batch dimensions, are computed again.
     keep = jax.checkpoint_policies.dots_saveable
+    if keys.shape[1] > MANY_KEYS:
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
     @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
     def step(x: Array, scales: Array, index: Array, everywhere: Array | None) -> Array:
@@ -216,6 +220,9 @@ def evaluate_with_untouched(
     return p, gradient, jnp.moveaxis(untouched, 0, 2)
 
 
+MANY_KEYS = 1024
+"""Cached keys from which on the backward pass computes scores again rather than keep them."""
+
 GROUPS = 6
 """Groups of layers that rows enter by: more groups skip more work and compile longer."""
 
@@ -273,7 +280,8 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
     """Rows that can be evaluated together within `memory_budget` bytes of activations.
 
     Counts what the backward pass keeps for each row (the matmul results of every layer and the
-    vocabulary's logits and probabilities), in float32. More rows than keep the platform busy bring
+    vocabulary's logits and probabilities), in float32; of more than `MANY_KEYS` keys the scores of
+    one layer, with their weights and gradients. More rows than keep the platform busy bring
     nothing, and small chunks skip more layers.
     """
     per_layer = (
@@ -281,8 +289,29 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
         + 2 * config.hidden_size
         + 2 * config.query_width
         + 2 * config.kv_width
-        + config.num_heads * (keys + 1)
     )
-    per_row = 4 * (config.num_layers * per_layer + 3 * config.vocab_size)
+    scores = config.num_heads * (keys + 1)
+    scores *= config.num_layers if keys <= MANY_KEYS else 6
+    per_row = 4 * (config.num_layers * per_layer + scores + 3 * config.vocab_size)
     busy = 640 if jax.default_backend() == "cpu" else 1024
     return max(1, min(memory_budget // per_row, busy))
+
+
+def memory_bound(
+    config: ModelConfig, tokens: int, *, prompts: int = 1, memory_budget: int = 1 << 30
+) -> int:
+    """Bytes above the float32 parameters that locating a batch of prompts needs at most.
+
+    What is compiled and computed with, not what the process itself takes: keys and values, twice;
+    what a layer computes of every token; the scores of a block of queries; the rows.
+
+    Args:
+      config: the model's shape.
+      tokens: of a prompt, padded.
+      prompts: in the batch.
+      memory_budget: bytes that the rows may take.
+    """
+    kept = 2 * config.num_layers * config.kv_width
+    widths = config.hidden_size + config.intermediate_size + config.query_width + config.kv_width
+    scores = config.num_heads * min(tokens**2, MOST_SCORES)
+    return 4 * prompts * (tokens * (2 * kept + 4 * widths) + 4 * scores) + memory_budget

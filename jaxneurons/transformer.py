@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxneurons import layers
+from jaxneurons.blockwise import causal_attention
 from jaxneurons.config import ModelConfig
 from jaxneurons.token_ids import check_ids
 
@@ -133,8 +134,7 @@ class Block(nn.Module):
                 keys = jnp.broadcast_to(jnp.arange(k.shape[1]), (k.shape[0], k.shape[1]))
                 store = (k, v)
             own = self.config.sliding_window if window is None else window
-            mask = layers.visible(positions, keys, own)
-            return layers.attention(q, k, v, mask)
+            return causal_attention(q, k, v, positions, keys, own)
 
         params = {
             name: Weights(shapes, name=name)() for name, shapes in layer_shapes(self.config).items()
@@ -172,7 +172,9 @@ def _take(x: Array, at: Array) -> Array:
 def _mean(x: Array, real: Array) -> Array:
     """Mean over real tokens, float32: [batch, seq, width] -> [batch, width]."""
     weights = real.astype(jnp.float32)
-    total = jnp.einsum("bsw,bs->bw", x.astype(jnp.float32), weights)
+    # 0 times what is not finite is not 0.
+    x = jnp.where(real[..., None], x.astype(jnp.float32), 0)
+    total = jnp.einsum("bsw,bs->bw", x, weights)
     return total / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxneurons import batches
 from jaxneurons.baselines import MATCHED, METHODS, matched_neurons, method_sets
 from jaxneurons.caches import Caches, Prompts, prompts_of
+from jaxneurons.errors import DataError
 from jaxneurons.evaluate import changes, scaled_answers
 from jaxneurons.neurons import Neuron
 from jaxneurons.pcr import FACTORS, unrelated_queries
@@ -239,6 +240,19 @@ def _run_batch(
             options=jnp.asarray(batch.options),
         )
     )
+    for row, index in enumerate(batch.index.tolist()):
+        lost = np.flatnonzero(~np.isfinite(found.probability[:, row]))
+        if index >= 0 and len(lost):
+            place = int(lost[0])
+            trial = trials[owners[index]][place - 1] if place else None
+            what = (
+                f"with {trial.method}'s neurons changed ({trial.change})" if trial else "untouched"
+            )
+            dtype = run.lm.params["embed"]["embedding"].dtype
+            raise DataError(
+                f"query {owners[index]!r}: the answer's probability {what} is not finite in "
+                f"{dtype}; load the model in bfloat16 or float32"
+            )
     right = found.first
     if batch.options.shape[1]:
         right = found.options.argmax(-1) == batch.answers_by_option.argmax(1)
