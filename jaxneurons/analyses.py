@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxneurons import relspec
 from jaxneurons.errors import DataError
-from jaxneurons.matching import ERRORS, error_class
+from jaxneurons.matching import ERRORS, error_class, words
 from jaxneurons.neurons import ATTENTION, FFN, NeuronSet, neuron_count
 from jaxneurons.relations import Triple, objects, wordings
 from jaxneurons.relspec import Prompt
@@ -347,7 +347,11 @@ def types(study: Study) -> Tables:
 
 
 def errors(study: Study) -> Tables:
-    """What wrong answers look like: untouched, the relation's neurons off, random ones off."""
+    """What wrong answers look like: untouched, the relation's neurons off, random ones off.
+
+    The kind of an error is told from two tokens, as in the paper, whatever its objects need; from
+    all, where two are no word yet (a character of many bytes).
+    """
     neurons = study.neurons()
     prompts = [*study.evaluation, *study.detection]  # as in `ablation`, whose generations these are
     conditions = own_sets(neurons) + random_sets(study.random(study.settings.seeds))
@@ -364,7 +368,8 @@ def errors(study: Study) -> Tables:
             text = study.text(tokens)
             found = counts.setdefault((one.relation, condition), dict.fromkeys(ERRORS, 0))
             if not yes:
-                found[error_class(text, one.text)] += 1
+                brief = study.text(tokens[: relspec.FEWEST_STEPS])
+                found[error_class(brief if words(brief) else text, one.text)] += 1
             if condition != "random":
                 answers.append(
                     {

@@ -44,6 +44,13 @@ Share = Annotated[
 Detection = Annotated[
     int | None, typer.Option(min=1, help="Facts to detect with, at most; default: all others.")
 ]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens generated after a prompt; default: as many as its objects need. The paper: 2.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Responses on disk: float32 or bfloat16.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of splits, negatives and random sets.")]
 
@@ -63,6 +70,7 @@ def run(
     minimum: Minimum = 10,
     minimum_share: Share = 0.1,
     detection: Detection = None,
+    steps: Steps = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
 ) -> None:
@@ -81,6 +89,7 @@ def run(
         minimum=minimum,
         minimum_share=minimum_share,
         detection=detection,
+        steps=steps,
         dtype=dtype,
         seed=seed,
     )
@@ -107,6 +116,7 @@ def collect(
     minimum: Minimum = 10,
     minimum_share: Share = 0.1,
     detection: Detection = None,
+    steps: Steps = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
 ) -> None:
@@ -120,6 +130,7 @@ def collect(
         minimum=minimum,
         minimum_share=minimum_share,
         detection=detection,
+        steps=steps,
         dtype=dtype,
         seed=seed,
     )

@@ -109,12 +109,23 @@ def resume(out: str | os.PathLike[str]) -> tuple[str, list[str], RelSpecConfig]:
         )
     found = read_json(path)
     try:
-        values = dict(found["settings"])
+        model, sources, values = found["model"], found["relations"], dict(found["settings"])
         values |= {name: tuple(values[name]) for name in ("sites", "templates")}
         settings = RelSpecConfig(**values)
-        return str(found["model"]), [str(one) for one in found["relations"]], settings
-    except (KeyError, TypeError):
-        raise DataError(f"{path}: not written by this version; begin anew") from None
+    except (KeyError, TypeError, ValueError):
+        model, sources, settings, values = None, [], RelSpecConfig(), {}
+    names = [model, *(sources if isinstance(sources, list) else [None])]
+    numbers = [values.get(f.name, 0) for f in dataclasses.fields(settings) if f.name not in _TEXTS]
+    if not all(isinstance(one, str) for one in names) or not all(map(_number, numbers)):
+        raise DataError(f"{path}: not written by this version, or edited; begin anew")
+    return str(model), sources, settings
+
+
+_TEXTS = ("templates", "sites", "dtype")
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def collect(study: Study) -> Tables:
@@ -211,7 +222,10 @@ def plot(out: str | os.PathLike[str]) -> list[Path]:
     if not tables:
         raise DataError(f"{directory}: no tables here; run the analyses first")
     run = directory / "run.json"
-    source = str(read_json(run)["model"]["source"]) if run.is_file() else ""
+    try:
+        source = str(read_json(run)["model"]["source"]) if run.is_file() else ""
+    except (KeyError, TypeError):  # edited: titles do without
+        source = ""
     if os.path.isabs(source):
         source = Path(source).name  # titles are short
     return relspec_plots.draw(tables, directory / "figures", source=source)
@@ -237,7 +251,14 @@ def compare(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> list[
                 f"{directory}: no neurons of a run; `jaxneurons relspec run` makes them"
             )
         sets.append(found)
-        wordings.append({row["relation"]: row["template"] for row in rows})
+        try:
+            wordings.append({row["relation"]: row["template"] for row in rows})
+        except KeyError as error:
+            raise DataError(
+                f"{directory / 'tables'}: relations has no column {error}; run it anew"
+            ) from None
+        for name in found.keys() - wordings[-1].keys():
+            raise DataError(f"{directory}: neurons of {name!r}, which is in none of its tables")
     both = [name for name in sets[0] if name in sets[1]]
     if not both:
         raise DataError(f"{other}: knows none of the relations that {run} knows")

@@ -140,6 +140,8 @@ def test_concept_prompts_are_balanced():
         ({"sites": ("up", "up")}, "each once"),
         ({"sites": ("ups",)}, "unknown site 'ups'"),
         ({"seeds": 0}, "seeds must be at least 1"),
+        ({"steps": 0}, "steps must be a whole number from 1, or None, got 0"),
+        ({"steps": 1.5}, "steps must be a whole number from 1"),
         ({"templates": ()}, "templates must name"),
         ({"minimum_right": 0}, "minimum_right must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
