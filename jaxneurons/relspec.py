@@ -79,8 +79,8 @@ class RelSpecConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.steps is not None and (self.steps < 1 or self.steps != int(self.steps)):
-            raise ConfigError(f"steps must be a whole number from 1, or None, got {self.steps!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, or None, got {self.steps!r}")
         if not 0 <= self.minimum_share <= 1:
             raise ConfigError(f"minimum_share must be from 0 to 1, got {self.minimum_share!r}")
         if self.seed < 0:

@@ -242,8 +242,15 @@ def test_no_room_in_the_context(lm, relations, tmp_path):
         asking(lm, tmp_path / "b").encode([wordy])
 
 
-def test_room_for_just_the_answer(lm, tmp_path):
+def test_room_for_just_the_answer(lm, tmp_path, monkeypatch):
     """Program sizes are rounded up, but never beyond the context."""
+    generated = []
+
+    def ablated(*arguments, steps, **options):
+        generated.append(steps)
+        return jaxneurons.ablation.ablated(*arguments, steps=steps, **options)
+
+    monkeypatch.setattr("jaxneurons.asking.ablated", ablated)
     tokenizer = lm.tokenizer
     answer = " ".join("b" * 5)
     need = len(tokenizer(f"x {answer}")["input_ids"]) - len(tokenizer("x")["input_ids"]) + 1
@@ -255,6 +262,7 @@ def test_room_for_just_the_answer(lm, tmp_path):
     assert len(tokenizer(text)["input_ids"]) + need == lm.config.max_position
     said = asking(lm, tmp_path / "run").said("", [NeuronSet()], [prompt])
     assert said.shape == (1, 1, need)
+    assert generated == [need]
 
 
 def test_runs_of_before_are_refused(lm, relations, tmp_path):
