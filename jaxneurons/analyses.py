@@ -37,7 +37,10 @@ TYPES = {
 
 
 def relations(study: Study) -> Tables:
-    """What was asked, what the model knows, and how often it answers each template."""
+    """What was asked, what the model knows, and how often it answers each template.
+
+    `steps`: the most tokens generated after a detection prompt.
+    """
     rows, templates = [], []
     validated = sum(len(asked.validated) for asked in study.asked.values())
     for name, asked in study.asked.items():
@@ -50,6 +53,7 @@ def relations(study: Study) -> Tables:
                 "facts": len(relation.triples),
                 "subjects": len(objects(relation.triples)),
                 "template": found[asked.template],
+                "steps": max(study.steps(asked.detection)),
                 "detection": len(asked.detection),
                 "validated": len(asked.validated),
                 "detection_accuracy": len(asked.validated) / len(asked.detection),
@@ -279,6 +283,7 @@ def multilingual(study: Study) -> Tables:
                 "relation": name,
                 "language": language,
                 "template": wording,
+                "steps": max(study.steps(detection[name, language, best]), default=0),
                 "detection": len(each[best]),
                 "validated": count,
                 "known": known,

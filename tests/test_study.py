@@ -83,6 +83,11 @@ def test_everything_is_written(whole):
     assert run["relations"]["known"] == sorted(WORDINGS)
     assert run["neurons"] == {"k": 24, "of": 480, "sites": list(FFN)}
     assert found["cumulativity_mean"][-1]["total"] > 0
+    for row in found["relations"]:
+        prompts = whole.asked[row["relation"]].detection
+        assert row["steps"] == max(whole.steps(prompts)) > 2  # words of several tokens
+    # "Wien" as bytes: a token for the space, or " W", and the others.
+    assert {row["steps"] for row in found["languages"]} <= {5, 6}
     assert set(run["tables"]) == set(found)
     for name, rows in found.items():
         with (whole.run.path / "tables" / f"{name}.csv").open() as file:
