@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxneurons import relspec
 from jaxneurons.errors import DataError
-from jaxneurons.matching import ERRORS, error_class
+from jaxneurons.matching import ERRORS, error_class, words
 from jaxneurons.neurons import ATTENTION, FFN, NeuronSet, neuron_count
 from jaxneurons.relations import Triple, objects, wordings
 from jaxneurons.relspec import Prompt
@@ -37,7 +37,10 @@ TYPES = {
 
 
 def relations(study: Study) -> Tables:
-    """What was asked, what the model knows, and how often it answers each template."""
+    """What was asked, what the model knows, and how often it answers each template.
+
+    `steps`: the most tokens generated after a detection prompt.
+    """
     rows, templates = [], []
     validated = sum(len(asked.validated) for asked in study.asked.values())
     for name, asked in study.asked.items():
@@ -50,6 +53,7 @@ def relations(study: Study) -> Tables:
                 "facts": len(relation.triples),
                 "subjects": len(objects(relation.triples)),
                 "template": found[asked.template],
+                "steps": max(study.steps(asked.detection)),
                 "detection": len(asked.detection),
                 "validated": len(asked.validated),
                 "detection_accuracy": len(asked.validated) / len(asked.detection),
@@ -279,6 +283,7 @@ def multilingual(study: Study) -> Tables:
                 "relation": name,
                 "language": language,
                 "template": wording,
+                "steps": max(study.steps(detection[name, language, best]), default=0),
                 "detection": len(each[best]),
                 "validated": count,
                 "known": known,
@@ -347,7 +352,11 @@ def types(study: Study) -> Tables:
 
 
 def errors(study: Study) -> Tables:
-    """What wrong answers look like: untouched, the relation's neurons off, random ones off."""
+    """What wrong answers look like: untouched, the relation's neurons off, random ones off.
+
+    The kind of an error is told from two tokens, as in the paper, whatever its objects need; from
+    all, where two are no word yet (a character of many bytes).
+    """
     neurons = study.neurons()
     prompts = [*study.evaluation, *study.detection]  # as in `ablation`, whose generations these are
     conditions = own_sets(neurons) + random_sets(study.random(study.settings.seeds))
@@ -364,7 +373,8 @@ def errors(study: Study) -> Tables:
             text = study.text(tokens)
             found = counts.setdefault((one.relation, condition), dict.fromkeys(ERRORS, 0))
             if not yes:
-                found[error_class(text, one.text)] += 1
+                brief = study.text(tokens[: relspec.FEWEST_STEPS])
+                found[error_class(brief if words(brief) else text, one.text)] += 1
             if condition != "random":
                 answers.append(
                     {

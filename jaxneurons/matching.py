@@ -1,79 +1,252 @@
 """When generated text counts as right: a rule on text, so that tokenisations need not agree.
 
 arXiv 2502.17355, section 3: two greedy tokens must be a prefix of the object. But a one-token
-object is followed by something that is no part of it, and case and spaces differ.
+object is followed by something that is no part of it, and case and spaces differ. The same rule
+judges as many tokens as an object needs: `RelSpecConfig.steps`.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
-
-_WORD = re.compile(
-    "[\u3400-\u9fff\uf900-\ufaff]"  # ideographs write no spaces: each is a word
-    "|[\u30a1-\u30fa\u30fc-\u30ff]+"  # katakana, so that a particle after a name is another word
-    "|[\u3041-\u309f]+"  # hiragana
-    r"|[^\W_\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
-)
+from typing import NamedTuple
 
 SHORTEST = 3
 """Letters that the beginning of a word needs to stand for the word."""
 
+_SPACELESS = ("THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW TAI", "AHOM", "BALINESE", "JAVANESE")
+"""First words of the names of letters that are written without spaces (UAX #14: class SA)."""
 
-def answers(generated: str, expected: str) -> bool:
+_POINTS = ".,:/^\u2044\u066b\u066c"
+"""What goes on with a number between two digits: 3.14, 3,000, 10:30, 1/2, 10^5."""
+
+_SHARPS = "+#\u266d\u266f"
+"""What belongs to the letters before it: C++, C#, A+, B flat."""
+
+_MINUS = "-\u2010\u2012\u2013\u2212"
+
+
+class _Word(NamedTuple):
+    """A word, with its place in the normalised text, and the kind of its letters."""
+
+    text: str
+    start: int
+    end: int
+    kind: str
+
+
+def answers(generated: str, expected: str, *, ended: bool = False) -> bool:
     """Whether generated text gives the expected object.
 
-    Both are normalised: Unicode compatibility form, case folded, without accents, everything but
-    letters and digits taken as spaces; ideographs are words of their own, as are runs of katakana.
-    Then the words must agree from the first on, until one of the two ends. What is generated may
-    end early, as two tokens do: between two words, or within one if at least three of its letters
-    are there; then nothing may follow that the object does not have there. So " Poland." and
-    "poland and" give "Poland", " new yor" and " New" give "New York", "巴黎是" gives "巴黎"; "the
-    Poland", "Polish", "Pol.", " New." and "New" followed by "Jersey" do not. The case counts for
-    answers of one or two letters: " he was" does not give "He".
+    Both are normalised: Unicode compatibility form, case folded, without accents, vowel points and
+    invisible characters; everything but letters, their marks, and digits is taken as spaces.
+    Ideographs are words of their own, as are runs of katakana. Then the words must agree from the
+    first on, until one of the two ends. What is generated may end early, as two tokens do: between
+    two words, or within one if at least three of its letters are there; then nothing may follow
+    that the object does not have there. So " Poland." and "poland and" give "Poland", " new yor"
+    and " New" give "New York", "巴黎是" gives "巴黎"; "the Poland", "Polish", "Pol.", " New." and
+    "New" followed by "Jersey" do not. The case counts for answers of one or two letters: " he was"
+    does not give "He".
+
+    Signs that change what a word says are part of it: a minus before a number, what stands between
+    its digits, sharps and pluses after letters. "-1" and "1.5" do not give "1", nor "C#" "C++".
+    Units (5 %, $5) must agree where both texts have some. Scripts without spaces (Thai, hiragana)
+    do not show where a word ends: what is generated may go on there. An object without letters or
+    digits ("+", an emoji) must be there as it is.
+
+    Args:
+      generated: what was said.
+      expected: the object.
+      ended: whether the model stopped after `generated`: then nothing was cut short, and "New"
+        does not give "New York".
     """
-    said, wanted = _spans(generated), _spans(expected)
-    if not said or not wanted:
+    said, wanted = _words(generated), _words(expected)
+    if not wanted:
+        return _same_signs(generated, expected)
+    if not said:
         return False
     length = min(len(said), len(wanted))
-    if [w for w, *_ in said[:length]] == [w for w, *_ in wanted[:length]]:
-        tail = _normal(generated)[said[-1][2] :].rstrip(" \ufffd")
-        rest = _normal(expected)[wanted[length - 1][2] :]
-        whole = len(said) >= len(wanted) or rest.startswith(tail)
-        return whole and _same_symbol(generated, expected)
-    if [w for w, *_ in said[: length - 1]] != [w for w, *_ in wanted[: length - 1]]:
-        return False
     last, full = said[length - 1], wanted[length - 1]
-    cut = length == len(said) and not _normal(generated)[last[2] :].rstrip("\ufffd")
-    return cut and len(last[0]) >= SHORTEST and full[0].startswith(last[0])
+    if [w.text for w in said[: length - 1]] != [w.text for w in wanted[: length - 1]]:
+        return False
+    if last.text == full.text or (length == len(wanted) and _goes_on(last, full)):
+        whole = len(said) >= len(wanted)
+        if not whole and not ended:
+            tail = _normal(generated)[said[-1].end :].rstrip(" \ufffd")
+            whole = _normal(expected)[full.end :].startswith(tail)
+        return whole and _same_units(generated, expected) and _same_symbol(generated, expected)
+    cut = not ended and length == len(said) and not _normal(generated)[last.end :].rstrip("\ufffd")
+    return cut and _letters(last.text) >= SHORTEST and full.text.startswith(last.text)
+
+
+def _letters(word: str) -> int:
+    """Letters and digits of a word, marks not counted; of a number, after its last point."""
+    kinds = [_kind(character) for character in word]
+    last = max((i for i, kind in enumerate(kinds) if not kind), default=-1)
+    return sum(kind != "mark" for kind in kinds[last + 1 :])
+
+
+def _goes_on(said: _Word, wanted: _Word) -> bool:
+    """Whether a word of a script without spaces begins with the wanted one."""
+    if wanted.kind not in ("spaceless", "hiragana") or len(wanted.text) < 2:
+        return False  # one letter begins too many words
+    return said.text.startswith(wanted.text) and _kind(said.text[len(wanted.text)]) != "mark"
 
 
 def _same_symbol(generated: str, expected: str) -> bool:
     """Whether the case agrees, if the answer is one or two letters: "he" is not helium's symbol."""
     if not re.fullmatch("[A-Za-z]{1,2}", expected.strip()):
         return True
-    found = _WORD.search(unicodedata.normalize("NFKC", generated))
-    return found is not None and found.group() == expected.strip()
+    found = _segment(unicodedata.normalize("NFKC", generated))
+    return bool(found) and found[0].text == expected.strip()
 
 
-def any_answers(generated: str, expected: Sequence[str]) -> bool:
+def _same_units(generated: str, expected: str) -> bool:
+    """Whether currencies and percent signs agree, where both texts have some."""
+    wanted = _units(_normal(expected))
+    if not wanted:
+        return True
+    end = _words(generated)[min(len(_words(generated)), len(_words(expected))) - 1].end
+    text = _normal(generated)
+    after = text[end:].lstrip(" ")[:1]
+    said = _units(text[:end] + after)
+    return not said or said == wanted
+
+
+def _units(text: str) -> set[str]:
+    return {c for c in text if c in "%\u2030\u00b0" or unicodedata.category(c) == "Sc"}
+
+
+def _same_signs(generated: str, expected: str) -> bool:
+    """Whether the text begins with an object that has no letter or digit: "+", an emoji."""
+    said, wanted = (
+        "".join(c for c in unicodedata.normalize("NFKC", text) if not _invisible(c)).strip()
+        for text in (generated, expected)
+    )
+    seen = any(unicodedata.category(c)[0] in "SP" and c != "\ufffd" for c in wanted)
+    if not seen or not said.startswith(wanted):
+        return False
+    following = said[len(wanted) :][:1]
+    if not following or unicodedata.category(wanted[-1]) == "So":
+        return True
+    # "+" is neither "++" nor "+="; "+." ends a sentence.
+    more = unicodedata.category(following).startswith("S") and following != "\ufffd"
+    return not more and following != wanted[-1]
+
+
+def any_answers(generated: str, expected: Sequence[str], *, ended: bool = False) -> bool:
     """Whether generated text gives one of the expected objects."""
-    return any(answers(generated, one) for one in expected)
+    return any(answers(generated, one, ended=ended) for one in expected)
 
 
 def words(text: str) -> list[str]:
     """The words of a text, normalised as `answers` says."""
-    return [word for word, *_ in _spans(text)]
+    return [word.text for word in _words(text)]
 
 
+@functools.lru_cache(2**15)
 def _normal(text: str) -> str:
-    """Compatibility form, case folded, without accents."""
+    """Compatibility form, case folded, without accents, vowel points and invisible characters."""
+    if text.isascii():
+        return text.casefold()
     parts = unicodedata.normalize("NFKD", text).casefold()
-    return unicodedata.normalize("NFKC", re.sub("[\u0300-\u036f]", "", parts))
+    return unicodedata.normalize("NFKC", "".join(c for c in parts if not _dropped(c)))
 
 
-def _spans(text: str) -> list[tuple[str, int, int]]:
+@functools.lru_cache(2**12)
+def _invisible(character: str) -> bool:
+    """Joiners, direction marks, soft hyphens, variation selectors."""
+    name = unicodedata.name(character, "")
+    return unicodedata.category(character) == "Cf" or "VARIATION SELECTOR" in name
+
+
+@functools.lru_cache(2**12)
+def _dropped(character: str) -> bool:
+    """What texts are compared without: accents, points of Hebrew and Arabic, what is not seen.
+
+    Marks that are written above or below (combining classes from 200) and those of Hebrew, Arabic
+    and Syriac (10 to 36) are often left out. Vowel signs, viramas and tone marks of Indic scripts,
+    of Thai and the like have other classes: they are letters.
+    """
+    if "\u0300" <= character <= "\u036f" or character == "\u0640" or _invisible(character):
+        return True
+    place = unicodedata.combining(character)
+    return unicodedata.category(character) == "Me" or 10 <= place <= 36 or place >= 200
+
+
+@functools.lru_cache(2**15)
+def _words(text: str) -> tuple[_Word, ...]:
     """Words with their places in the normalised text."""
-    return [(m.group(), *m.span()) for m in _WORD.finditer(_normal(text))]
+    return _segment(_normal(text))
+
+
+@functools.lru_cache(2**12)
+def _kind(character: str) -> str:
+    """What a character is to a word; "" if it is none of one."""
+    if unicodedata.category(character).startswith("M"):
+        return "mark"
+    if "\u30a1" <= character <= "\u30ff" and character != "\u30fb":
+        return "katakana"  # so that a particle after a name is another word
+    if "\u3041" <= character <= "\u309f":
+        return "hiragana"
+    if not character.isalnum():
+        return ""
+    name = unicodedata.name(character, "")
+    if name.startswith(("CJK UNIFIED", "CJK COMPATIBILITY")):
+        return "ideograph"  # writes no spaces: each is a word
+    if name.startswith(_SPACELESS) and not character.isdecimal():
+        return "spaceless"
+    return "letter"
+
+
+def _segment(text: str) -> tuple[_Word, ...]:
+    found, place = [], 0
+    while place < len(text):
+        kind = _kind(text[place])
+        if not kind:
+            place += 1
+            continue
+        kind = "letter" if kind == "mark" else kind
+        start, place = place, place + 1
+        while place < len(text) and _belongs(text, place, kind):
+            place += 1
+        word = text[start:place]
+        if kind == "letter":
+            word = _signed(text, start) + word.replace(",", ".") + _sharps(text, place)
+            place += len(_sharps(text, place))
+        found.append(_Word(word, start, place, kind))
+    return tuple(found)
+
+
+def _belongs(text: str, place: int, kind: str) -> bool:
+    """Whether a character goes on with a word of some kind."""
+    here = _kind(text[place])
+    if here == "mark" or (here == kind and kind != "ideograph"):
+        return True
+    return (
+        text[place] in _POINTS
+        and text[place - 1].isdecimal()
+        and text[place + 1 : place + 2].isdecimal()
+    )
+
+
+def _signed(text: str, start: int) -> str:
+    """The minus of a number, "-"; "" if there is none: a hyphen or a dash is no minus."""
+    if not text[start].isdecimal() or not start or text[start - 1] not in _MINUS:
+        return ""
+    before = text[start - 2 : start - 1] if start > 1 else ""
+    return "" if before and (_kind(before) or before in _MINUS) else "-"
+
+
+def _sharps(text: str, end: int) -> str:
+    """The "+", "++" or "#" directly after letters; "" if something goes on after it."""
+    if text[end - 1].isdecimal():
+        return ""
+    found = text[end : end + 1 + (text[end : end + 2] == "++")]
+    after = text[end + len(found) : end + len(found) + 1]
+    if not found or found[0] not in _SHARPS or (found != "++" and after and _kind(after)):
+        return ""
+    return "" if after and after in _SHARPS else found
 
 
 ERRORS = ("repeats the prompt", "starts with The", "says A.", "says nothing", "other")

@@ -23,15 +23,15 @@ from jaxneurons.expertise import Examples
 from jaxneurons.neurons import FFN, check_site
 from jaxneurons.relations import Relation, Triple, objects, prompt
 
-_POSITIVE = (
-    *("evaluation", "negatives", "minimum", "minimum_right"),
-    *("steps", "seeds", "sweep_seeds"),
-)
+_POSITIVE = ("evaluation", "negatives", "minimum", "minimum_right", "seeds", "sweep_seeds")
+
+FEWEST_STEPS = 2
+"""The paper's number of generated tokens, and the fewest that an answer is judged on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RelSpecConfig:
-    """Hyper-parameters of the method; the defaults are the paper's, templates aside.
+    """Hyper-parameters of the method; the defaults are the paper's, `templates` and `steps` aside.
 
     Attributes:
       templates: the template sets that are asked; of their templates, the one answered most often
@@ -45,7 +45,9 @@ class RelSpecConfig:
       minimum_share: the same as a share of the detection prompts.
       minimum_right: right answers among its evaluation prompts below which a relation's drop is
         not averaged: it hangs on too few.
-      steps: tokens generated.
+      steps: tokens generated. None: as many as the prompt's longest object has in this tokenizer,
+        and one more, which shows whether its last word ends there; never fewer than two. The
+        paper's is 2, which no longer answer survives: a year, a name in another script.
       seeds: random sets of neurons that every effect is compared with.
       sweep_seeds: the same for each point of a sweep and for perplexity.
       seed: of splits, negatives and random sets.
@@ -61,7 +63,7 @@ class RelSpecConfig:
     minimum: int = 10
     minimum_share: float = 0.1
     minimum_right: int = 5
-    steps: int = 2
+    steps: int | None = None
     seeds: int = 10
     sweep_seeds: int = 3
     seed: int = 0
@@ -77,6 +79,8 @@ class RelSpecConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, or None, got {self.steps!r}")
         if not 0 <= self.minimum_share <= 1:
             raise ConfigError(f"minimum_share must be from 0 to 1, got {self.minimum_share!r}")
         if self.seed < 0:

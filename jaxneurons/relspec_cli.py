@@ -45,6 +45,13 @@ Share = Annotated[
 Detection = Annotated[
     int | None, typer.Option(min=1, help="Facts to detect with, at most; default: all others.")
 ]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens generated after a prompt; default: as many as its objects need. The paper: 2.",
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Responses on disk: float32 or bfloat16.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of splits, negatives and random sets.")]
 
@@ -64,6 +71,7 @@ def run(
     minimum: Minimum = 10,
     minimum_share: Share = 0.1,
     detection: Detection = None,
+    steps: Steps = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
     ignore_key: IgnoreKeys = None,
@@ -83,6 +91,7 @@ def run(
         minimum=minimum,
         minimum_share=minimum_share,
         detection=detection,
+        steps=steps,
         dtype=dtype,
         seed=seed,
     )
@@ -109,6 +118,7 @@ def collect(
     minimum: Minimum = 10,
     minimum_share: Share = 0.1,
     detection: Detection = None,
+    steps: Steps = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
     ignore_key: IgnoreKeys = None,
@@ -123,6 +133,7 @@ def collect(
         minimum=minimum,
         minimum_share=minimum_share,
         detection=detection,
+        steps=steps,
         dtype=dtype,
         seed=seed,
     )

@@ -9,31 +9,29 @@ import dataclasses
 import functools
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
 from jaxneurons import relspec
-from jaxneurons.ablation import Shape, ablated, default_shape
-from jaxneurons.answers import encode_prompt
+from jaxneurons.ablation import Shape, default_shape
+from jaxneurons.asking import Asking, Tell, check_steps
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.expertise import Examples, Expertise, expertise, resolve_k
 from jaxneurons.load import LM
-from jaxneurons.matching import any_answers
 from jaxneurons.neurons import SITES, NeuronSet, neuron_count, random_neurons
 from jaxneurons.relations import Relation, Split, split
 from jaxneurons.relspec import Prompt, RelSpecConfig
 from jaxneurons.responses import ResponseStore
 from jaxneurons.store import RunDirectory, digest
-from jaxneurons.token_ids import check_ids
 
 RESERVED = ("none", "random", "matched", "own")
 """What the tables call the controls."""
 
-Tell = Callable[[str, int, int], None]
-"""Called with (stage, done, of)."""
+FORMAT = 2
+"""Counts up where the same settings give other contents: 2, answers of any length and script."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Asked:
     unknown: str
 
 
-class Study:
+class Study(Asking):
     """A model, relations and settings, and everything found out about them so far.
 
     Args:
@@ -72,6 +70,7 @@ class Study:
     Raises:
       DataError: unusable relations or settings, before anything is computed, or a directory that
         holds a run of another model, other relations or settings.
+      ConfigError: steps that leave no room in the model's context.
     """
 
     def __init__(
@@ -84,99 +83,20 @@ class Study:
         tell: Tell = lambda stage, done, total: None,
     ):
         check_relations(relations, settings)
-        self.lm, self.settings, self.tell = lm, settings, tell
+        check_steps(lm, settings)
         self.relations = {relation.name: relation for relation in relations}
         self.k = resolve_k(settings.k, lm.config, settings.sites)
         self.identity = lm.identity()
-        self.run = RunDirectory(
+        run = RunDirectory(
             out,
             {
                 **self.identity,
+                "format": FORMAT,
                 "settings": dataclasses.asdict(settings),
                 "relations": digest([_plain(relation) for relation in relations]),
             },
         )
-        self._texts: dict[bytes, str] = {}
-
-    # --- asking -----------------------------------------------------------------------------------
-
-    def encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """Token ids; says which prompt is empty or longer than the context."""
-        most = self.lm.config.max_position - self.settings.steps
-        found = []
-        for one in prompts:
-            ids = encode_prompt(self.lm.tokenizer, one.text)
-            if len(ids) > most:
-                raise DataError(
-                    f"relation {one.relation!r}: the prompt {one.text[:60]!r} has {len(ids)} "
-                    f"tokens, the model's context holds {most}"
-                )
-            check_ids(ids, self.lm.config.vocab_size, self.lm.tokenizer)
-            found.append(ids)
-        return found
-
-    def said(
-        self,
-        stage: str,
-        sets: Sequence[NeuronSet],
-        prompts: Sequence[Prompt],
-        *,
-        shape: Shape | None = None,
-    ) -> np.ndarray:
-        """What the model says with each set off, [set, prompt, step]; from disk if it is there."""
-        if not prompts:
-            return np.zeros((len(sets), 0, self.settings.steps), np.int32)
-        tokens = self.encode(prompts)
-        where = digest([tokens, self.settings.steps])
-        names = [f"said-{digest([one.digest, where])[:40]}" for one in sets]
-        found: dict[str, np.ndarray] = {}
-        for name in names:
-            part = self.run.load(name)
-            if part is not None and part["said"].shape == (len(prompts), self.settings.steps):
-                found[name] = part["said"]
-        missing = {name: one for name, one in zip(names, sets, strict=True) if name not in found}
-        done, total = 0, len(missing) * len(prompts)
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            self.tell(stage, done, total)
-
-        results = ablated(
-            self.lm.params,
-            list(missing.values()),
-            tokens,
-            config=self.lm.config,
-            steps=self.settings.steps,
-            shape=shape,
-            # Of all sets, found or not: a resumed run compiles and groups the same program.
-            sites=tuple(dict.fromkeys([*self.settings.sites, *(s for n in sets for s in n.codes)])),
-            progress=progress,
-        )
-        for (name, _), (_, values) in zip(missing.items(), results, strict=True):
-            self.run.save(name, {"said": values})
-            found[name] = values
-        return np.stack([found[name] for name in names])
-
-    def text(self, tokens: np.ndarray) -> str:
-        """Generated tokens as text, up to the end-of-sequence token."""
-        key = tokens.tobytes()
-        if key not in self._texts:
-            ids = tokens.tolist()
-            eos = self.lm.tokenizer.eos_token_id
-            if eos in ids:
-                ids = ids[: ids.index(eos)]
-            self._texts[key] = str(self.lm.tokenizer.decode(ids))
-        return self._texts[key]
-
-    def right(self, said: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Whether each answer is right, [..., prompt]."""
-        flat = said.reshape(-1, len(prompts), said.shape[-1])
-        judged = [
-            [any_answers(self.text(one), p.objects) for one, p in zip(row, prompts, strict=True)]
-            for row in flat
-        ]
-        return np.array(judged, bool).reshape(said.shape[:-1])
+        super().__init__(lm, run, settings, tell)
 
     # --- section 1: which prompts does the model answer? ------------------------------------------
 

@@ -1,6 +1,7 @@
 """Relations that a random model "knows": their objects are what it says, before anything is off."""
 
 import json
+import re
 
 import numpy as np
 
@@ -18,7 +19,7 @@ WORDINGS = {
 KINDS = {"in": "city", "speak": "country", "capital": "country", "option": "letter"}
 
 
-def said(lm, texts, steps=2):
+def said(lm, texts, steps=8):
     """What the model says after each text, one at a time."""
     prompts = [encode_prompt(lm.tokenizer, text) for text in texts]
     ((_, found),) = ablated(
@@ -42,8 +43,10 @@ def write_relations(directory, lm, *, facts=24, names=tuple(WORDINGS), unknown=0
         for subject, text in zip(
             subjects, said(lm, [plain.replace("{}", s) for s in subjects]), strict=True
         ):
-            if answers(text, text) and "\ufffd" not in text and text.strip():
-                samples.append({"subject": subject, "object": text.strip()})
+            # A word or two, and what shows that the last one ends there.
+            found = re.match(r"\s*([A-Za-z]+(?: [A-Za-z]+)?)(?=[ .,:?\n])", text)
+            if found and answers(text, found.group(1)):
+                samples.append({"subject": subject, "object": found.group(1)})
         samples = samples[:facts]
         assert len(samples) == facts, (name, len(samples))
         for sample in samples[:unknown] if name == names[0] else []:

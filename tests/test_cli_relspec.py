@@ -138,6 +138,7 @@ def test_further_analyses_and_counts(run, done, tmp_path):
         (("--analyses", "frequency"), "'frequency' needs counts"),
         (("--counts", "none.csv"), "none.csv: cannot be read"),
         (("--dtype", "float8"), "unknown response dtype 'float8'"),
+        (("--steps", 10**8), "steps 100000000: the model's context holds [0-9]+ tokens"),
     ],
 )
 def test_bad_options(run, model, relations, tmp_path, more, message):
@@ -193,3 +194,48 @@ def test_directories_that_are_no_study(run, done, model, relations, tmp_path):
     fails(run("relspec", "plot", "--out", tmp_path / "run"), r"ablation\.parquet: not a readable")
     (tmp_path / "run" / "study.json").write_text("{}")
     fails(run("relspec", "neurons", "--out", tmp_path / "run"), "not written by this version")
+
+
+@pytest.mark.parametrize("steps", ["1e8", "0", "x", "2.5"])
+def test_steps_that_are_no_number_of_tokens(run, relations, tmp_path, steps):
+    options = ("--relations", relations, "--model", "none", "--out", tmp_path / "run")
+    code, _, err = run("relspec", "run", *options, "--steps", steps)
+    assert code == 2
+    assert "--steps" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": None},
+        {"settings": {"k": "many"}},
+        {"settings": {"steps": [2]}},
+        {"settings": {"seeds": True}},
+        {"settings": {"colour": 1}},
+        {"relations": "bundled"},
+        {"relations": [7]},
+        {"model": {}},
+    ],
+)
+def test_an_edited_study(run, done, tmp_path, changes):
+    """A key that is missing, a table where a number was: said so, whatever it is."""
+    values = json.loads((done[0] / "study.json").read_text())
+    for key, value in changes.items():
+        table = isinstance(value, dict) and isinstance(values[key], dict)
+        values[key] = {**values[key], **value} if table else value
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "study.json").write_text(json.dumps(values))
+    fails(run("relspec", "neurons", "--out", out), r"study\.json: not written by this version")
+
+
+def test_figures_and_comparisons_of_edited_runs(run, done, tmp_path):
+    shutil.copytree(done[0], tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text('{"model": 7}')
+    code, said, err = run("relspec", "plot", "--out", tmp_path / "run")
+    assert (code, "Written" in said) == (0, True), err  # titles without the model's name
+    shutil.copy(tmp_path / "run" / "neurons" / "in.csv", tmp_path / "run" / "neurons" / "x.csv")
+    message = "neurons of 'x', which is in none of its tables"
+    fails(run("relspec", "compare", done[0], tmp_path / "run"), message)

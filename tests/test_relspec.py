@@ -140,6 +140,7 @@ def test_concept_prompts_are_balanced():
         ({"sites": ("up", "up")}, "each once"),
         ({"sites": ("ups",)}, "unknown site 'ups'"),
         ({"seeds": 0}, "seeds must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1, or None, got 0"),
         ({"templates": ()}, "templates must name"),
         ({"minimum_right": 0}, "minimum_right must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),

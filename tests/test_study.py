@@ -83,6 +83,11 @@ def test_everything_is_written(whole):
     assert run["relations"]["known"] == sorted(WORDINGS)
     assert run["neurons"] == {"k": 24, "of": 480, "sites": list(FFN)}
     assert found["cumulativity_mean"][-1]["total"] > 0
+    for row in found["relations"]:
+        prompts = whole.asked[row["relation"]].detection
+        assert row["steps"] == max(whole.steps(prompts)) > 2  # words of several tokens
+    # "Wien" as bytes: a token for the space, or " W", and the others.
+    assert {row["steps"] for row in found["languages"]} <= {5, 6}
     assert set(run["tables"]) == set(found)
     for name, rows in found.items():
         with (whole.run.path / "tables" / f"{name}.csv").open() as file:
@@ -102,11 +107,13 @@ def test_accuracies_against_a_plain_loop(whole, lm):
     def right(prompt, scales):
         ids = list(lm.tokenizer(prompt.text)["input_ids"])
         length = len(ids)
-        for _ in range(2):
+        (wanted,) = prompt.objects
+        needed = len(lm.tokenizer(f"{prompt.text} {wanted}")["input_ids"]) - length
+        for _ in range(max(2, needed + 1)):
             padded = jnp.asarray([ids], jnp.int32)
             ids.append(int(step(padded, scales)))
-        text = lm.tokenizer.decode(ids[length:])
-        return any_answers(text.split("</s>")[0], prompt.objects)
+        text, *ended = lm.tokenizer.decode(ids[length:]).split("</s>")
+        return any_answers(text, prompt.objects, ended=bool(ended))
 
     rows = tables(whole)["ablation"]
     for off in whole.known[:2]:
