@@ -1,4 +1,8 @@
-"""What people see of a command: tables on standard output, progress on standard error."""
+"""What people see of a command: tables on standard output, progress on standard error.
+
+Names come from files and people: they are shown as they are, on one line, in characters that the
+terminal has (see `Plain`).
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +21,11 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
+
+from jaxneurons.printable import encodable, printable
 
 if TYPE_CHECKING:
     from jaxneurons.demo import Demo
@@ -25,37 +33,67 @@ if TYPE_CHECKING:
     from jaxneurons.load import LM
     from jaxneurons.locate import Located
 
-console = Console(markup=False)
-errors = Console(stderr=True, markup=False)
+
+class Plain(Console):
+    """A console to which text is text: no markup, no emoji codes, no control characters.
+
+    What its encoding lacks is written in ASCII: tables with `-`, "\u00b1" as "+/-", a
+    letter of another script as an escape.
+    """
+
+    def __init__(self, *, stderr: bool = False):
+        super().__init__(stderr=stderr, markup=False, emoji=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Every text that is printed, and every cell and title of a table, comes through here."""
+        return super().render_str(self.shown(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on: `stopping` ends the command."""
+        self.quiet = True
+        raise BrokenPipeError
+
+    def shown(self, text: str) -> str:
+        """A text as this console can show it."""
+        return encodable(printable(text), self.encoding)
+
+    def busy(self, what: str) -> Status:
+        """A sign of life while something is done that says nothing itself."""
+        spinner = "dots" if self.encoding.startswith("utf") else "line"
+        return self.status(Text(self.shown(what)), spinner=spinner)
+
+
+console = Plain()
+errors = Plain(stderr=True)
 
 
 @contextmanager
 def counting(what: str, unit: str = "prompts") -> Iterator[Callable[[int, int], None]]:
     """A bar over things that are counted: call what it gives with (done, of)."""
     columns = (MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with _progress(what, *columns) as progress:
-        task = progress.add_task("", total=None)
+    with _progress(*columns) as progress:
+        task = progress.add_task(errors.shown(what), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
 def counting_bytes(what: str) -> Iterator[Callable[[int], None]]:
     """A bar over bytes: call what it gives with those that have just passed."""
-    with _progress(what, DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
-        task = progress.add_task("", total=None)
+    with _progress(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
+        task = progress.add_task(errors.shown(what), total=None)
         yield lambda count: progress.update(task, advance=count)
 
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage of a long run: call what it gives with (stage, done, of)."""
-    with _progress("", TextColumn("{task.description}"), *_COUNT) as progress:
+    with _progress(*_COUNT) as progress:
         tasks: dict[str, Any] = {}
         last: dict[str, int] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
             if stage not in tasks or done < last[stage]:  # the same stage once more
-                tasks[stage] = progress.add_task(stage, total=total)
+                tasks[stage] = progress.add_task(errors.shown(stage), total=total)
             last[stage] = done
             progress.update(tasks[stage], completed=done, total=total)
 
@@ -69,7 +107,7 @@ def load_and_say(source: str) -> "LM":
     """Load a model and say what it is."""
     from jaxneurons.load import load
 
-    with errors.status(f"Loading {source} (fetched once, then cached) ..."):
+    with errors.busy(f"Loading {source} (fetched once, then cached) ..."):
         lm = load(source)
     config = lm.config
     console.print(
@@ -79,9 +117,9 @@ def load_and_say(source: str) -> "LM":
     return lm
 
 
-def _progress(what: str, *columns: ProgressColumn) -> Progress:
+def _progress(*columns: ProgressColumn) -> Progress:
     # A log file needs no bar.
-    shown = (TextColumn(what), BarColumn(), *columns)
+    shown = (TextColumn("{task.description}", markup=False), BarColumn(), *columns)
     return Progress(*shown, console=errors, disable=not errors.is_terminal)
 
 
