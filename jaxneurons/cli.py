@@ -159,6 +159,10 @@ def main() -> None:
 
 def _command() -> None:
     try:
+        os.getcwd()
+    except OSError:
+        _fail("the current directory is no longer there; change to another one")
+    try:
         app()
         sys.stdout.flush()
     except JaxneuronsError as error:
@@ -166,7 +170,7 @@ def _command() -> None:
     except OSError as error:
         if is_broken_pipe(error):
             raise
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _fail(f"{error.filename or 'the output'}: {error.strerror or error}")
     except (MemoryError, OverflowError, RuntimeError) as error:
         reason = too_much(error)
         if reason is None:

@@ -60,11 +60,17 @@ def families_for(text: str, base: str) -> tuple[list[str], str]:
     Returns:
       Families to fall back on, in order; and the characters that none has.
     """
-    missing = frozenset(ord(c) for c in text if not c.isspace()) - _characters(base)
+    missing = frozenset(ord(c) for c in text if not _unseen(c)) - _characters(base)
     if not missing:
         return [], ""
     found, left = _search(missing)
     return list(found), "".join(map(chr, sorted(left)))
+
+
+def _unseen(character: str) -> bool:
+    """Whether nothing is drawn for it: white space, joiners, selectors of a variant."""
+    hidden = unicodedata.category(character) == "Cf" or 0xFE00 <= ord(character) <= 0xFE0F
+    return hidden or character.isspace()
 
 
 @functools.lru_cache(256)
@@ -91,19 +97,19 @@ def _installed() -> list[tuple[str, str]]:
                 manager.addfont(path)
             except (OSError, RuntimeError, ValueError, NotImplementedError):
                 continue  # a font of pictures, or a damaged one
+    files: dict[str, tuple[tuple[bool, int], str]] = {}
+    for font in manager.ttflist:
+        upright = font.style != "normal", abs(_weight(font.weight) - 400)
+        if font.name not in files or upright < files[font.name][0]:
+            files[font.name] = upright, font.fname
     order = {name: place for place, name in enumerate(PREFERRED)}
-    names = sorted({font.name for font in manager.ttflist})
+    names = sorted(name for name in files if not name.lower().startswith(NOT_LETTERS))
     names.sort(key=lambda name: order.get(name, len(order)))
-    files = []
-    for name in names:
-        if name.lower().startswith(NOT_LETTERS):
-            continue
-        wanted = font_manager.FontProperties(family=[name])
-        try:
-            files.append((name, str(manager.findfont(wanted, fallback_to_default=False))))
-        except ValueError:
-            continue
-    return files
+    return [(name, files[name][1]) for name in names]
+
+
+def _weight(weight: int | str) -> int:
+    return weight if isinstance(weight, int) else font_manager.weight_dict.get(weight, 400)
 
 
 @functools.lru_cache(1024)
@@ -128,7 +134,7 @@ def warn_of(characters: Iterable[str]) -> None:
     packages = dict.fromkeys(map(_package, new))
     warnings.warn(
         f"no font of this system has these characters, figures show boxes for them: {listed}; "
-        f"install one ({', '.join(packages)}) and make the figures again",
+        f"install {', '.join(packages)} and make the figures again",
         MissingFontWarning,
         stacklevel=2,
     )
@@ -147,10 +153,10 @@ def script_of(character: str) -> str:
 
 def _package(script: str) -> str:
     if script == "Chinese characters" or script.upper() in EAST_ASIAN:
-        return "Noto Sans CJK, Debian's fonts-noto-cjk"
+        return "Noto Sans CJK (Debian: fonts-noto-cjk)"
     if script == "emoji and symbols":
-        return "Noto Emoji or Symbola, Debian's fonts-symbola"
-    return f"Noto Sans of {script}, Debian's fonts-noto-core"
+        return "Noto Emoji (the one without colours)"
+    return "Noto Sans of the script (Debian: fonts-noto-core)"
 
 
 def base_font(text: Any) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxneurons.errors import DataError
 from jaxneurons.lettering import NAME, describe_axes, entitle, head, legend, name_x, name_y, note
 from jaxneurons.neurons import Neuron
 from jaxneurons.printable import columns as columns_of
@@ -44,6 +45,21 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     figure, ((axes,),) = new_panels(1, 1, width, height)
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)
     return figure, axes
+
+
+def check_places(run: Path, *names: str) -> None:
+    """Raise, before anything is computed, if no results could be written into a run directory.
+
+    Args:
+      run: the run directory.
+      names: directories in it, made later.
+
+    Raises:
+      DataError: one of them is a file, or a link that leads nowhere.
+    """
+    for path in (run / name for name in names):
+        if os.path.lexists(path) and not path.is_dir():
+            raise DataError(f"{path}: not a directory, but results are written there; move it")
 
 
 def save_figure(figure: Any, path: Path) -> Path:
@@ -140,7 +156,7 @@ def heat_map(
         corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
         middles = np.array([(j, i) for i, j in boxed])
         weight = 1.2 if small else 0.4
-        frames = PolyCollection(middles[:, None] + corners, fc="none", ec="black", lw=weight)
+        frames = PolyCollection(list(middles[:, None] + corners), fc="none", ec="black", lw=weight)
         axes.add_collection(frames, autolim=False)
     axes.tick_params(labelsize=8, length=0)
     name_x(axes, columns, label=xlabel, rotation=rotation)

@@ -308,8 +308,10 @@ def _write_facts(
 
 
 def _opened(path: Path, model: str | None) -> "Run":
+    from jaxneurons.plots import check_places
     from jaxneurons.qrnca_run import open_run, source_of
 
+    check_places(path, "tables", "figures")
     return open_run(path, load_and_say(source_of(path) if model is None else model))
 
 

@@ -196,6 +196,7 @@ def _study(
     out: Path, model: str | None = None, relations: list[str] | None = None, settings: Any = None
 ) -> Iterator["Study"]:
     """A study begun or gone on with; relations are checked before the model is loaded."""
+    from jaxneurons.plots import check_places
     from jaxneurons.relspec_run import begin, gather, resume
     from jaxneurons.study import Study, check_relations
 
@@ -203,6 +204,7 @@ def _study(
         model, relations, settings = resume(out)
     found = gather(relations)
     check_relations(found, settings)
+    check_places(out, "neurons", "tables", "figures")
     lm = load_and_say(model)
     with stages() as tell:
         study = Study(lm, found, out, settings=settings, tell=tell)

@@ -17,6 +17,11 @@ from typing import Any, NoReturn
 BROKEN_PIPE = 141
 """Exit code when nobody reads on, as of a program that SIGPIPE ends."""
 
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+"""Those that ask a process to end, on this system."""
+
 PROMISE = "stopped; what was finished is kept, the same command goes on from there"
 
 
@@ -29,23 +34,28 @@ class Stops:
 
     def __init__(self) -> None:
         self.number = int(signal.SIGINT)
+        self._before: dict[int, Any] = {}
 
-    def listen(self) -> None:
+    def __enter__(self) -> "Stops":
         """Take every signal over that is not ignored (`nohup` ignores one)."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._raise)
-        sys.unraisablehook = self._again
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                handler = signal.getsignal(number)
+                if handler not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._raise)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._again
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave them to whom they belonged."""
+        sys.unraisablehook = self._hook
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def ignore(self) -> None:
         """Let no further one disturb the end."""
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                if hasattr(signal, name):
-                    signal.signal(getattr(signal, name), signal.SIG_IGN)
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def _raise(self, number: int, _: FrameType | None) -> None:
         self.number = number
@@ -54,11 +64,19 @@ class Stops:
     def _again(self, found: Any) -> None:
         """Python drops what is raised in a callback of its garbage collector: raise it again."""
         if isinstance(found.exc_value, KeyboardInterrupt):
-            again = threading.Timer(0.02, signal.raise_signal, [self.number])
+            again = threading.Timer(0.02, _to_main_thread, [self.number])
             again.daemon = True
             again.start()
         else:
-            sys.__unraisablehook__(found)
+            self._hook(found)
+
+
+def _to_main_thread(number: int) -> None:
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main, number)  # wakes it from what it waits for
+    else:
+        signal.raise_signal(number)
 
 
 def leave(code: int) -> NoReturn:
@@ -100,20 +118,19 @@ def until_stopped(command: Callable[[], object], say: Callable[[str], object]) -
       command: the command line; it may raise SystemExit.
       say: prints a line on standard error.
     """
-    stops = Stops()
-    stops.listen()
-    try:
+    with Stops() as stops:
         try:
-            command()
-        except OSError as error:
-            if not is_broken_pipe(error):
-                raise
-            _close_standard_output()
-            leave(BROKEN_PIPE)
-        except KeyboardInterrupt:
+            try:
+                command()
+            except OSError as error:
+                if not is_broken_pipe(error):
+                    raise
+                _close_standard_output()
+                leave(BROKEN_PIPE)
+            except KeyboardInterrupt:
+                _stop(stops, say)
+        except KeyboardInterrupt:  # once more, on the way
             _stop(stops, say)
-    except KeyboardInterrupt:  # once more, on the way
-        _stop(stops, say)
 
 
 def _stop(stops: Stops, say: Callable[[str], object]) -> NoReturn:

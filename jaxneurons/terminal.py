@@ -25,13 +25,16 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from jaxneurons.printable import encodable, printable
+from jaxneurons.printable import encodable, printable, shortened
 
 if TYPE_CHECKING:
     from jaxneurons.demo import Demo
     from jaxneurons.describe import Description
     from jaxneurons.load import LM
     from jaxneurons.locate import Located
+
+LEAST = 40
+"""Columns of a table where there is room for fewer: a terminal breaks its lines then."""
 
 
 class Plain(Console):
@@ -41,8 +44,10 @@ class Plain(Console):
     letter of another script as an escape.
     """
 
-    def __init__(self, *, stderr: bool = False):
-        super().__init__(stderr=stderr, markup=False, emoji=False)
+    def __init__(self, **how: Any):
+        super().__init__(markup=False, emoji=False, **how)
+        if not self.stderr and self.width < LEAST:
+            self.width = LEAST
 
     def render_str(self, text: str, **how: Any) -> Text:
         """Every text that is printed, and every cell and title of a table, comes through here."""
@@ -65,6 +70,11 @@ class Plain(Console):
 
 console = Plain()
 errors = Plain(stderr=True)
+
+NAME = 32
+"""Columns of a name in a table, at most."""
+GROUPS = 6
+"""Groups beside each other in a table, at most; more of them are its rows."""
 
 
 @contextmanager
@@ -267,7 +277,7 @@ def show_demo(result: "Demo", out: Path) -> None:
         if effect.group == "all":
             table.add_section()
         table.add_row(
-            effect.group,
+            shortened(effect.group, NAME),
             f"{effect.facts}",
             f"{effect.neurons:.1f}",
             f"{effect.before:.3f}",
@@ -307,7 +317,7 @@ def show_study(out: Path) -> None:
         if name in own:
             cells += [f"{own[name]['right_before']}/{own[name]['prompts']}"]
             cells += _drops(tables["ablation"], name)
-        table.add_row(name, *cells)
+        table.add_row(shortened(name, NAME), *cells)
     summary = [
         row
         for row in tables.get("summary", [])
@@ -348,7 +358,7 @@ def show_comparison(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in sorted(rows, key=lambda row: (-row["same_wording"], -row["shared"])):
         table.add_row(
-            row["relation"],
+            shortened(row["relation"], NAME),
             f"{row['neurons']}, {row['other_neurons']}",
             str(row["shared"]),
             _number(row["shared_others"], ".0f"),
@@ -440,20 +450,25 @@ def _narrow(title: str) -> Table:
 def show_prediction(rows: list[dict[str, Any]]) -> None:
     """Accuracy of reading answers off neurons, by group."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
+    kinds = list(dict.fromkeys((row["readout"], row["pool"]) for row in rows))
+    across = [f"{readout}, {pool}" if pool else readout for readout, pool in kinds]
+    cells = [
+        [f"{r['accuracy']:.0%}" for r in rows if (r["readout"], r["pool"]) == kind]
+        for kind in kinds
+    ]
+    down, corner = [shortened(group, NAME) for group in groups], "group"
+    if len(groups) <= GROUPS:
+        across, down, corner = down, across, "readout, neurons"
+    else:
+        cells = list(zip(*cells, strict=True))
     table = Table(
         title="Right answers read off a group's neurons", title_justify="left", box=box.SIMPLE_HEAD
     )
-    table.add_column("readout, neurons", no_wrap=True)
-    for group in groups:
-        table.add_column(group, justify="right")
-    kinds = list(dict.fromkeys((row["readout"], row["pool"]) for row in rows))
-    for readout, pool in kinds:
-        cells = [
-            f"{row['accuracy']:.0%}"
-            for row in rows
-            if (row["readout"], row["pool"]) == (readout, pool)
-        ]
-        table.add_row(f"{readout}, {pool}" if pool else readout, *cells)
+    table.add_column(corner, no_wrap=True)
+    for name in across:
+        table.add_column(name, justify="right")
+    for name, values in zip(down, cells, strict=True):
+        table.add_row(name, *values)
     console.print(table)
 
 
