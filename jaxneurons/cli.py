@@ -11,6 +11,7 @@ import typer
 from jaxneurons import qrnca_cli, relspec_cli
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.qrnca_cli import IgnoreKeys
+from jaxneurons.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 from jaxneurons.terminal import (
     console,
     counting,
@@ -121,7 +122,7 @@ def verify_command(
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
     reference, _ = locate_source(against)
-    with errors.status(f"Loading {directory} ..."):
+    with errors.busy(f"Loading {directory} ..."):
         lm = load(directory, dtype=dtype, ignore_keys=ignore_key or ())
     with counting("Comparing", "comparisons") as tell:
         found = verify(lm, reference, long=long, progress=tell)
@@ -158,15 +159,32 @@ def main() -> None:
     warnings.showwarning = _one_line
     # transformers would tell everyone that PyTorch is missing; nothing here needs it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    lenient_streams()
+    until_stopped(_command, errors.print)
+
+
+def _command() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        _fail("the current directory is no longer there; change to another one")
     try:
         app()
+        sys.stdout.flush()
     except JaxneuronsError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        if is_broken_pipe(error):
+            raise
+        _fail(f"{error.filename or 'the output'}: {error.strerror or error}")
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        reason = too_much(error)
+        if reason is None:
+            raise
+        _fail(reason)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            errors.print("stopped; what was finished is kept, the same command goes on from there")
+            raise KeyboardInterrupt from None
         raise
 
 

@@ -8,29 +8,60 @@ from typing import Any
 
 import numpy as np
 
+from jaxneurons.errors import DataError
+from jaxneurons.lettering import NAME, describe_axes, entitle, head, legend, name_x, name_y, note
 from jaxneurons.neurons import Neuron
+from jaxneurons.printable import columns as columns_of
 from jaxneurons.store import make_directory, write_bytes
 
 # Okabe and Ito's palette: told apart with any colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of one pair of axes, in inches."""
-    # An object instead of pyplot: no global state, and no display is needed.
-    from matplotlib.figure import Figure
+MOST = 24.0
+"""Inches of a figure's side, at most: 3,840 pixels, however many names there are."""
+NUMBERED = 60
+"""Rows or columns of a heat map whose cells hold their numbers, at most."""
+DISTINCT = 2 * len(PALETTE)
+"""Lines in one panel that can be told apart, at most."""
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+
+def new_panels(
+    down: int, across: int, width: float, height: float, *, share: bool = False
+) -> tuple[Any, list[list[Any]]]:
+    """A figure of down x across pairs of axes, in inches, no side longer than `MOST`."""
+    # An object instead of pyplot: no global state, and no display is needed.
+    from jaxneurons.fonts import LetteredFigure
+
+    size = min(width, MOST), min(height, MOST)
+    figure = LetteredFigure(figsize=size, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharex=share, sharey=share)
+    for axes in panels.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+    return figure, panels.tolist()
+
+
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of one pair of axes with a grid, in inches."""
+    figure, ((axes,),) = new_panels(1, 1, width, height)
     axes.grid(axis="y", alpha=0.25, linewidth=0.5)
-    axes.set_axisbelow(True)
     return figure, axes
 
 
-def entitle(axes: Any, text: str) -> None:
-    """A title above the left end of the axes."""
-    axes.set_title(text, loc="left", fontsize=11)
+def check_places(run: Path, *names: str) -> None:
+    """Raise, before anything is computed, if no results could be written into a run directory.
+
+    Args:
+      run: the run directory.
+      names: directories in it, made later.
+
+    Raises:
+      DataError: one of them is a file, or a link that leads nowhere.
+    """
+    for path in (run / name for name in names):
+        if os.path.lexists(path) and not path.is_dir():
+            raise DataError(f"{path}: not a directory, but results are written there; move it")
 
 
 def save_figure(figure: Any, path: Path) -> Path:
@@ -83,6 +114,8 @@ def heat_map(
 ) -> Any:
     """A table as colours with the numbers in the cells; NaN is grey, with a dash.
 
+    A table of more than `NUMBERED` rows or columns has colours alone.
+
     Args:
       values: [row, column].
       rows: what each row is.
@@ -96,18 +129,26 @@ def heat_map(
       rotation: of the columns' names, in degrees.
     """
     from matplotlib import colormaps
-    from matplotlib.patches import Rectangle
+    from matplotlib.collections import PolyCollection
 
-    longest = max(map(len, rows))
-    inches = 1.6 + 0.075 * longest + 0.44 * len(columns), 2.4 + 0.32 * len(rows)
-    figure, axes = new_figure(max(inches[0], 1.2 + 0.085 * len(title)), inches[1])
+    small = max(values.shape) <= NUMBERED
+    longest = min(max(map(columns_of, rows)), NAME)
+    highest = min(max(map(columns_of, columns)), NAME)
+    inches = (
+        1.6 + 0.075 * longest + (0.44 if small else 0.13) * len(columns),
+        2.4 + (0.32 if small else 0.13) * len(rows) + (0.03 * highest if rotation else 0),
+    )
+    beside = 0.5 + 0.062 * longest
+    least = min(beside + 0.6 + 0.085 * len(title), 12.0)
+    figure, axes = new_figure(max(inches[0], least), inches[1])
     axes.grid(visible=False)
     shades = colormaps[colours].with_extremes(bad="#DDDDDD")
     image = axes.imshow(values, cmap=shades, vmin=limits[0], vmax=limits[1], aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
+    for (i, j), value in np.ndenumerate(values) if small else ():
         middle = (value - limits[0]) / max(limits[1] - limits[0], 1e-30)
         dark = np.isfinite(value) and np.dot(shades(middle)[:3], (0.3, 0.6, 0.1)) < 0.5
-        axes.annotate(
+        note(
+            axes,
             f"{value:.0f}" if np.isfinite(value) else "\u2013",
             (j, i),
             ha="center",
@@ -115,15 +156,16 @@ def heat_map(
             fontsize=7,
             color="white" if dark else "black",
         )
-    for i, j in boxed:
-        axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, ec="black", lw=1.2))
-    axes.set_xticks(
-        range(len(columns)), columns, rotation=rotation, ha="right" if rotation else "center"
-    )
-    axes.set_yticks(range(len(rows)), rows)
+    if boxed:
+        corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+        middles = np.array([(j, i) for i, j in boxed])
+        weight = 1.2 if small else 0.4
+        frames = PolyCollection(list(middles[:, None] + corners), fc="none", ec="black", lw=weight)
+        axes.add_collection(frames, autolim=False)
     axes.tick_params(labelsize=8, length=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    entitle(axes, title)
+    name_x(axes, columns, label=xlabel, rotation=rotation)
+    name_y(axes, rows, label=ylabel)
+    entitle(axes, title, beside=beside)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, shrink=0.8, pad=0.02).outline.set_visible(False)
     return figure
@@ -148,10 +190,10 @@ def neuron_map(
       title: says model and data.
       common: neurons that many queries share, drawn apart.
     """
-    from matplotlib.figure import Figure
+    from jaxneurons.fonts import LetteredFigure
 
     path = Path(path)
-    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
+    figure = LetteredFigure(figsize=(9.6, 5.4), layout="constrained")
     grid = figure.add_gridspec(1, 2, width_ratios=(5, 1))
     plane = figure.add_subplot(grid[0])
     side = figure.add_subplot(grid[1], sharey=plane)
@@ -159,48 +201,43 @@ def neuron_map(
     heaviest = max((max(group.values(), default=0.0) for group in found.values()), default=0.0)
     left = np.zeros(num_layers)
     layers = np.arange(num_layers)
+    entries = []
     for i, (name, group) in enumerate(found.items()):
         colour = PALETTE[i % len(PALETTE)]
         sizes = [12 + 130 * value / max(heaviest, 1e-30) for value in group.values()]
-        plane.scatter(
+        drawn = plane.scatter(
             [neuron.index for neuron in group],
             [neuron.layer for neuron in group],
             s=sizes,
             color=colour,
             alpha=0.7,
             linewidths=0,
-            label=name,
         )
+        entries.append((drawn, name))
         counts = np.bincount([neuron.layer for neuron in group], minlength=num_layers)
         side.barh(layers, counts, left=left, color=colour, height=0.85)
         left += counts
     if common:
-        plane.scatter(
+        drawn = plane.scatter(
             [neuron.index for neuron in common],
             [neuron.layer for neuron in common],
             marker="x",
             s=26,
             color="#444444",
             linewidths=1,
-            label="common, left out",
         )
-    plane.set(
-        xlim=(-width * 0.01, width * 1.01),
-        ylim=(-0.8, num_layers - 0.2),
-        xlabel="neuron (index in the layer)",
-        ylabel="layer",
-    )
-    plane.set_title(title, fontsize=11, loc="left")
+        entries.insert(0, (drawn, "common, left out"))
+    plane.set(xlim=(-width * 0.01, width * 1.01), ylim=(-0.8, num_layers - 0.2))
+    describe_axes(plane, x="neuron (index in the layer)", y="layer")
+    describe_axes(side, x="neurons")
+    head(figure, title)
     plane.grid(alpha=0.25, linewidth=0.5)
-    side.set(xlabel="neurons")
     side.tick_params(labelleft=False)
     for axes in (plane, side):
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = plane.get_legend_handles_labels()
-    legend = figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(labels), 7), frameon=False
-    )
-    for handle in legend.legend_handles:
-        if handle is not None and hasattr(handle, "set_sizes"):
-            handle.set_sizes([40])  # pyright: ignore[reportAttributeAccessIssue]
+    across = 7 if max(len(name) for name in found) <= 14 else 3
+    handles = legend(figure, entries, loc="outside lower center", ncols=min(len(entries), across))
+    for handle in handles:
+        if hasattr(handle, "set_sizes"):
+            handle.set_sizes([40])
     return save_figure(figure, path)

@@ -334,11 +334,13 @@ def _write_facts(
 
 
 def _opened(path: Path, model: str | None, ignore_keys: list[str] | None = None) -> "Run":
+    from jaxneurons.plots import check_places
     from jaxneurons.qrnca_run import ignored_keys_of, open_run, source_of
 
-    source = source_of(path)
+    check_places(path, "tables", "figures")
+    source = source_of(path) if model is None else model
     keys = ignored_keys_of(path) if ignore_keys is None else ignore_keys
-    return open_run(path, load_and_say(model or source, ignore_keys=keys))
+    return open_run(path, load_and_say(source, ignore_keys=keys))
 
 
 def _write(run: "Run", tables: Mapping[str, Sequence[dict[str, Any]]]) -> None:

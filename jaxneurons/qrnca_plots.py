@@ -6,13 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from jaxneurons.plots import PALETTE, draw_tables, entitle, heat_map, new_figure
+from jaxneurons.lettering import describe_axes, entitle, head, legend, name_x, name_y, note
+from jaxneurons.plots import (
+    DISTINCT,
+    MOST,
+    PALETTE,
+    draw_tables,
+    heat_map,
+    new_figure,
+    new_panels,
+)
 
 Row = dict[str, Any]
 Rows = Sequence[Row]
 OWN, OTHER = PALETTE[0], "#B0B0B0"
 BINS = 64
 """Columns of a neuron heat map, at most: each is as many neurons of a layer as it takes."""
+PANELS = 24
+"""Groups in a neuron map, at most."""
 
 
 def draw(tables: dict[str, list[Row]], directory: Path, *, source: str = "") -> list[Path]:
@@ -25,14 +36,21 @@ def _names(rows: Rows, key: str) -> list[str]:
 
 
 def _subplots(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
+    """Panels side by side, or above each other where they are wide: each so wide and so high."""
+    if count * width <= MOST:
+        figure, (panels,) = new_panels(1, count, count * width, height)
+    else:
+        figure, below = new_panels(count, 1, width, count * height)
+        panels = [axes for (axes,) in below]
+    return figure, panels
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0].tolist()
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.set_axisbelow(True)
-    return figure, axes
+
+def _by(rows: Rows, *keys: str) -> dict[Any, Row]:
+    """The first row of each value of a column, or of several."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), row)
+    return found
 
 
 def _percent(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -55,9 +73,10 @@ def _related_bars(
     rotation: int = 0,
 ) -> None:
     """A panel for each change: related beside unrelated, for each value of a column."""
+    cells = _by(rows, key, "change")
     for axes, change in zip(panels, changes, strict=True):
         for i, (which, colour) in enumerate((("related", OWN), ("unrelated", OTHER))):
-            found = [next(r for r in rows if (r[key], r["change"]) == (n, change)) for n in names]
+            found = [cells[name, change] for name in names]
             heights, spread = _percent(found, which)
             axes.bar(
                 np.arange(len(names)) + (i - 0.5) * 0.38,
@@ -70,12 +89,10 @@ def _related_bars(
             )
         axes.axhline(0, color="black", lw=0.8)
         axes.grid(axis="y", alpha=0.25, lw=0.5)
-        axes.set_xticks(
-            range(len(names)), names, rotation=rotation, ha="right" if rotation else "center"
-        )
+        name_x(axes, names, rotation=rotation)
         entitle(axes, change)
-    panels[0].set_ylabel("relative change of P(answer), %")
-    panels[0].legend(frameon=False, fontsize=8)
+    describe_axes(panels[0], y="relative change of P(answer), %")
+    legend(panels[0], fontsize=8)
 
 
 def pcr(rows: Rows, source: str) -> Any:
@@ -84,7 +101,7 @@ def pcr(rows: Rows, source: str) -> Any:
     methods, changes = _names(rows, "method"), _names(rows, "change")
     if not methods:
         return None
-    figure, panels = _subplots(len(changes), 4.6 * len(changes), 0.9 + 0.36 * len(methods))
+    figure, panels = _subplots(len(changes), 4.6, 0.9 + 0.36 * len(methods))
     ends = [row[key] for row in rows for key in ("pcr", "pcr_low", "pcr_high")]
     ends = [end for end in ends if end and np.isfinite(end)]
     low, high = min([0.3, *ends]), max([3.0, *ends])
@@ -98,7 +115,8 @@ def pcr(rows: Rows, source: str) -> Any:
             colour = OWN if method == "QRNCA" else "#666666"
             axes.plot(interval, [y, y], color=colour, lw=2, solid_capstyle="round")
             axes.plot(np.clip(row["pcr"], low, high), y, "o", color=colour, ms=6)
-            axes.annotate(
+            note(
+                axes,
                 f"{row['pcr']:.1f}",
                 (np.clip(row["pcr"], low, high), y),
                 xytext=(0, 6),
@@ -110,11 +128,11 @@ def pcr(rows: Rows, source: str) -> Any:
         axes.axvline(1, color="black", lw=0.8, ls=":")
         axes.set_xscale("log")
         axes.set(xlim=(low, high), ylim=(len(methods) - 0.5, -0.7))
-        axes.set_yticks(range(len(methods)), methods if axes is panels[0] else [""] * len(methods))
+        name_y(axes, methods if axes is panels[0] else [""] * len(methods))
         axes.grid(axis="x", alpha=0.25, lw=0.5)
-        axes.set_xlabel("|related change| / |unrelated change|")
+        describe_axes(axes, x="|related change| / |unrelated change|")
         entitle(axes, change)
-    _head(figure, f"Probability change ratio, {source}")
+    head(figure, f"Probability change ratio, {source}")
     return figure
 
 
@@ -124,9 +142,9 @@ def changes(rows: Rows, source: str) -> Any:
     groups, kinds = _names(rows, "group"), _names(rows, "change")
     if not groups:
         return None
-    figure, panels = _subplots(len(kinds), 1.4 + 0.62 * len(groups) * len(kinds), 3.9)
+    figure, panels = _subplots(len(kinds), 0.7 + 0.62 * len(groups), 3.9)
     _related_bars(panels, rows, "group", groups, kinds, rotation=40)
-    _head(figure, f"QRNCA neurons changed, {source} (whiskers: 95 %)")
+    head(figure, f"QRNCA neurons changed, {source} (whiskers: 95 %)")
     return figure
 
 
@@ -136,7 +154,7 @@ def editing(rows: Rows, source: str) -> Any:
     methods, turns = _names(rows, "method"), _names(rows, "turns")
     if not methods:
         return None
-    figure, panels = _subplots(len(turns), 4.4 * len(turns), 0.9 + 0.4 * len(methods))
+    figure, panels = _subplots(len(turns), 4.4, 0.9 + 0.4 * len(methods))
     for axes, turn in zip(panels, turns, strict=True):
         found = {row["method"]: row for row in rows if row["turns"] == turn}
         for y, method in enumerate(methods):
@@ -158,14 +176,15 @@ def editing(rows: Rows, source: str) -> Any:
                 color=OTHER,
                 label="an unrelated query's" if not y else None,
             )
-        axes.set_yticks(range(len(methods)), methods if axes is panels[0] else [""] * len(methods))
-        axes.set(ylim=(len(methods) - 0.5, -0.5), xlabel="prompts turned, %")
+        name_y(axes, methods if axes is panels[0] else [""] * len(methods))
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        describe_axes(axes, x="prompts turned, %")
         axes.grid(axis="x", alpha=0.25, lw=0.5)
         entitle(
             axes, f"{turn} ({found[methods[0]]['change']}, {found[methods[0]]['prompts']} prompts)"
         )
-    panels[-1].legend(frameon=False, fontsize=8, loc="lower right")
-    _head(figure, f"Answers turned, {source} (whiskers: 95 %)")
+    legend(panels[-1], fontsize=8, loc="lower right")
+    head(figure, f"Answers turned, {source} (whiskers: 95 %)")
     return figure
 
 
@@ -176,8 +195,9 @@ def overlap(rows: Rows, source: str) -> Any:
         return None
     values = np.full((len(groups), len(groups)), np.nan)
     count = {row["group"]: row["neurons"] for row in rows}
+    place = {group: i for i, group in enumerate(groups)}
     for row in rows:
-        values[groups.index(row["group"]), groups.index(row["other"])] = 100 * row["overlap"]
+        values[place[row["group"]], place[row["other"]]] = 100 * row["overlap"]
     return heat_map(
         values,
         rows=[f"{group} ({count[group]})" for group in groups],
@@ -191,32 +211,60 @@ def overlap(rows: Rows, source: str) -> Any:
 
 
 def layers(rows: Rows, source: str) -> Any:
-    """In which layers the neurons of each group are."""
+    """In which layers the neurons of each group are: lines, or a heat map of many groups."""
     groups = _names(rows, "group")
+    title = f"Layers of query-relevant neurons, {source}"
+    lines: dict[str, list[tuple[int, float]]] = {group: [] for group in groups}
+    for row in rows:
+        lines[row["group"]].append((row["layer"], 100 * row["share"]))
+    if len(groups) > DISTINCT:
+        return _layer_map(lines, title)
     figure, axes = new_figure(7.6, 4.0)
+    entries = []
     for i, group in enumerate(groups):
-        own = [row for row in rows if row["group"] == group]
-        axes.plot(
-            [row["layer"] for row in own],
-            [100 * row["share"] for row in own],
+        (line,) = axes.plot(
+            *zip(*lines[group], strict=True),
             color=PALETTE[i % len(PALETTE)],
             marker="o",
             ms=3,
             lw=1.5,
             ls="-" if i < len(PALETTE) else "--",
-            label=group,
         )
-    axes.set(xlabel="layer", ylabel="query-relevant neurons, %", ylim=(0, None))
+        entries.append((line, group))
+    axes.set_ylim(0, None)
+    describe_axes(axes, x="layer", y="query-relevant neurons, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
-    entitle(axes, f"Layers of query-relevant neurons, {source}")
+    legend(axes, entries, fontsize=8, ncols=2)
+    entitle(axes, title)
     return figure
 
 
+def _layer_map(lines: dict[str, list[tuple[int, float]]], title: str) -> Any:
+    """Group x layer."""
+    last = max(layer for line in lines.values() for layer, _ in line)
+    values = np.zeros((len(lines), last + 1))
+    for i, line in enumerate(lines.values()):
+        for layer, share in line:
+            values[i, layer] = share
+    return heat_map(
+        values,
+        rows=list(lines),
+        columns=[str(layer) for layer in range(last + 1)],
+        title=f"{title} (%)",
+        limits=(0.0, float(values.max())),
+        colours="Blues",
+        xlabel="layer",
+        ylabel="group",
+        rotation=0,
+    )
+
+
 def neuron_map(rows: Rows, source: str) -> Any:
-    """Layers x neurons, accumulated naica: a panel for each group, neurons in bins."""
+    """Layers x neurons, accumulated naica: a panel for each group, neurons in bins.
+
+    Of more than `PANELS` groups, those whose neurons weigh most.
+    """
     from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
 
     groups = _names(rows, "group")
     if not groups:
@@ -224,17 +272,25 @@ def neuron_map(rows: Rows, source: str) -> Any:
     depth, width = rows[0]["num_layers"], rows[0]["width"]
     size = -(-width // BINS)
     columns = -(-width // size)
+    every = len(groups)
+    if every > PANELS:
+        weight = dict.fromkeys(groups, 0.0)
+        for row in rows:
+            weight[row["group"]] += row["naica"]
+        heaviest = set(sorted(groups, key=lambda group: -weight[group])[:PANELS])
+        groups = [group for group in groups if group in heaviest]
     grids = {group: np.zeros((depth, columns)) for group in groups}
     for row in rows:
-        grids[row["group"]][row["layer"], row["index"] // size] += row["naica"]
+        if row["group"] in grids:
+            grids[row["group"]][row["layer"], row["index"] // size] += row["naica"]
     top = max(grid.max() for grid in grids.values())
     across = min(3, len(groups))
     down = -(-len(groups) // across)
-    figure = Figure(figsize=(3.9 * across + 0.8, (0.9 + 0.075 * max(depth, 12)) * down + 0.5))
-    figure.set_layout_engine("constrained")
-    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    height = (0.9 + 0.075 * max(depth, 12)) * down + 0.5
+    figure, panels = new_panels(down, across, 3.9 * across + 0.8, height, share=True)
     image: Any = None
-    for axes, group in zip(panels.flat, groups, strict=False):
+    flat = [axes for row in panels for axes in row]
+    for axes, group in zip(flat, groups, strict=False):
         image = axes.imshow(
             grids[group],
             aspect="auto",
@@ -244,16 +300,19 @@ def neuron_map(rows: Rows, source: str) -> Any:
             extent=(0, columns * size, -0.5, depth - 0.5),
             interpolation="nearest",
         )
-        axes.set_title(group, loc="left", fontsize=9)
+        axes.spines[:].set_visible(True)
+        entitle(axes, group, size=9)
         axes.tick_params(labelsize=7)
-    for axes in list(panels.flat)[len(groups) :]:
+    for axes in flat[len(groups) :]:
         axes.set_visible(False)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("layer", fontsize=8)
+    for axes, *_ in panels:
+        describe_axes(axes, y="layer", size=8)
     for axes in panels[-1]:
-        axes.set_xlabel(f"neuron (bins of {size})" if size > 1 else "neuron", fontsize=8)
-    figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, label="accumulated naica")
-    _head(figure, f"Where the neurons are, {source}")
+        describe_axes(axes, x=f"neuron (bins of {size})" if size > 1 else "neuron", size=8)
+    bar = figure.colorbar(image, ax=flat, shrink=0.8, pad=0.02)
+    describe_axes(bar.ax, y="accumulated naica")
+    some = f", the {PANELS} heaviest of {every} groups" if every > PANELS else ""
+    head(figure, f"Where the neurons are{some}, {source}")
     return figure
 
 
@@ -268,11 +327,9 @@ def prediction(rows: Rows, source: str) -> Any:
     bars += [(readouts[-1], "random", f"{readouts[-1]}, random pool", OTHER)]
     figure, axes = new_figure(2.4 + 1.25 * len(groups), 4.2)
     width = 0.84 / len(bars)
+    cells = _by(rows, "group", "readout", "pool")
     for i, (readout, pool, label, colour) in enumerate(bars):
-        found = [
-            next(r for r in rows if (r["group"], r["readout"], r["pool"]) == (g, readout, pool))
-            for g in groups
-        ]
+        found = [cells[group, readout, pool] for group in groups]
         heights, spread = _percent(found, "accuracy")
         axes.bar(
             np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width,
@@ -285,15 +342,11 @@ def prediction(rows: Rows, source: str) -> Any:
         )
     chance = np.mean([row["accuracy"] for row in rows if row["readout"] == "chance"])
     axes.axhline(100 * chance, color="black", lw=0.8, ls=":", label="chance")
-    axes.set_xticks(
-        range(len(groups)),
-        groups,
-        rotation=40 if len(groups) > 4 else 0,
-        ha="right" if len(groups) > 4 else "center",
-    )
-    axes.set(ylabel="accuracy, %", ylim=(0, 100))
+    axes.set_ylim(0, 100)
+    name_x(axes, groups, rotation=40 if len(groups) > 4 else 0)
+    describe_axes(axes, y="accuracy, %")
     entitle(axes, f"Answers from a group's neurons alone, {source} (whiskers: 95 %)")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    legend(figure, fontsize=8, ncols=3, loc="outside lower center")
     return figure
 
 
@@ -303,15 +356,10 @@ def kinds(rows: Rows, source: str) -> Any:
     sites, steps = _names(rows, "site"), _names(rows, "change")
     if not sites:
         return None
-    figure, panels = _subplots(len(steps), 3.4 * len(steps), 3.4)
+    figure, panels = _subplots(len(steps), 3.4, 3.4)
     _related_bars(panels, rows, "site", sites, steps)
-    _head(figure, f"Kinds of neurons, {source} (whiskers: 95 %)")
+    head(figure, f"Kinds of neurons, {source} (whiskers: 95 %)")
     return figure
-
-
-def _head(figure: Any, text: str) -> None:
-    """A title over all panels, from the left."""
-    figure.suptitle(text, x=0.01, ha="left", fontsize=11)
 
 
 FIGURES: dict[str, tuple[str, Callable[[Rows, str], Any]]] = {

@@ -214,6 +214,7 @@ def _study(
     ignore_keys: list[str] | None = None,
 ) -> Iterator["Study"]:
     """A study begun or gone on with; relations are checked before the model is loaded."""
+    from jaxneurons.plots import check_places
     from jaxneurons.relspec_run import begin, gather, ignored_keys_of, resume
     from jaxneurons.study import Study, check_relations
 
@@ -222,6 +223,7 @@ def _study(
         ignore_keys = ignored_keys_of(out)
     found = gather(relations)
     check_relations(found, settings)
+    check_places(out, "neurons", "tables", "figures")
     lm = load_and_say(model, ignore_keys=ignore_keys)
     with stages() as tell:
         study = Study(lm, found, out, settings=settings, tell=tell)

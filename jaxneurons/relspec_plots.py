@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxneurons.lettering import describe_axes, entitle, legend, name_x, name_y, note
 from jaxneurons.matching import ERRORS
-from jaxneurons.plots import PALETTE, draw_tables, entitle, heat_map, new_figure
+from jaxneurons.plots import DISTINCT, PALETTE, draw_tables, heat_map, new_figure
 
 Row = dict[str, Any]
 Rows = Sequence[Row]
@@ -28,28 +29,35 @@ def _label(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _controls(rows: Rows, relation: str, off: str, value: str = "drop") -> list[float]:
-    return [
-        row[value]
-        for row in rows
-        if row["relation"] == relation and row["off"] == off and row[value] is not None
-    ]
+def _places(names: Sequence[str]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(names)}
+
+
+def _controls(rows: Rows, off: str, value: str = "drop") -> dict[str, list[float]]:
+    """By relation, what a control has in a column; [] for relations without it."""
+    found: dict[str, list[float]] = {name: [] for name in _names(rows)}
+    for row in rows:
+        if row["off"] == off and row[value] is not None:
+            found[row["relation"]].append(row[value])
+    return found
 
 
 def inter_relation(rows: Rows, source: str, evaluation: str = "eva") -> Any:
     """Relation x relation: the share of right answers lost, with a column for random neurons."""
     rows = [row for row in rows if row["evaluation"] == evaluation and row["counted"]]
     offs = [name for name in _names(rows, "off") if name not in ("random", "matched")]
-    asked = [name for name in _names(rows) if name in offs]
+    switched = set(offs)
+    asked = [name for name in _names(rows) if name in switched]
     if not asked:
         return None
     values = np.full((len(asked), len(offs) + 1), np.nan)
+    down, across = _places(asked), _places(offs)
     for row in rows:
-        if row["off"] in offs and row["drop"] is not None:
-            values[asked.index(row["relation"]), offs.index(row["off"])] = row["drop"]
+        if row["relation"] in down and row["off"] in across and row["drop"] is not None:
+            values[down[row["relation"]], across[row["off"]]] = row["drop"]
+    random = _controls(rows, "random")
     for i, name in enumerate(asked):
-        random = _controls(rows, name, "random")
-        values[i, -1] = np.mean(random) if random else np.nan
+        values[i, -1] = np.mean(random[name]) if random[name] else np.nan
     right = {row["relation"]: f"{row['right_before']}/{row['prompts']}" for row in rows}
     kind = "held-out facts" if evaluation == "eva" else "validated detection facts"
     return heat_map(
@@ -61,7 +69,7 @@ def inter_relation(rows: Rows, source: str, evaluation: str = "eva") -> Any:
         ylabel="relation asked, with answers right before",
         limits=(-100.0, 100.0),
         colours="RdBu_r",
-        boxed=[(i, offs.index(name)) for i, name in enumerate(asked)],
+        boxed=[(i, across[name]) for i, name in enumerate(asked)],
     )
 
 
@@ -72,10 +80,11 @@ def _k(rows: Rows) -> str:
 def intra_relation(rows: Rows, source: str) -> Any:
     """Accuracy of each relation: untouched, own neurons off, random ones off."""
     rows = [row for row in rows if row["evaluation"] == "eva"]
-    names = [name for name in _names(rows) if any(row["off"] == name for row in rows)]
+    switched = {row["off"] for row in rows}
+    names = [name for name in _names(rows) if name in switched]
     if not names:
         return None
-    figure, axes = new_figure(9.6, 4.6)
+    figure, axes = new_figure(max(9.6, 2.0 + 0.27 * len(names)), 4.6)
     x = np.arange(len(names))
     own = {row["relation"]: row for row in rows if row["off"] == row["relation"]}
     bars: list[tuple[str, list[Any], list[Any] | None, str]] = [
@@ -86,7 +95,8 @@ def intra_relation(rows: Rows, source: str) -> Any:
         ("random", "random neurons off", RANDOM),
         ("matched", "random, same layers and sites", MATCHED),
     ):
-        found = [_controls(rows, n, off, "accuracy") for n in names]
+        controls = _controls(rows, off, "accuracy")
+        found = [controls[name] for name in names]
         if all(found):
             spread = [np.std(one, ddof=1) if len(one) > 1 else 0 for one in found]
             bars.append((text, [np.mean(one) for one in found], spread, colour))
@@ -101,10 +111,11 @@ def intra_relation(rows: Rows, source: str) -> Any:
             label=text,
             error_kw={"lw": 1},
         )
-    axes.set_xticks(x, [_label(n) for n in names], rotation=40, ha="right")
-    axes.set(ylabel="accuracy on held-out facts", ylim=(0, 1))
+    name_x(axes, [_label(n) for n in names], rotation=40)
+    axes.set_ylim(0, 1)
+    describe_axes(axes, y="accuracy on held-out facts")
     entitle(axes, f"{_k(rows)} neurons off, {source} (whiskers: s.d. over seeds)")
-    axes.legend(frameon=False, ncols=2)
+    legend(axes, ncols=2)
     return figure
 
 
@@ -115,8 +126,11 @@ def sizes(rows: Rows, source: str) -> Any:
     if not used:
         return None
     figure, axes = new_figure(7.2, 4.6)
-    for name in _names(used):
-        line = {r["k"]: 100 * r["drop"] for r in used if r["off"] == r["relation"] == name}
+    lines: dict[str, dict[int, float]] = {}
+    for row in used:
+        if row["off"] == row["relation"]:
+            lines.setdefault(row["relation"], {})[row["k"]] = 100 * row["drop"]
+    for line in lines.values():
         axes.plot(list(line), list(line.values()), color=OWN, alpha=0.18, lw=1)
     for text, colour, keep in (
         ("own neurons", OWN, lambda r: r["off"] == r["relation"]),
@@ -138,26 +152,27 @@ def sizes(rows: Rows, source: str) -> Any:
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
         axes.plot(steps, means, "o-", color=colour, ms=4, label=text)
     axes.axhline(0, color="black", lw=0.6)
-    axes.set(xscale="log", xlabel="neurons off", ylabel="right answers lost (%)")
+    axes.set_xscale("log")
+    describe_axes(axes, x="neurons off", y="right answers lost (%)")
     lowest = min(-10.0, min(100 * r["drop"] for r in used if r["off"] == r["relation"]))
     axes.set_ylim(max(lowest, -60) - 5, 105)
     entitle(axes, f"Number of neurons, {source} (bands: s.e. over relations; random: s.d.)")
-    axes.legend(frameon=False, loc="upper left")
+    legend(axes, loc="upper left")
     return figure
 
 
 def layers(rows: Rows, source: str, key: str = "relation") -> Any:
     """Relation x layer: where the neurons are."""
     names, last = _names(rows, key), max(row["layer"] for row in rows)
-    values = np.zeros((len(names), last + 1))
+    values, place = np.zeros((len(names), last + 1)), _places(names)
     for row in rows:
-        values[names.index(row[key]), row["layer"]] += row["neurons"]
+        values[place[row[key]], row["layer"]] += row["neurons"]
     shares = 100 * values / values.sum(1, keepdims=True)
     return heat_map(
         shares,
         rows=[_label(name) for name in names],
         columns=[str(layer) for layer in range(last + 1)],
-        title=f"Share of a relation's neurons in each layer (%), {source}",
+        title=f"Share of the neurons of each {key} in each layer (%), {source}",
         xlabel="layer",
         ylabel="",
         limits=(0.0, float(shares.max())),
@@ -168,27 +183,33 @@ def layers(rows: Rows, source: str, key: str = "relation") -> Any:
 
 def type_layers(rows: Rows, source: str) -> Any:
     """Layer distribution of the neurons of each kind, over all relations."""
+    kinds = _names(rows, "type")
+    if len(kinds) > DISTINCT:
+        return layers(rows, source, "type")
     figure, axes = new_figure(7.2, 4.0)
     last = max(row["layer"] for row in rows)
-    for number, kind in enumerate(_names(rows, "type")):
+    entries = []
+    for number, kind in enumerate(kinds):
         counts = np.zeros(last + 1)
         for row in rows:
             if row["type"] == kind:
                 counts[row["layer"]] += row["neurons"]
         colour = PALETTE[number % len(PALETTE)]
-        axes.plot(100 * counts / counts.sum(), "o-", ms=3, color=colour, label=kind)
-    axes.set(xlabel="layer", ylabel="share of the neurons (%)")
+        style = "o-" if number < len(PALETTE) else "o--"
+        (line,) = axes.plot(100 * counts / counts.sum(), style, ms=3, color=colour)
+        entries.append((line, _label(kind)))
+    describe_axes(axes, x="layer", y="share of the neurons (%)")
     entitle(axes, f"Where neurons of each kind are, {source}")
-    axes.legend(frameon=False, ncols=3)
+    legend(axes, entries, ncols=3)
     return figure
 
 
 def overlap(rows: Rows, source: str) -> Any:
     """Relation x relation: shared neurons."""
     names = _names(rows)
-    values = np.zeros((len(names), len(names)))
+    values, place = np.zeros((len(names), len(names))), _places(names)
     for row in rows:
-        values[names.index(row["relation"]), names.index(row["other"])] = row["shared"]
+        values[place[row["relation"]], place[row["other"]]] = row["shared"]
     others = values[~np.eye(len(names), dtype=bool)]
     k, chance = rows[0]["k"], rows[0]["by_chance"]
     return heat_map(
@@ -214,12 +235,12 @@ def cumulativity(rows: Rows, source: str) -> Any:
     axes.bar(x, sums["affected"], 0.7, color=OWN, label="of those, by the additions alone")
     for i, (total, affected) in enumerate(zip(*sums.values(), strict=True)):
         if total:
-            axes.annotate(f"{1 - affected / total:.2f}", (i, total), ha="center", va="bottom")
-    axes.set_xticks(x, [f"{a:,} to {b:,}" for a, b in steps], rotation=25, ha="right")
-    axes.set(ylabel="held-out answers, all relations")
+            note(axes, f"{1 - affected / total:.2f}", (i, total), ha="center", va="bottom")
+    name_x(axes, [f"{a:,} to {b:,}" for a, b in steps], rotation=25)
+    describe_axes(axes, y="held-out answers, all relations")
     entitle(axes, f"Cumulativity (above the bars), {source}")
     axes.set_ylim(0, 1.35 * max(1, *sums["total"]))
-    axes.legend(frameon=False, loc="upper left", ncols=2)
+    legend(axes, loc="upper left", ncols=2)
     return figure
 
 
@@ -227,9 +248,10 @@ def multilingual(rows: Rows, source: str) -> Any:
     """Detection facts answered in each language; grey where that is too few to go on."""
     names, languages = _names(rows), _names(rows, "language")
     values = np.full((len(names), len(languages)), np.nan)
+    down, across = _places(names), _places(languages)
     for row in rows:
         share = 100 * row["validated"] / max(row["detection"], 1)
-        values[names.index(row["relation"]), languages.index(row["language"])] = share
+        values[down[row["relation"]], across[row["language"]]] = share
     unknown = sum(not row["known"] for row in rows)
     return heat_map(
         values,
@@ -244,23 +266,27 @@ def multilingual(rows: Rows, source: str) -> Any:
 
 def multilingual_drops(rows: Rows, source: str) -> Any:
     """Right answers lost in other languages: own neurons off, random ones off."""
-    cells = [
-        (row["relation"], row["language"])
+    random: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["off"] == "random" and row["drop"] is not None:
+            random.setdefault((row["relation"], row["language"]), []).append(row["drop"])
+    found = [
+        (
+            f"{_label(row['relation'])}, {row['language']}",
+            row["drop"],
+            random.get((row["relation"], row["language"]), []),
+        )
         for row in rows
         if row["off"] == row["relation"] and row["counted"]
     ]
-    found = []
-    for relation, language in cells:
-        here = [r for r in rows if r["language"] == language and r["relation"] == relation]
-        own = next(r["drop"] for r in here if r["off"] == relation)
-        found.append((f"{_label(relation)}, {language}", own, _controls(here, relation, "random")))
     return _paired_bars(found, f"Other languages, {source}") if found else None
 
 
 def robustness(rows: Rows, source: str) -> Any:
     """Right answers lost in other wordings: own neurons off, random ones off."""
     own = {r["relation"]: r["drop"] for r in rows if r["off"] == r["relation"] and r["counted"]}
-    found = [(_label(name), value, _controls(rows, name, "random")) for name, value in own.items()]
+    random = _controls(rows, "random")
+    found = [(_label(name), value, random[name]) for name, value in own.items()]
     if not found:
         return None
     return _paired_bars(found, f"The held-out facts in another wording, {source}")
@@ -280,10 +306,10 @@ def _paired_bars(found: Sequence[tuple[str, float, Sequence[float]]], title: str
         error_kw={"lw": 1},
     )
     axes.axhline(0, color="black", lw=0.6)
-    axes.set_xticks(x, [name for name, *_ in found], rotation=40, ha="right")
-    axes.set(ylabel="right answers lost (%)")
+    name_x(axes, [name for name, *_ in found], rotation=40)
+    describe_axes(axes, y="right answers lost (%)")
     entitle(axes, title)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    legend(figure, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -291,9 +317,10 @@ def concepts(rows: Rows, source: str) -> Any:
     """Concept x relation: shared neurons."""
     kinds, names = _names(rows, "concept"), _names(rows)
     values = np.zeros((len(kinds), len(names)))
+    down, across = _places(kinds), _places(names)
     own = []
     for row in rows:
-        cell = kinds.index(row["concept"]), names.index(row["relation"])
+        cell = down[row["concept"]], across[row["relation"]]
         values[cell] = row["shared"]
         own += [cell] if row["own_type"] else []
     return heat_map(
@@ -311,11 +338,13 @@ def concepts(rows: Rows, source: str) -> Any:
 
 def perplexity(rows: Rows, source: str) -> Any:
     """Perplexity of neutral sentences against the untouched model."""
-    figure, axes = new_figure(8.4, 4.4)
     names = _names(rows)
+    figure, axes = new_figure(max(8.4, 1.6 + 0.24 * len(names)), 4.4)
     x = np.arange(len(names))
-    own = [next(r["ratio"] for r in rows if r["relation"] == r["off"] == n) for n in names]
-    random = [_controls(rows, n, "random", "ratio") for n in names]
+    ratios = {r["relation"]: r["ratio"] for r in rows if r["relation"] == r["off"]}
+    own = [ratios[name] for name in names]
+    controls = _controls(rows, "random", "ratio")
+    random = [controls[name] for name in names]
     means = np.array([np.mean(one) for one in random])
     ends = np.array([[np.min(one), np.max(one)] for one in random]).T
     axes.axhline(1, color="black", lw=0.6)
@@ -329,17 +358,17 @@ def perplexity(rows: Rows, source: str) -> Any:
         elinewidth=1,
     )
     axes.plot(x - 0.12, own, "o", color=OWN, label="own neurons off")
-    axes.set_xticks(x, [_label(n) for n in names], rotation=40, ha="right")
-    axes.set(ylabel="perplexity, times the untouched model's")
+    name_x(axes, [_label(n) for n in names], rotation=40)
+    describe_axes(axes, y="perplexity, times the untouched model's")
     entitle(axes, f"Sentences that say nothing of the relation, {source}")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    legend(figure, loc="outside lower center", ncols=2)
     return figure
 
 
 def types(rows: Rows, source: str) -> Any:
     """Mean losses for each kind of neuron: own, others', random."""
     kinds = _names(rows, "type")
-    figure, axes = new_figure(7.2, 4.2)
+    figure, axes = new_figure(max(7.2, 1.6 + 0.4 * len(kinds)), 4.2)
     x = np.arange(len(kinds))
     tests: list[tuple[str, str, Callable[[Row], bool]]] = [
         ("own neurons", OWN, lambda r: r["off"] == r["relation"]),
@@ -354,10 +383,15 @@ def types(rows: Rows, source: str) -> Any:
         axes.bar(x + 0.27 * (number - 1), heights, 0.27, color=colour, label=text)
     sizes = {row["type"]: row["k"] for row in rows}
     axes.axhline(0, color="black", lw=0.6)
-    axes.set_xticks(x, [f"{kind}\n{sizes[kind]:,}" for kind in kinds])
-    axes.set(ylabel="right answers lost (%), mean", xlabel="kind of neuron, and how many are off")
+    name_x(
+        axes,
+        [f"{_label(kind)}: {sizes[kind]:,}" for kind in kinds],
+        label="kind of neuron, and how many are off",
+        rotation=0 if len(kinds) <= 4 else 40,
+    )
+    describe_axes(axes, y="right answers lost (%), mean")
     entitle(axes, f"Kinds of neurons, {source}")
-    axes.legend(frameon=False)
+    legend(axes)
     return figure
 
 
@@ -372,10 +406,11 @@ def errors(rows: Rows, source: str) -> Any:
     totals = [max(sum(counts[off].values()), 1) for off in conditions]
     for number, error in enumerate(ERRORS):
         shares = np.array([100 * counts[o][error] / t for o, t in zip(conditions, totals)])  # noqa: B905
-        axes.barh(list(conditions.values()), shares, left=left, color=PALETTE[number], label=error)
+        axes.barh(range(len(conditions)), shares, left=left, color=PALETTE[number], label=error)
         for i, share in enumerate(shares):
             if share >= 4:
-                axes.annotate(
+                note(
+                    axes,
                     f"{share:.0f}",
                     (left[i] + share / 2, i),
                     ha="center",
@@ -384,27 +419,29 @@ def errors(rows: Rows, source: str) -> Any:
                     fontsize=8,
                 )
         left += shares
-    axes.set(xlabel="share of the wrong answers (%)", xlim=(0, 100))
+    axes.set_xlim(0, 100)
+    describe_axes(axes, x="share of the wrong answers (%)")
+    name_y(axes, list(conditions.values()))
     axes.invert_yaxis()
     entitle(axes, f"Wrong answers, {source}")
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    legend(figure, loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 
 def frequency(rows: Rows, source: str) -> Any:
     """How often resilient and sensitive facts occur, by relation."""
-    figure, axes = new_figure(7.2, 4.2)
     names = _names(rows)
+    figure, axes = new_figure(max(7.2, 1.6 + 0.24 * len(names)), 4.2)
+    place = _places(names)
     for shift, kind, colour in ((-0.12, "resilient", OWN), (0.12, "sensitive", OTHERS)):
-        points = [
-            (names.index(r["relation"]) + shift, 1 + r["count"]) for r in rows if r["kind"] == kind
-        ]
+        points = [(place[r["relation"]] + shift, 1 + r["count"]) for r in rows if r["kind"] == kind]
         if points:
             axes.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.6, label=kind)
-    axes.set_xticks(range(len(names)), [_label(n) for n in names], rotation=40, ha="right")
-    axes.set(yscale="log", ylabel="1 + count of the fact")
+    name_x(axes, [_label(n) for n in names], rotation=40)
+    axes.set_yscale("log")
+    describe_axes(axes, y="1 + count of the fact")
     entitle(axes, f"Fact frequency, {source}")
-    axes.legend(frameon=False)
+    legend(axes)
     return figure
 
 

@@ -1,4 +1,8 @@
-"""What people see of a command: tables on standard output, progress on standard error."""
+"""What people see of a command: tables on standard output, progress on standard error.
+
+Names come from files and people: they are shown as they are, on one line, in characters that the
+terminal has (see `Plain`).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +21,11 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
+
+from jaxneurons.printable import encodable, printable, shortened
 
 if TYPE_CHECKING:
     from jaxneurons.demo import Demo
@@ -25,37 +33,77 @@ if TYPE_CHECKING:
     from jaxneurons.load import LM
     from jaxneurons.locate import Located
 
-console = Console(markup=False)
-errors = Console(stderr=True, markup=False)
+LEAST = 40
+"""Columns of a table where there is room for fewer: a terminal breaks its lines then."""
+
+
+class Plain(Console):
+    """A console to which text is text: no markup, no emoji codes, no control characters.
+
+    What its encoding lacks is written in ASCII: tables with `-`, "\u00b1" as "+/-", a
+    letter of another script as an escape.
+    """
+
+    def __init__(self, **how: Any):
+        super().__init__(markup=False, emoji=False, **how)
+        if not self.stderr and self.width < LEAST:
+            self.width = LEAST
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Every text that is printed, and every cell and title of a table, comes through here."""
+        return super().render_str(self.shown(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        """Nobody reads on: `stopping` ends the command."""
+        self.quiet = True
+        raise BrokenPipeError
+
+    def shown(self, text: str) -> str:
+        """A text as this console can show it."""
+        return encodable(printable(text), self.encoding)
+
+    def busy(self, what: str) -> Status:
+        """A sign of life while something is done that says nothing itself."""
+        spinner = "dots" if self.encoding.startswith("utf") else "line"
+        return self.status(Text(self.shown(what)), spinner=spinner)
+
+
+console = Plain()
+errors = Plain(stderr=True)
+
+NAME = 32
+"""Columns of a name in a table, at most."""
+GROUPS = 6
+"""Groups beside each other in a table, at most; more of them are its rows."""
 
 
 @contextmanager
 def counting(what: str, unit: str = "prompts") -> Iterator[Callable[[int, int], None]]:
     """A bar over things that are counted: call what it gives with (done, of)."""
     columns = (MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with _progress(what, *columns) as progress:
-        task = progress.add_task("", total=None)
+    with _progress(*columns) as progress:
+        task = progress.add_task(errors.shown(what), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager
 def counting_bytes(what: str) -> Iterator[Callable[[int], None]]:
     """A bar over bytes: call what it gives with those that have just passed."""
-    with _progress(what, DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
-        task = progress.add_task("", total=None)
+    with _progress(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
+        task = progress.add_task(errors.shown(what), total=None)
         yield lambda count: progress.update(task, advance=count)
 
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage of a long run: call what it gives with (stage, done, of)."""
-    with _progress("", TextColumn("{task.description}"), *_COUNT) as progress:
+    with _progress(*_COUNT) as progress:
         tasks: dict[str, Any] = {}
         last: dict[str, int] = {}
 
         def tell(stage: str, done: int, total: int) -> None:
             if stage not in tasks or done < last[stage]:  # the same stage once more
-                tasks[stage] = progress.add_task(stage, total=total)
+                tasks[stage] = progress.add_task(errors.shown(stage), total=total)
             last[stage] = done
             progress.update(tasks[stage], completed=done, total=total)
 
@@ -69,7 +117,7 @@ def load_and_say(source: str, *, ignore_keys: Sequence[str] | None = None) -> "L
     """Load a model and say what it is."""
     from jaxneurons.load import load
 
-    with errors.status(f"Loading {source} (fetched once, then cached) ..."):
+    with errors.busy(f"Loading {source} (fetched once, then cached) ..."):
         lm = load(source, ignore_keys=ignore_keys or ())
     config = lm.config
     console.print(
@@ -79,9 +127,9 @@ def load_and_say(source: str, *, ignore_keys: Sequence[str] | None = None) -> "L
     return lm
 
 
-def _progress(what: str, *columns: ProgressColumn) -> Progress:
+def _progress(*columns: ProgressColumn) -> Progress:
     # A log file needs no bar.
-    shown = (TextColumn(what), BarColumn(), *columns)
+    shown = (TextColumn("{task.description}", markup=False), BarColumn(), *columns)
     return Progress(*shown, console=errors, disable=not errors.is_terminal)
 
 
@@ -230,7 +278,7 @@ def show_demo(result: "Demo", out: Path) -> None:
         if effect.group == "all":
             table.add_section()
         table.add_row(
-            effect.group,
+            shortened(effect.group, NAME),
             f"{effect.facts}",
             f"{effect.neurons:.1f}",
             f"{effect.before:.3f}",
@@ -270,7 +318,7 @@ def show_study(out: Path) -> None:
         if name in own:
             cells += [f"{own[name]['right_before']}/{own[name]['prompts']}"]
             cells += _drops(tables["ablation"], name)
-        table.add_row(name, *cells)
+        table.add_row(shortened(name, NAME), *cells)
     summary = [
         row
         for row in tables.get("summary", [])
@@ -311,7 +359,7 @@ def show_comparison(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in sorted(rows, key=lambda row: (-row["same_wording"], -row["shared"])):
         table.add_row(
-            row["relation"],
+            shortened(row["relation"], NAME),
             f"{row['neurons']}, {row['other_neurons']}",
             str(row["shared"]),
             _number(row["shared_others"], ".0f"),
@@ -403,20 +451,25 @@ def _narrow(title: str) -> Table:
 def show_prediction(rows: list[dict[str, Any]]) -> None:
     """Accuracy of reading answers off neurons, by group."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
+    kinds = list(dict.fromkeys((row["readout"], row["pool"]) for row in rows))
+    across = [f"{readout}, {pool}" if pool else readout for readout, pool in kinds]
+    cells = [
+        [f"{r['accuracy']:.0%}" for r in rows if (r["readout"], r["pool"]) == kind]
+        for kind in kinds
+    ]
+    down, corner = [shortened(group, NAME) for group in groups], "group"
+    if len(groups) <= GROUPS:
+        across, down, corner = down, across, "readout, neurons"
+    else:
+        cells = list(zip(*cells, strict=True))
     table = Table(
         title="Right answers read off a group's neurons", title_justify="left", box=box.SIMPLE_HEAD
     )
-    table.add_column("readout, neurons", no_wrap=True)
-    for group in groups:
-        table.add_column(group, justify="right")
-    kinds = list(dict.fromkeys((row["readout"], row["pool"]) for row in rows))
-    for readout, pool in kinds:
-        cells = [
-            f"{row['accuracy']:.0%}"
-            for row in rows
-            if (row["readout"], row["pool"]) == (readout, pool)
-        ]
-        table.add_row(f"{readout}, {pool}" if pool else readout, *cells)
+    table.add_column(corner, no_wrap=True)
+    for name in across:
+        table.add_column(name, justify="right")
+    for name, values in zip(down, cells, strict=True):
+        table.add_row(name, *values)
     console.print(table)
 
 

@@ -75,6 +75,8 @@ def run(monkeypatch, capsys):
 
     from jaxneurons import cli
 
+    monkeypatch.setattr("jaxneurons.stopping.leave", sys.exit)  # not the process of the tests
+
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["jaxneurons", *map(str, arguments)])
         capsys.readouterr()
