@@ -82,7 +82,8 @@ def perplexity(study: Study) -> Tables:
                     lost = np.flatnonzero(~np.isfinite(loss[:, index]))
                     if len(lost):
                         ids = batch.tokens[row, : batch.lengths[row]]
-                        scales = {s: mask[lost[0], :, None, None] for s, mask in masks.items()}
+                        off = int(lost[0])
+                        scales = {s: jnp.asarray(m[off, :, None, None]) for s, m in masks.items()}
                         where = finite.explain(study.lm.params, ids, config=config, scales=scales)
                         raise DataError(f"{name!r}, sentence {texts[index]!r}: {where}")
             done = {"loss": loss}
