@@ -40,7 +40,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def texts(count=200, seed=0):
+def texts(count=120, seed=0):
     rng = random.Random(seed)
     made = ["", " ", "  ", *WORDS, *ODD, "a" * 37, " " * 23, "- " * 11, "the cat\nsat  "]
     while len(made) < count:
