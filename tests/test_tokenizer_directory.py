@@ -141,6 +141,10 @@ def write(directory, tokenizer, settings=None, **files):
 
 def assert_as_library(tokenizer, state, texts=TEXTS):
     theirs = Tokenizer.from_str(state)
+    inner, whole = json.loads(tokenizer.backend_tokenizer.to_str()), json.loads(theirs.to_str())
+    assert {key: inner[key] for key in inner if key != "model"} == {
+        key: whole[key] for key in whole if key not in ("model", "padding", "truncation")
+    } | {"padding": None, "truncation": None}
     for text in texts:
         for special in (True, False):
             ids = theirs.encode(text, add_special_tokens=special).ids
