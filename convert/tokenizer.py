@@ -123,7 +123,7 @@ def _array(
     values = metadata.get(f"tokenizer.ggml.{key}")
     if values is None and optional:
         return None
-    if not isinstance(values, list) or not values or not isinstance(values[0], kind):
+    if not isinstance(values, list) or not values or not all(isinstance(v, kind) for v in values):
         raise SourceError(f"{where}: no tokenizer: tokenizer.ggml.{key} is missing or malformed")
     if length is not None and len(values) != length:
         raise SourceError(f"{where}: tokenizer.ggml.{key} has {len(values)} of {length} values")

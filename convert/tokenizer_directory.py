@@ -73,9 +73,7 @@ def tokenizer_from_directory(path: Path) -> "PreTrainedTokenizerBase":
     settings = _settings(path)
     _refuse_own_code(path, settings.config)
     if (path / "tokenizer.json").is_file():
-        backend = _from_json(path / "tokenizer.json")
-        _add_listed(backend, settings, path)
-        return _wrapped(backend, settings, _around(settings), path)
+        return _from_json(path, settings)
     if (path / "tokenizer.model").is_file():
         if is_ranked(path / "tokenizer.model"):
             return _from_ranked(read_llama3, path / "tokenizer.model", settings)
@@ -113,7 +111,17 @@ def _settings(path: Path) -> _Settings:
     own = path / "chat_template.jinja"
     if own.is_file():
         template = own.read_text(encoding="utf-8")
-    return _Settings(config, listed, added, template, read(CONFIG))
+    return _Settings(config, listed, added, _template(template, path), read(CONFIG))
+
+
+def _template(value: Any, path: Path) -> Any:
+    """A chat template: a text, or a list of named ones."""
+    named = isinstance(value, list) and all(
+        isinstance(one, dict) and {"name", "template"} <= one.keys() for one in value
+    )
+    if value is None or isinstance(value, str) or named:
+        return value or None
+    raise SourceError(f"{path / 'tokenizer_config.json'}: chat_template is neither text nor list")
 
 
 def _index(value: Any, where: Path) -> int:
@@ -139,23 +147,29 @@ def _refuse_own_code(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _from_json(where: Path) -> "Tokenizer":
+def _from_json(path: Path, settings: _Settings) -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, __version__
 
-    values = read_json(where)
-    if not isinstance(values.get("model"), dict):
-        raise SourceError(f"{where}: no tokenizer: the key model is missing or no table")
+    where = path / "tokenizer.json"
     try:
         backend = Tokenizer.from_file(str(where))
-    except Exception:  # the library's parser raises Exception itself, in words about its own types
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode("a b")  # what fails only in use
+        _add_listed(backend, settings, path)
+        return _wrapped(backend, settings, _around(settings), path)
+    except (SourceError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # of the library's parser, in words about its own types; or its panic
+        if not isinstance(read_json(where).get("model"), dict):
+            raise SourceError(
+                f"{where}: no tokenizer: the key model is missing or no table"
+            ) from None
         raise SourceError(
             f"{where}: the tokenizer cannot be read: JSON, but not what tokenizers {__version__} "
             "knows as a tokenizer; it is damaged, or written by a newer release: fetch it again, "
             "or upgrade tokenizers"
         ) from None
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
 
 
 def _add_listed(backend: "Tokenizer", settings: _Settings, path: Path) -> None:
@@ -242,6 +256,7 @@ def _wrapped(
     names = _names(backend, settings)
     _put_around(backend, names, around)
     length = settings.config.get("model_max_length")
+    fits = isinstance(length, (int, float)) and length >= 1 and length is not True
     sides = {
         key: settings.config[key]
         for key in ("padding_side", "truncation_side")
@@ -255,7 +270,7 @@ def _wrapped(
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         additional_special_tokens=[token for token in extra if token in known],
-        **({"model_max_length": length} if isinstance(length, (int, float)) else {}),
+        **({"model_max_length": length} if fits else {}),
         **({"chat_template": settings.template} if settings.template else {}),
         **sides,
     )

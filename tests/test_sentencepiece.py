@@ -40,7 +40,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def texts(count=200, seed=0):
+def texts(count=120, seed=0):
     rng = random.Random(seed)
     made = ["", " ", "  ", *WORDS, *ODD, "a" * 37, " " * 23, "- " * 11, "the cat\nsat  "]
     while len(made) < count:
@@ -187,6 +187,19 @@ def test_equal_scores_go_from_the_left_and_unused_pieces_fall_apart(tmp_path):
     for _ in range(300):
         text = "".join(rng.choices("abcxyz ", k=rng.randint(1, 14)))
         assert mine.cut(text) == library.encode(text, out_type=str), text
+
+
+@pytest.mark.parametrize("more", [0.05, 0.15, 0.25])
+def test_an_own_piece_is_worth_its_bytes_in_a_unigram_model(more, tmp_path):
+    """ "aé" and "c", or "a" and a better "éc": the piece of three bytes counts 0.2."""
+    own = [piece("aé", 0.0, 4), piece("a", -10), piece("éc", -10 + more), piece("c", -20)]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model(SPECIAL + own + [piece("▁", -40)], kind=1))
+    cut = read_sentencepiece(path).cut("aéc", prefix=False)
+    assert cut == (["aé", "c"] if more < 0.2 else ["a", "éc"])
+    library = pytest.importorskip("sentencepiece")
+    processor = library.SentencePieceProcessor(model_proto=path.read_bytes())
+    assert read_sentencepiece(path).cut("aéc") == processor.encode("aéc", out_type=str)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,10 @@ def write(directory, tokenizer, settings=None, **files):
 
 def assert_as_library(tokenizer, state, texts=TEXTS):
     theirs = Tokenizer.from_str(state)
+    inner, whole = json.loads(tokenizer.backend_tokenizer.to_str()), json.loads(theirs.to_str())
+    assert {key: inner[key] for key in inner if key != "model"} == {
+        key: whole[key] for key in whole if key not in ("model", "padding", "truncation")
+    } | {"padding": None, "truncation": None}
     for text in texts:
         for special in (True, False):
             ids = theirs.encode(text, add_special_tokens=special).ids
@@ -336,6 +340,17 @@ def test_what_cannot_be_read_is_named_in_our_words(text, message, tmp_path):
         tokenizer_from_directory(tmp_path)
     assert "enum" not in str(caught.value)
     assert "variant" not in str(caught.value)
+
+
+def test_a_file_that_fails_only_in_use_is_named(built, tmp_path):
+    """The library panics, which is no Exception, when BOS is put and its id is missing."""
+    values = json.loads(built["Llama 2"])
+    del values["post_processor"]["special_tokens"]["<s>"]
+    with pytest.raises(SourceError, match=r"tokenizer\.json: the tokenizer cannot be read"):
+        tokenizer_from_directory(write(tmp_path, json.dumps(values)))
+    write(tmp_path, built["Llama 2"], {"chat_template": 5})
+    with pytest.raises(SourceError, match="chat_template is neither text nor list"):
+        tokenizer_from_directory(tmp_path)
 
 
 def test_vocabulary_and_merges_without_tokenizer_json(built, tmp_path):
