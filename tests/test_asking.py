@@ -106,6 +106,21 @@ def test_perfect_answers_are_right_with_smollm2(smollm2, tmp_path, language):
     assert two / total < {"zh": 0.8, "ja": 0.4}.get(language, 1)
 
 
+@pytest.mark.smollm2
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [("Algeria", "Algerian"), ("Bolivia", "Bolivian"), ("crisis", "crises")],
+)
+def test_what_begins_like_the_object_is_seen_to_end_otherwise(smollm2, tmp_path, said, wanted):
+    """Two tokens, or as many as the object has, would not tell: SmolLM2 says each of these."""
+    prompt = Prompt("r", "det", "", "s", (wanted,), 'The word for it is "')
+    for steps, right in ((None, False), (2, True)):
+        asks = asking(smollm2, tmp_path / str(steps), steps=steps)
+        ids = perfect(smollm2.tokenizer, prompt, said, "")
+        ids = ids[: asks.steps([prompt])[0]]
+        assert asks.right(np.array([ids], np.int32), [prompt])[0] == right, asks.text(np.array(ids))
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_perfect_answers_are_right_with_digits_and_bytes(lm, tmp_path, language):
     asks = asking(lm, tmp_path / "run", splits_digits())
