@@ -153,7 +153,7 @@ def hash_tokenizer(tokenizer: Any) -> str:
     Raises:
       SourceError: it cannot be written down.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         raise SourceError(
             "the tokenizer was changed after loading and cannot be hashed; save the model and load "
