@@ -153,8 +153,8 @@ def hash_tokenizer(tokenizer: Any) -> str:
     Raises:
       SourceError: it cannot be written down.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "to_str"):
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "to_str"):
         raise SourceError(
             "the tokenizer was changed after loading and cannot be hashed; save the model and load "
             "what was saved"

@@ -1,9 +1,18 @@
 """`convert`, `verify` and `inspect`, in-process, on a tiny model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from checkpoints import (
+    byte_level_vocabulary,
+    gguf_fields,
+    gguf_tensors,
+    hf_tensors,
+    tiny,
+    write_gguf,
+)
 from fixtures import write_lm
 from models import tiny_config
 from safetensors.numpy import load_file, save_file
@@ -86,6 +95,36 @@ def test_inspect_names_what_is_wrong(run, model, tmp_path):
     code, out, err = run("inspect", broken)
     assert (code, out) == (1, "")
     assert "clever = 1: this key is not known" in err
+
+
+@pytest.mark.parametrize("kind", ["gguf", "hf"])
+def test_inspect_says_what_load_says_of_the_tensors(run, model, tmp_path, kind):
+    """From the headers: what `load` refuses is not described as if it were fine."""
+    if kind == "hf":
+        path = tmp_path / "hf"
+        shutil.copytree(model, path)
+        tensors = load_file(path / "model.safetensors")
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        missing = "1 tensors are missing: model.layers.1.mlp.up_proj.weight"
+    else:
+        vocabulary = byte_level_vocabulary()
+        config = tiny(vocab_size=len(vocabulary["tokenizer.ggml.tokens"]))
+        fields = gguf_fields(config) | vocabulary
+        tensors = gguf_tensors(config, hf_tensors(config))
+        biased = {f"blk.{i}.attn_q.bias": np.ones(32, np.float32) for i in range(2)}
+        good = write_gguf(tmp_path / "good.gguf", fields, tensors | biased)
+        code, out, _ = run("inspect", good)
+        assert (code, "biases q" in " ".join(out.split())) == (0, True)
+        assert jaxneurons.load(good).config.biases == ("q",)
+        odd = {"rope_factors_long.weight": np.ones(4, np.float32)}
+        path = write_gguf(tmp_path / "bad.gguf", fields, tensors | odd)
+        missing = "1 tensors have no place: rope_factors_long.weight"
+    code, out, err = run("inspect", path)
+    assert (code, out) == (1, "")
+    assert missing in err
+    with pytest.raises(jaxneurons.SourceError, match=missing):
+        jaxneurons.load(path)
 
 
 def test_inspect_of_a_sharded_model_whose_weights_are_not_here(run, model, tmp_path):

@@ -43,7 +43,7 @@ VALUES: dict[str, Any] = {
         ),
         True,
     ),
-    **dict.fromkeys(words("use_cache return_dict output_attentions"), False),
+    **dict.fromkeys(words("use_cache output_attentions"), False),
     **dict.fromkeys(
         words(
             "resid_pdrop embd_pdrop attn_pdrop hidden_dropout hidden_dropout_prob "
@@ -71,6 +71,7 @@ VALUES: dict[str, Any] = {
         words("_attn_implementation attn_implementation _attn_implementation_internal"), "eager"
     ),
     **dict.fromkeys(words("torch_dtype dtype _pre_quantization_dtype"), "float32"),
+    "return_dict": True,  # transformers itself cannot run with false
     "transformers_version": "4.31.0",
     "architectures": ["LLaMAForCausalLM"],
     "initializer_range": 0.5,
@@ -137,7 +138,7 @@ def read_in_torch(directory: Any) -> np.ndarray:
         directory, attn_implementation="eager", dtype=torch.float32
     )
     with torch.no_grad():
-        return model.eval()(torch.tensor(IDS))[0].numpy()  # a tuple where `return_dict` is false
+        return model.eval()(torch.tensor(IDS)).logits.numpy()
 
 
 def with_keys(directory: Any, target: Any, **keys: Any) -> dict[str, Any]:
