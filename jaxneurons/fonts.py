@@ -185,7 +185,7 @@ class LetteredFigure(Figure):
             text.set_usetex(False)
             if text.get_text():
                 families, left = families_for(text.get_text(), base_font(text))
-                text.set_fontfamily(dict.fromkeys([*text.get_fontfamily(), *families]))
+                text.set_fontfamily(list(dict.fromkeys([*text.get_fontfamily(), *families])))
                 lacking += left
         return lacking
 

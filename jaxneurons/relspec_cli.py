@@ -174,8 +174,10 @@ def analyse(out: Out, analyses: Analyses = "default", counts: CountsFile = None)
 @app.command("plot")
 def plot_command(out: Out) -> None:
     """Stage 5: the figures, from the tables alone."""
+    from jaxneurons.plots import check_places
     from jaxneurons.relspec_run import plot
 
+    check_places(out, "figures")
     made = plot(out)
     console.print(f"Written: {out}/figures/ ({', '.join(path.name for path in made)})")
 

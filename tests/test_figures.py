@@ -14,9 +14,10 @@ from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.text import Text
 
 from jaxneurons import fonts, lettering, plots, qrnca_plots, relspec_plots
+from jaxneurons.errors import DataError
 from jaxneurons.fonts import LetteredFigure, MissingFontWarning, families_for, script_of
 from jaxneurons.neurons import Neuron
-from jaxneurons.plots import MOST, draw_tables, heat_map, neuron_map, save_figure
+from jaxneurons.plots import MOST, check_places, draw_tables, heat_map, neuron_map, save_figure
 from jaxneurons.printable import columns, printable, shortened
 
 HOSTILE = (
@@ -269,6 +270,43 @@ def test_fonts_that_are_gone_or_hold_no_letters_are_passed_over(monkeypatch, tmp
 )
 def test_scripts_have_names(character, script):
     assert script_of(character) == script
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tables", "figures"])
+def test_a_file_where_results_belong_is_found_before_the_work(run, tmp_path, name):
+    """No model is loaded and nothing is computed; the error names what the user can move."""
+    (tmp_path / name).write_text("mine")
+    for command in (
+        ("qrnca", "evaluate", "--run", tmp_path, "--model", "none"),
+        ("relspec", "run", "--model", "none", "--relations", "bundled", "--out", tmp_path),
+    ):
+        code, out, err = run(*command)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"error: {tmp_path / name}: not a directory, but results are ")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_links_to_directories_are_places_and_dead_ones_are_not(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tables").symlink_to(tmp_path / "elsewhere")
+    check_places(tmp_path, "tables", "figures")
+    (tmp_path / "figures").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="figures: not a directory"):
+        check_places(tmp_path, "tables", "figures")
+
+
+def test_a_directory_that_is_gone(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = run("inspect", "lab")
+    assert (code, err) == (
+        1,
+        "error: the current directory is no longer there; change to another one\n",
+    )
 
 
 # --- texts ----------------------------------------------------------------------------------------

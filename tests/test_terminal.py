@@ -227,6 +227,33 @@ def test_a_signal_ends_cleanly(tmp_path, number, times, code, after):
     assert (process.returncode, err.decode()) == (code, PROMISE + "\n")
 
 
+def listens(process):
+    """Whether a process has a handler for SIGTERM, as Linux shows it."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
+    return caught >> (signal.SIGTERM - 1) & 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the moment")
+@pytest.mark.parametrize("after", [0.0, 0.5])
+def test_a_signal_while_libraries_are_loaded(after):
+    """No traceback, and the command ends instead of going on."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxneurons_main", "qrnca", "locate", "--help"],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while process.poll() is None and not listens(process):
+        time.sleep(0.005)
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err in (b"stopped\n", f"{PROMISE}\n".encode())
+
+
 def test_a_signal_that_a_callback_swallows_comes_again(tmp_path):
     """Python drops what is raised in a callback of its garbage collector, as JAX has one."""
     script = """
