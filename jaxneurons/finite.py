@@ -41,7 +41,7 @@ def finite_sites(
     tokens: Int[Array, "batch seq"],
     *,
     config: ModelConfig,
-    scales: Mapping[str, Array] | None = None,
+    scales: Mapping[str, Any] | None = None,
 ) -> Bool[Array, "layer site"]:
     """Whether each layer's activations are finite, at all positions, by site in `ORDER`."""
     out = forward(
@@ -55,7 +55,7 @@ def explain(
     tokens: Sequence[int] | np.ndarray,
     *,
     config: ModelConfig,
-    scales: Mapping[str, Array] | None = None,
+    scales: Mapping[str, Any] | None = None,
 ) -> str:
     """In which layer the activations of a prompt are no longer finite, and the way out.
 

@@ -231,12 +231,78 @@ def test_chunks_change_nothing(rule):
         np.testing.assert_array_equal(two.nodes, one.nodes)
 
 
+@pytest.mark.parametrize("shape", ["gqa-untied", "biases-some-windows-dynamic"])
+def test_many_keys_change_nothing(shape, monkeypatch):
+    """Attention in blocks, and scores computed again: as for prompts of thousands of tokens."""
+    config = SHAPES[shape]
+    params, tokens, targets = case(config)
+    x, w = nodes_and_weights("gauss", 4)
+    scores, zero, _ = oracle(params, tokens, LENGTHS, targets, config=config, site="up", x=x, w=w)
+    monkeypatch.setattr("jaxneurons.blockwise.MOST_SCORES", 12)
+    monkeypatch.setattr("jaxneurons.rows.MANY_KEYS", 2)
+
+    @compiled
+    def run(params, tokens, targets, lengths):
+        return integrated_gradients(
+            params,
+            tokens,
+            targets,
+            config=config,
+            lengths=lengths,
+            quadrature=Quadrature("gauss", 4),
+        )
+
+    out = run(params, tokens, targets, LENGTHS)
+    assert difference(out.scores, scores).max() < 1e-5
+    np.testing.assert_allclose(out.ablated, zero, rtol=1e-5)
+    padded = jnp.pad(tokens[:1], ((0, 0), (0, 9)), constant_values=3)  # alone, and longer
+    alone = run(params, padded, targets[:1], LENGTHS[:1])
+    assert difference(alone.scores, scores[:1]).max() < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["gauss", "adaptive"])
+def test_answers_of_many_tokens_some_at_a_time(rule, monkeypatch):
+    config = tiny_config(num_layers=2)
+    params, tokens, _ = case(config)
+    answers, answer_lengths = random_tokens(config, (3, 5), 9), jnp.array([5, 1, 3])
+    quadrature = Quadrature(rule, steps=4)
+
+    def run():
+        @compiled
+        def found(params, tokens, answers):
+            return integrated_gradients(
+                params,
+                tokens,
+                answers,
+                config=config,
+                lengths=LENGTHS,
+                answer_lengths=answer_lengths,
+                quadrature=quadrature,
+                chunk_rows=60,
+            )
+
+        return found(params, tokens, answers)
+
+    together = run()
+    monkeypatch.setattr("jaxneurons.attribution.MANY_ANSWERS", 2)
+    apart = run()
+    assert difference(apart.scores, together.scores).max() < 1e-5
+    for name in ("probability", "ablated", "gap"):
+        np.testing.assert_allclose(
+            getattr(apart, name), getattr(together, name), rtol=1e-5, atol=1e-7
+        )
+    np.testing.assert_array_equal(apart.nodes, together.nodes)
+
+
 def test_rows_follow_the_budget():
     config = tiny_config()
     few, more = (rows_in_budget(config, 100, budget) for budget in (10**6, 2 * 10**6))
     assert 1 < few < more
     assert more == pytest.approx(2 * few, abs=1)
     assert rows_in_budget(config, 100, 1) == 1
+    # Scores of many keys are kept for one layer at a time.
+    deep = tiny_config(num_layers=60)
+    assert rows_in_budget(deep, 1100, 10**7) > 2 * rows_in_budget(deep, 1000, 10**7)
 
 
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])

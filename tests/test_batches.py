@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxneurons.answers import TokenPrompt
-from jaxneurons.batches import bucket, default_batch_size, plan
+from jaxneurons.batches import PLAN_TOKENS, bucket, by_length, default_batch_size, plan
 from jaxneurons.errors import ConfigError
 
 
@@ -76,6 +76,9 @@ def test_lengths_are_few_and_not_wasteful():
     assert sizes == sorted(sizes)
     for length, size in enumerate(sizes, 1):
         assert length <= size < max(1.5 * length, length + 32)
+    longer = [bucket(length) for length in range(2049, 8193)]
+    assert len(set(longer)) == 8
+    assert all(size < 1.25 * length for length, size in enumerate(longer, 2049))
     assert bucket(32) == 32
     assert bucket(33) == 64
 
@@ -83,7 +86,53 @@ def test_lengths_are_few_and_not_wasteful():
 def test_few_shapes_for_prompts_of_every_length():
     batches = plan([prompt(length) for length in range(1, 2049)], 8)
     assert len({batch.tokens.shape for batch in batches}) <= 12 + 4
-    assert len(batches) <= 2048 / 8 + 12
+    for batch in batches:
+        rows, tokens = batch.tokens.shape
+        assert rows == 1 or rows * tokens <= 8 * PLAN_TOKENS
+        assert rows == 8 or rows == 1 or 2 * rows * tokens > 8 * PLAN_TOKENS  # and no smaller
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "answer", "rows"),
+    [
+        (9, 512, 1, [8, 8]),  # short: filled up, as one more program costs more
+        (1, 4400, 1, [1]),
+        (4, 4400, 1, [1] * 4),
+        (5, 1000, 1, [1] * 5),
+        (8, 1000, 1, [4, 4]),
+        (6, 600, 1, [2, 2, 2]),
+        (99, 600, 1, [4] * 25),  # one row in a hundred is left over
+        (9, 20, 4, [8, 8]),
+        (16, 20, 8, [4] * 4),
+        (3, 20, 64, [1] * 3),
+    ],
+)
+def test_long_prompts_and_answers_make_small_batches(count, length, answer, rows):
+    batches = plan([prompt(length, answer, seed=i) for i in range(count)], 8)
+    assert [len(batch.index) for batch in batches] == rows
+    if max(length, 128 * answer) > PLAN_TOKENS:
+        empty = sum(int((batch.index < 0).sum()) for batch in batches)
+        assert empty <= count / 16
+
+
+@given(st.lists(st.integers(1, 3000), max_size=40), st.sampled_from([1, 3, 16, 64]))
+@settings(max_examples=60, deadline=None)
+def test_prompts_alone_by_length(lengths, rows):
+    prompts = [[1 + i % 7] * length for i, length in enumerate(lengths)]
+    found = by_length(prompts, rows)
+    order = [i for batch in found for i in batch.index.tolist()]
+    assert order == sorted(range(len(prompts)), key=lambda i: lengths[i])
+    for batch in found:
+        filled, tokens = batch.tokens.shape
+        for row, i in enumerate(batch.index.tolist()):
+            assert batch.tokens[row, : lengths[i]].tolist() == prompts[i]
+            assert batch.lengths[row] == lengths[i]
+            assert not batch.tokens[row, lengths[i] :].any()
+        if batch.lengths.max() <= 128:
+            assert filled == rows
+        else:
+            assert filled == len(batch.index)
+            assert filled == 1 or filled * tokens <= rows * 128
 
 
 def test_the_last_batch_is_filled_up():

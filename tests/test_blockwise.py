@@ -86,8 +86,7 @@ def test_values_and_gradients_are_those_of_plain_attention(case, small_blocks):
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(values, looped(q, k, v, positions, keys, window), atol=3e-6)
     for one, other in zip(gradients, theirs, strict=True):
-        size = float(jnp.abs(other).max())
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=2e-6 * size)
+        assert jnp.linalg.norm(one - other) < 1e-6 * jnp.linalg.norm(other)
 
 
 def test_inside_vmap(small_blocks):
@@ -193,7 +192,7 @@ def shapes(config):
 
 
 def needed(function, *args):
-    memory = jax.jit(function).lower(*args).compile().memory_analysis()
+    memory = compiled(function).lower(*args).compile().memory_analysis()
     if memory is None:
         pytest.skip("this backend does not say")
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -222,8 +221,10 @@ def test_memory_of_its_gradient_grows_with_the_length():
     assert found[1] < 2.1 * found[0]
 
 
-@pytest.mark.parametrize(("prompts", "tokens"), [(8, 512), (4, 1024), (1, 2048), (1, 8192)])
-@pytest.mark.parametrize("rule", ["adaptive", "gauss"])
+@pytest.mark.parametrize(
+    ("prompts", "tokens", "rule"),
+    [(8, 512, "gauss"), (4, 1024, "gauss"), (1, 2048, "gauss"), (1, 8192, "adaptive")],
+)
 def test_locating_stays_within_its_bound(prompts, tokens, rule):
     budget = 1 << 26
 
