@@ -246,8 +246,10 @@ def compare(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> list[
                 f"{directory}: no neurons of a run; `jaxneurons relspec run` makes them"
             )
         sets.append(found)
+        kind = {"relation": str, "template": str}
+        rows = [typed(kind, row, f"{directory / 'tables'}: relations") for row in rows]
         wordings.append({row["relation"]: row["template"] for row in rows})
-    both = [name for name in sets[0] if name in sets[1]]
+    both = [n for n in sets[0] if all(n in one for one in (sets[1], *wordings))]
     if not both:
         raise DataError(f"{other}: knows none of the relations that {run} knows")
     rows = []
