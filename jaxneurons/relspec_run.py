@@ -259,12 +259,9 @@ def compare(run: str | os.PathLike[str], other: str | os.PathLike[str]) -> list[
                 f"{directory}: no neurons of a run; `jaxneurons relspec run` makes them"
             )
         sets.append(found)
-        try:
-            wordings.append({row["relation"]: row["template"] for row in rows})
-        except KeyError as error:
-            raise DataError(
-                f"{directory / 'tables'}: relations has no column {error}; run it anew"
-            ) from None
+        kind = {"relation": str, "template": str}
+        rows = [typed(kind, row, f"{directory / 'tables'}: relations") for row in rows]
+        wordings.append({row["relation"]: row["template"] for row in rows})
         for name in found.keys() - wordings[-1].keys():
             raise DataError(f"{directory}: neurons of {name!r}, which is in none of its tables")
     both = [name for name in sets[0] if name in sets[1]]

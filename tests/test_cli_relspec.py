@@ -9,9 +9,11 @@ from fixtures import write_lm
 from known import write_relations
 
 import jaxneurons
+from jaxneurons.errors import JaxneuronsError
 from jaxneurons.neurons import read_neurons
-from jaxneurons.relspec_run import compare
-from jaxneurons.tables import read_tables
+from jaxneurons.relspec import RelSpecConfig
+from jaxneurons.relspec_run import begin, compare, resume
+from jaxneurons.tables import read_tables, write_table
 
 SMALL = ("--k", "5%", "--minimum", 5, "--seeds", 2)
 
@@ -193,7 +195,10 @@ def test_directories_that_are_no_study(run, done, model, relations, tmp_path):
     (tmp_path / "run" / "tables" / "ablation.parquet").write_bytes(b"PAR1")
     fails(run("relspec", "plot", "--out", tmp_path / "run"), r"ablation\.parquet: not a readable")
     (tmp_path / "run" / "study.json").write_text("{}")
-    fails(run("relspec", "neurons", "--out", tmp_path / "run"), "not written by this version")
+    fails(
+        run("relspec", "neurons", "--out", tmp_path / "run"),
+        r"study\.json: no model or relations or settings; give --model",
+    )
 
 
 @pytest.mark.parametrize("steps", ["1e8", "0", "x", "2.5"])
@@ -228,7 +233,7 @@ def test_an_edited_study(run, done, tmp_path, changes):
     out = tmp_path / "run"
     out.mkdir()
     (out / "study.json").write_text(json.dumps(values))
-    fails(run("relspec", "neurons", "--out", out), r"study\.json: not written by this version")
+    fails(run("relspec", "neurons", "--out", out), r"study\.json: .*; give --model and --relations")
 
 
 def test_figures_and_comparisons_of_edited_runs(run, done, tmp_path):
@@ -239,3 +244,61 @@ def test_figures_and_comparisons_of_edited_runs(run, done, tmp_path):
     shutil.copy(tmp_path / "run" / "neurons" / "in.csv", tmp_path / "run" / "neurons" / "x.csv")
     message = "neurons of 'x', which is in none of its tables"
     fails(run("relspec", "compare", done[0], tmp_path / "run"), message)
+
+
+def test_every_value_of_the_study_file_replaced(tmp_path):
+    """Read as it was begun, or refused with the way out."""
+    begin(tmp_path, "lab", ["bundled"], RelSpecConfig(k=7))
+    path = tmp_path / "study.json"
+    good = json.loads(path.read_text())
+    assert resume(tmp_path) == ("lab", ["bundled"], RelSpecConfig(k=7))
+    odd = [None, True, -1, 0, 1.5, float("nan"), 10**400, "x", [], {}, [1], {"a": 1}]
+    texts = ["", "[", "[]", "3", "[" * 10**5]
+    texts += [json.dumps({**good, key: value}) for key in good for value in odd]
+    texts += [
+        json.dumps({**good, "settings": {**good["settings"], key: value}})
+        for key in [*good["settings"], "unknown"]
+        for value in odd
+    ]
+    said = []
+    for text in texts:
+        path.write_text(text)
+        try:
+            assert isinstance(resume(tmp_path)[2], RelSpecConfig)
+        except JaxneuronsError as error:
+            said.append(str(error))
+    assert len(texts) // 2 < len(said) < len(texts) - 10
+    for one in said:
+        assert re.search(r"study\.json: .*; give --model and --relations to", one), one
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"up,1,{10**30},0.5", r"in\.csv: line 3: needs a site"),
+        (f"up,1,{2**33 + 2},0.5", r"in\.csv: line 3: neuron 8589934594 is in no model"),
+        (f"up,{2**40},1,0.5", r"in\.csv: line 3: layer 1099511627776 is in no model"),
+        ("up,1e9,1,0.5", r"in\.csv: line 3: needs a site"),
+        ("up,1", r"in\.csv: line 3: needs a site"),
+        ('up,"1,2', r"in\.csv: line \d: not CSV"),
+    ],
+)
+def test_damaged_neurons_are_not_compared(run, tmp_path, line, message):
+    for name in ("a", "b"):
+        write_table(tmp_path / name / "tables", "relations", [{"relation": "in", "template": "x"}])
+        (tmp_path / name / "neurons").mkdir()
+        text = "site,layer,index,average_precision\nup,0,1,0.5\n"
+        (tmp_path / name / "neurons" / "in.csv").write_text(text)
+    assert [row["shared"] for row in compare(tmp_path / "a", tmp_path / "b")] == [1]
+    (tmp_path / "b" / "neurons" / "in.csv").write_text(text + line + "\n")
+    fails(run("relspec", "compare", tmp_path / "a", tmp_path / "b"), message)
+    write_table(tmp_path / "a" / "tables", "relations", [{"relation": "in", "wording": "x"}])
+    fails(run("relspec", "compare", tmp_path / "a", tmp_path / "b"), "relations: no template")
+
+
+def test_the_output_is_no_directory_of_relations(run, model, tmp_path, relations):
+    """Nothing of what is read is written over."""
+    before = {path: path.read_bytes() for path in relations.iterdir()}
+    options = ("--model", model, "--relations", relations, "--out", relations)
+    fails(run("relspec", "run", *options, *SMALL), "holds files but no run of ours")
+    assert {path: path.read_bytes() for path in relations.iterdir()} == before
