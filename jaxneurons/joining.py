@@ -17,6 +17,7 @@ from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
 from jaxneurons.qrnca import run_prompts
 from jaxneurons.queries import Query
+from jaxneurons.token_ids import check_ids
 
 
 def join(
@@ -70,13 +71,16 @@ def _encode(
     tokenizer: Any, query: Query, wording: int, between: str, config: ModelConfig
 ) -> TokenPrompt | None:
     try:
-        return encode_query(
+        form = encode_query(
             tokenizer,
             query.prompts[wording],
             query.answers[wording],
             separator=between,
             max_length=config.max_position,
         )
+        for ids in (form.prompt, form.answer):
+            check_ids(ids, config.vocab_size, tokenizer)
+        return form
     except DataError:  # no tokens of its own in this form; what is wrong is said when it is encoded
         return None
 

@@ -31,6 +31,7 @@ from jaxneurons.qrnca import PromptScores, QRNCAConfig, QueryNeurons
 from jaxneurons.queries import Query
 from jaxneurons.store import RunDirectory, digest, write_json, write_json_lines
 from jaxneurons.tables import read_json
+from jaxneurons.token_ids import check_ids
 from jaxneurons.typed_json import typed
 
 FORMAT = 3
@@ -80,17 +81,18 @@ def encode_queries(lm: LM, queries: Sequence[Query], settings: QRNCAConfig) -> l
     for query in queries:
         for i in range(prompt_count(query, settings)):
             try:
-                encoded.append(
-                    encode_query(
-                        lm.tokenizer,
-                        query.prompts[i],
-                        query.answers[i],
-                        options=query.options[i],
-                        form=settings.form,  # type: ignore[arg-type]
-                        separator=query.separator(i),
-                        max_length=lm.config.max_position,
-                    )
+                prompt = encode_query(
+                    lm.tokenizer,
+                    query.prompts[i],
+                    query.answers[i],
+                    options=query.options[i],
+                    form=settings.form,  # type: ignore[arg-type]
+                    separator=query.separator(i),
+                    max_length=lm.config.max_position,
                 )
+                for ids in (prompt.prompt, prompt.answer, *prompt.options):
+                    check_ids(ids, lm.config.vocab_size, lm.tokenizer)
+                encoded.append(prompt)
             except DataError as error:
                 raise DataError(f"query {query.id!r}, prompt {i + 1}: {error}") from None
     return encoded

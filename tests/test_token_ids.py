@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import write_lm
+from fixtures import cloze, write_lm, write_queries
 
 from jaxneurons import DataError, forward, integrated_gradients, load
 from jaxneurons.ablation import ablated
+from jaxneurons.locate import locate
 from jaxneurons.neurons import NeuronSet
+from jaxneurons.queries import read_queries
 from jaxneurons.responses import ResponseStore
 from jaxneurons.token_ids import check_ids
 
@@ -72,3 +74,13 @@ def test_inside_jit_nothing_is_checked(lm):
         return tokens.sum()
 
     assert int(jax.jit(run)(jnp.array([lm.config.vocab_size]))) == lm.config.vocab_size
+
+
+@pytest.mark.parametrize("where", ["prompts", "answer"])
+def test_queries_are_checked_before_anything_runs(lm, tmp_path, where):
+    records = cloze(4)
+    records[2][where] = ["The <SUF> is", "A <SUF> is"] if where == "prompts" else "<SUF>"
+    queries = read_queries(write_queries(tmp_path / "q.json", records))
+    with pytest.raises(DataError, match=r"query 'fact-2', prompt 1: .*'<SUF>' has the id"):
+        locate(lm, queries, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
