@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxneurons import transformer
@@ -110,7 +111,7 @@ def integrated_gradients(
         chunk_rows=chunk_rows,
         memory_budget=memory_budget,
     )
-    if not isinstance(found.scores, jax.core.Tracer):
+    if not isinstance(found.scores, Tracer):
         _check_finite(params, tokens, targets, lengths, found, config)
     return found
 
