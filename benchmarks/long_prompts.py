@@ -31,7 +31,7 @@ cores of an AMD EPYC server, a process for each length.
 *Peak*: resident memory above that of the process with the model loaded, compiling included.
 *Bound*: `jaxneurons.rows.memory_bound`: keys and values twice, what a layer computes of every
 token, the scores of a block of queries, and 1 GiB for the rows. It grows with the number of tokens,
-not with its square.
+not with its square. It is of arrays: what compiling takes, nearly 1 GiB, is in the peak only.
 """
 
 

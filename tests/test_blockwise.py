@@ -86,7 +86,8 @@ def test_values_and_gradients_are_those_of_plain_attention(case, small_blocks):
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(values, looped(q, k, v, positions, keys, window), atol=3e-6)
     for one, other in zip(gradients, theirs, strict=True):
-        assert jnp.linalg.norm(one - other) < 1e-6 * jnp.linalg.norm(other)
+        # With a window of one, queries and keys have no gradient at all.
+        assert jnp.linalg.norm(one - other) < 1e-6 * max(1.0, float(jnp.linalg.norm(other)))
 
 
 def test_inside_vmap(small_blocks):
