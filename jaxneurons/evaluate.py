@@ -191,12 +191,7 @@ def _teacher_forced(
             if steps == 1:
                 return layers.row_attention(q, own_k, own_v, k, v, mask)
             own = layers.visible(positions, positions, window)
-            return layers.attention(
-                q,
-                jnp.concatenate([k, own_k.astype(k.dtype)], axis=1),
-                jnp.concatenate([v, own_v.astype(v.dtype)], axis=1),
-                jnp.concatenate([mask, own], axis=2),
-            )
+            return layers.continued_attention(q, own_k, own_v, own, k, v, mask)
 
         y, _ = layers.block(
             layer,

@@ -149,6 +149,25 @@ def row_attention(
     return _mix(weights[..., :-1], cached_v) + mine
 
 
+def continued_attention(
+    q: Float[Array, "batch query heads dim"],
+    k: Float[Array, "batch query kv_heads dim"],
+    v: Float[Array, "batch query kv_heads dim"],
+    own_mask: Bool[Array, "batch query query"],
+    cached_k: Float[Array, "batch key kv_heads dim"],
+    cached_v: Float[Array, "batch key kv_heads dim"],
+    mask: Bool[Array, "batch query key"],
+) -> Float[Array, "batch query heads dim"]:
+    """Attention of tokens that follow a cache, which is neither written nor copied.
+
+    Each sees the cached keys under `mask` and those of the tokens themselves under `own_mask`.
+    """
+    count = cached_k.shape[1]
+    scores = jnp.concatenate([_scores(q, cached_k, mask), _scores(q, k, own_mask)], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return _mix(weights[..., :count], cached_v) + _mix(weights[..., count:], v)
+
+
 def _scores(q: Array, k: Array, mask: Array) -> Array:
     """Scaled and masked scores, float32 [batch, kv_heads, group, query, key]."""
     batch, queries, heads, dim = q.shape

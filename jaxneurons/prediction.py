@@ -42,7 +42,7 @@ Row = dict[str, Any]
 READOUTS = ("presented", "signed", "direct")
 POOLS = ("own", "another group's", "random")
 HALVES = 2
-FORMAT = 1
+FORMAT = 2
 """Of the parts; counts up when what is in them, or how it is computed, changes."""
 
 
