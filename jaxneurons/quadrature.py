@@ -28,6 +28,9 @@ RULES: tuple[str, ...] = get_args(Rule)
 PANEL_NODES = 5
 """Nodes of an adaptive panel: a Gauss-Lobatto rule, exact for polynomials of degree 7."""
 
+MOST_STEPS = 4096
+"""Nodes of a fixed rule: finding Gauss's takes the square of their number in memory."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Quadrature:
@@ -55,6 +58,11 @@ class Quadrature:
         least = 2 if self.rule == "reference" else 1
         if self.steps < least:
             raise ConfigError(f"rule {self.rule!r} needs steps >= {least}, got {self.steps}")
+        if self.steps > MOST_STEPS:
+            raise ConfigError(
+                f"steps must be at most {MOST_STEPS}, got {self.steps}: `gauss` has converged long "
+                "before, and `adaptive` chooses its nodes itself"
+            )
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ConfigError(f"tolerance must be a positive number, got {self.tolerance!r}")
         if self.max_nodes < PANEL_NODES:

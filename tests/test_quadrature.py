@@ -63,6 +63,7 @@ def test_every_rule_weighs_one(rule):
         ({"rule": "simpson"}, "known: 'adaptive', 'gauss', 'right', 'reference'"),
         ({"rule": "gauss", "steps": 0}, "'gauss' needs steps >= 1, got 0"),
         ({"rule": "reference", "steps": 1}, "'reference' needs steps >= 2, got 1"),
+        ({"rule": "gauss", "steps": 10**8}, "steps must be at most 4096, got 100000000"),
         ({"tolerance": 0.0}, "tolerance must be a positive number, got 0.0"),
         ({"tolerance": float("nan")}, "tolerance must be a positive number, got nan"),
         ({"max_nodes": PANEL_NODES - 1}, f"max_nodes must be at least {PANEL_NODES}"),
