@@ -22,6 +22,12 @@ import numpy as np
 from jaxneurons import batches, qrnca
 from jaxneurons.answers import LOW_ODDS, LOW_OPTION_MASS, TokenPrompt, encode_query
 from jaxneurons.caches import Caches, prompts_of
+from jaxneurons.caveats import (  # noqa: F401  (the warnings are raised here)
+    LowOptionMassWarning,
+    UnlikelyAnswerWarning,
+    UnresolvedWarning,
+    caveats,
+)
 from jaxneurons.errors import DataError
 from jaxneurons.finite import NotFiniteError
 from jaxneurons.joining import join
@@ -42,14 +48,6 @@ NO_GROUP = "all"
 
 Progress = Callable[[int, int], None]
 """Called with (prompts done, prompts in all)."""
-
-
-class LowOptionMassWarning(UserWarning):
-    """The options hold little probability: the model would rather say something else."""
-
-
-class UnlikelyAnswerWarning(UserWarning):
-    """An answer is far from the model's first choice, so its neurons may be another word's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,39 +202,11 @@ def locate(
     if facts is None:
         facts = _facts(lm, queries, settings, by_query, neurons, seconds)
     _write(run, queries, neurons, common, by_query, facts, len(clusters))
-    mass = facts["answers"]["option_mass_mean"]
-    if mass is not None and mass < LOW_OPTION_MASS:
-        warnings.warn(
-            f"the options hold only {mass:.1%} of the probability on average: the model would "
-            "rather say something else, so these neurons may not be about the answer",
-            LowOptionMassWarning,
-            stacklevel=2,
-        )
-    if unlikely := _unlikely(lm, queries, by_query):
-        warnings.warn(unlikely, UnlikelyAnswerWarning, stacklevel=2)
+    for category, text in caveats(
+        queries, by_query, quadrature=settings.quadrature, decode=lm.tokenizer.decode
+    ):
+        warnings.warn(text, category, stacklevel=2)
     return Located(neurons, common, by_query, facts, prompts)
-
-
-def _unlikely(
-    lm: LM, queries: Sequence[Query], by_query: dict[str, list[PromptScores]]
-) -> str | None:
-    """What to say of free answers that are far from the model's first choice."""
-    far = [
-        (prompt.odds, query, i, prompt.choice)
-        for query in queries
-        for i, prompt in enumerate(by_query[query.id])
-        if math.isnan(prompt.option_mass) and prompt.odds < LOW_ODDS
-    ]
-    if not far:
-        return None
-    odds, query, i, choice = min(far, key=lambda each: each[0])
-    return (
-        f"{len(far)} of {sum(map(len, by_query.values()))} prompts have an answer that is less "
-        f"than {LOW_ODDS:g} times as probable as the model's first choice: their neurons may be "
-        f"about something else (furthest: query {query.id!r}, prompt {i + 1}: "
-        f"{query.answers[i]!r} is {odds:.1g} times as probable as "
-        f"{lm.tokenizer.decode([choice])!r}; state its `separator` if it is to be joined otherwise)"
-    )
 
 
 _NEEDED = {

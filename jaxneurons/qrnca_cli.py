@@ -68,6 +68,10 @@ def locate(
         str | None,
         typer.Option(help="adaptive (converged), gauss, right (the paper's), reference."),
     ] = None,
+    max_nodes: Annotated[
+        int | None,
+        typer.Option(min=5, help="Most nodes of the adaptive rule, mean over layers (16)."),
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="paper, or reference: what its public code computes.")
     ] = "paper",
@@ -90,7 +94,7 @@ def locate(
     if mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; {near_matches(mode, MODES)}")
     settings = qrnca.QRNCAConfig() if mode == "paper" else qrnca.QRNCAConfig.reference()
-    changes: dict[str, Any] = {"rule": rule, "steps": steps}
+    changes: dict[str, Any] = {"rule": rule, "steps": steps, "max_nodes": max_nodes}
     changes = {key: value for key, value in changes.items() if value is not None}
     quadrature = dataclasses.replace(settings.quadrature, **changes)
     settings = dataclasses.replace(settings, quadrature=quadrature, site=site)

@@ -17,6 +17,7 @@ from jaxneurons.locate import (
     Located,
     LowOptionMassWarning,
     UnlikelyAnswerWarning,
+    UnresolvedWarning,
     locate,
     prompt_count,
 )
@@ -170,7 +171,7 @@ def make_run(
     """`locate` as a `Run`: what is not finished there is located first."""
     size = batch_size or batches.default_batch_size()
     with warnings.catch_warnings():
-        for category in (LowOptionMassWarning, UnlikelyAnswerWarning):
+        for category in (LowOptionMassWarning, UnlikelyAnswerWarning, UnresolvedWarning):
             warnings.simplefilter("ignore", category)  # said when it was located
         located = locate(
             lm,

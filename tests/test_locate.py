@@ -16,7 +16,13 @@ import jaxneurons
 from jaxneurons import batches, qrnca
 from jaxneurons.attribution import integrated_gradients
 from jaxneurons.errors import ConfigError, DataError, JaxneuronsError
-from jaxneurons.locate import LowOptionMassWarning, encode_queries, facts_there, locate
+from jaxneurons.locate import (
+    LowOptionMassWarning,
+    UnresolvedWarning,
+    encode_queries,
+    facts_there,
+    locate,
+)
 from jaxneurons.neurons import Neuron
 from jaxneurons.qrnca import QRNCAConfig
 from jaxneurons.qrnca_run import open_run, source_of
@@ -301,7 +307,7 @@ def test_low_option_mass_is_warned_of(lm, choices, tmp_path):
 
 
 def test_high_option_mass_is_not(lm, choices, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxneurons.locate.LOW_OPTION_MASS", 0.0)
+    monkeypatch.setattr("jaxneurons.caveats.LOW_OPTION_MASS", 0.0)
     located = locate(lm, choices, tmp_path / "run", settings=SETTINGS)
     assert not any(math.isnan(s.option_mass) for each in located.prompts.values() for s in each)
 
@@ -435,3 +441,19 @@ def test_too_few_queries(lm, queries, tmp_path):
     with pytest.raises(ConfigError, match="batch size"):
         locate(lm, queries, tmp_path / "run", settings=SETTINGS, batch_size=-1)
     assert not (tmp_path / "run").exists()
+
+
+def test_scores_that_are_not_converged_are_warned_of(lm, queries, tmp_path, monkeypatch):
+    """As few nodes as there may be, and a gap that they leave."""
+    settings = QRNCAConfig(quadrature=Quadrature(max_nodes=5), prompts=1)
+    monkeypatch.setattr("jaxneurons.caveats.LARGE_GAP", 0.0)
+    message = r"not converged \(largest: .*--max-nodes 20"
+    with pytest.warns(UnresolvedWarning, match=message) as said:
+        located = locate(lm, queries, tmp_path / "run", settings=settings)
+    gaps = {name: float(found[0].gap.max()) for name, found in located.prompts.items()}
+    largest = max(gaps, key=gaps.__getitem__)
+    assert f"{gaps[largest]:.2g} in layer" in str(said[0].message)
+    assert f"query {largest!r}, prompt 1" in str(said[0].message)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["completeness"]["gap_max"] == (
+        pytest.approx(gaps[largest])
+    )
