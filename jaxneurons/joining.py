@@ -31,7 +31,9 @@ def join(
     """The queries, with the separator stated wherever the texts leave two.
 
     Both forms of such an answer are read once by teacher forcing; of equal probabilities the
-    likelier form of `answers.separators` is taken. Nothing is run where nothing is left open.
+    likelier form of `answers.separators` is taken. Where there are options, the form in which all
+    of them together are likelier: the right one has no say of its own. Nothing is run where nothing
+    is left open.
 
     Args:
       params: the model's parameters.
@@ -47,15 +49,20 @@ def join(
             if query.separator(wording) is not None or not (prompt.strip() and answer.strip()):
                 continue
             between = separators(prompt, answer)
+            texts = query.options[wording] or (answer,)
             for each in between if len(between) > 1 else ():
-                form = _encode(tokenizer, query, wording, each, config)
-                if form is not None:
-                    open_ends.append((number, wording, each))
-                    forms.append(form)
-    best: dict[tuple[int, int], tuple[float, str]] = {}
-    for (number, wording, between), logp in zip(
+                own = [_encode(tokenizer, query, wording, text, each, config) for text in texts]
+                found = [form for form in own if form is not None]
+                if len(found) == len(texts):
+                    open_ends += [(number, wording, each)] * len(found)
+                    forms += found
+    chances: dict[tuple[int, int, str], float] = {}
+    for place, logp in zip(
         open_ends, _log_probabilities(params, forms, config=config, site=site), strict=True
     ):
+        chances[place] = float(np.logaddexp(chances.get(place, -np.inf), logp))
+    best: dict[tuple[int, int], tuple[float, str]] = {}
+    for (number, wording, between), logp in chances.items():
         if (number, wording) not in best or logp > best[number, wording][0]:
             best[number, wording] = logp, between
     joined = list(queries)
@@ -68,13 +75,13 @@ def join(
 
 
 def _encode(
-    tokenizer: Any, query: Query, wording: int, between: str, config: ModelConfig
+    tokenizer: Any, query: Query, wording: int, text: str, between: str, config: ModelConfig
 ) -> TokenPrompt | None:
     try:
         form = encode_query(
             tokenizer,
             query.prompts[wording],
-            query.answers[wording],
+            text,
             separator=between,
             max_length=config.max_position,
         )

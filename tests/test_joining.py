@@ -88,6 +88,28 @@ def test_the_model_decides_where_the_texts_leave_two_forms(lm):
     assert chosen == {"", " "}
 
 
+def test_options_are_joined_by_all_of_them_not_by_the_right_one(lm):
+    wording = "Which {}?\n A. one\n B. two\n C. three\nIt is option-"
+    records = {
+        f"{n} {letter}": {"sentences": [wording.format(n)], "obj_label": [letter]}
+        for n in range(8)
+        for letter in "ABC"
+    }
+    queries = parse_queries("test", records)
+    joined = join(lm.params, lm.tokenizer, queries, config=lm.config)
+    lured = 0
+    for n in range(8):
+        p = {}
+        for between, letter in itertools.product(("", " "), "ABC"):
+            form = encode_query(lm.tokenizer, wording.format(n), letter, separator=between)
+            p[between, letter] = whole(lm, form.prompt, form.answer)
+        mass = {between: sum(p[between, letter] for letter in "ABC") for between in ("", " ")}
+        best = max(mass, key=mass.__getitem__)
+        assert {query.separator(0) for query in joined[3 * n : 3 * n + 3]} == {best}
+        lured += any((p["", letter] > p[" ", letter]) != (best == "") for letter in "ABC")
+    assert lured  # else one letter would decide alike
+
+
 def test_nothing_is_run_where_nothing_is_open_or_all_is_stated(lm, monkeypatch):
     monkeypatch.setattr(joining, "run_prompts", None)
     records = cloze(4)
