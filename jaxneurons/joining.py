@@ -27,6 +27,8 @@ def join(
     *,
     config: ModelConfig,
     site: str = "up",
+    wordings: int | None = None,
+    batch_size: int | None = None,
 ) -> list[Query]:
     """The queries, with the separator stated wherever the texts leave two.
 
@@ -41,11 +43,14 @@ def join(
       queries: as `queries.read_queries` reads them.
       config: the model's shape.
       site: whose activations `run_prompts` keeps: the same program as locating.
+      wordings: of each query, the first so many; default: all.
+      batch_size: as `batches.plan` takes it.
     """
     open_ends: list[tuple[int, int, str]] = []
     forms: list[TokenPrompt] = []
     for number, query in enumerate(queries):
-        for wording, (prompt, answer) in enumerate(zip(query.prompts, query.answers, strict=True)):
+        texts_of = zip(query.prompts[:wordings], query.answers[:wordings], strict=True)
+        for wording, (prompt, answer) in enumerate(texts_of):
             if query.separator(wording) is not None or not (prompt.strip() and answer.strip()):
                 continue
             between = separators(prompt, answer)
@@ -57,9 +62,8 @@ def join(
                     open_ends += [(number, wording, each)] * len(found)
                     forms += found
     chances: dict[tuple[int, int, str], float] = {}
-    for place, logp in zip(
-        open_ends, _log_probabilities(params, forms, config=config, site=site), strict=True
-    ):
+    logps = _log_probabilities(params, forms, config=config, site=site, batch_size=batch_size)
+    for place, logp in zip(open_ends, logps, strict=True):
         chances[place] = float(np.logaddexp(chances.get(place, -np.inf), logp))
     best: dict[tuple[int, int], tuple[float, str]] = {}
     for (number, wording, between), logp in chances.items():
@@ -93,11 +97,16 @@ def _encode(
 
 
 def _log_probabilities(
-    params: Any, prompts: Sequence[TokenPrompt], *, config: ModelConfig, site: str
+    params: Any,
+    prompts: Sequence[TokenPrompt],
+    *,
+    config: ModelConfig,
+    site: str,
+    batch_size: int | None,
 ) -> list[float]:
     """Log-probability of each whole answer."""
     found = np.zeros(len(prompts))
-    for batch in batches.plan(prompts):
+    for batch in batches.plan(prompts, batch_size):
         pre = run_prompts(params, batch, config=config, site=site)
         p = np.maximum(np.asarray(pre.probability, np.float64), np.finfo(np.float64).tiny)
         real = batch.index >= 0

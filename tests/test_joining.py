@@ -22,7 +22,7 @@ from jaxneurons.joining import join
 from jaxneurons.locate import LowOptionMassWarning, UnlikelyAnswerWarning, encode_queries, locate
 from jaxneurons.pcr import FACTORS
 from jaxneurons.prediction import predict
-from jaxneurons.qrnca import QRNCAConfig
+from jaxneurons.qrnca import QRNCAConfig, run_prompts
 from jaxneurons.qrnca_run import make_run, open_run
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import parse_queries, read_queries
@@ -120,6 +120,24 @@ def test_nothing_is_run_where_nothing_is_open_or_all_is_stated(lm, monkeypatch):
     forms = encode_queries(lm, queries, QRNCAConfig())
     texts = [lm.tokenizer.decode([*form.prompt, *form.answer]) for form in forms[:4]]
     assert texts == ["a second-Paris", "a third-Paris", "a second- Rome", "The end is Rome"]
+
+
+@pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+def test_only_wordings_that_are_used_are_decided_in_batches_as_asked(lm, tmp_path, monkeypatch):
+    shapes = []
+
+    def seen(params, batch, **settings):
+        shapes.append(batch.tokens.shape[0])
+        return run_prompts(params, batch, **settings)
+
+    monkeypatch.setattr(joining, "run_prompts", seen)
+    records = {f"q{n}": {"prompts": [f"{n} or-", f"{n} so-"], "answer": "no"} for n in range(4)}
+    queries = parse_queries("test", records)
+    locate(lm, queries, tmp_path / "run", settings=SETTINGS, batch_size=2)
+    assert set(shapes) == {2}
+    for query in open_run(tmp_path / "run", lm).queries:
+        assert query.separator(0) is not None
+        assert query.separator(1) is None  # `SETTINGS` uses one
 
 
 @pytest.mark.parametrize(
