@@ -67,7 +67,7 @@ def _ends_with(text: str, token: object) -> bool:
 
 _UNSPACED = ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI", "CHAM")
 """How the names of the letters of scripts begin that write words without spaces."""
-_CLOSING = '.,;:?!…%"”»›)]}。'
+_CLOSING = '.,;:?!…%"”»›)]}。؟،؛۔।॥·։׃።'
 """After these a space follows, unless a number goes on."""
 
 
@@ -79,17 +79,36 @@ def _unspaced(letter: str) -> bool:
     return unicodedata.east_asian_width(letter) in ("W", "F") or name.startswith(_UNSPACED)
 
 
+def _may_open_or_close(line: str) -> bool:
+    """Whether the last mark of a line is a quotation mark that might be either.
+
+    Opening where none is before it that it could close (`print("`, Swedish "sade ”"), closing where
+    one is that opens (German and Danish: „Wort“, »ord«).
+    """
+    before, last = line[:-1], line[-1:]
+    if last == '"':
+        return before.count('"') % 2 == 0 and not before[-1:].isspace()
+    if last and last in "“«‘":
+        return {"“": "„", "«": "»", "‘": "‚"}[last] in before
+    if last and last in "”»":
+        return before[-1:].isspace() and not {"“", "„", "«"} & {*before}
+    return False
+
+
 def separators(prompt: str, answer: str) -> tuple[str, ...]:
     """What may stand between a prompt and its answer, the likeliest first: a space, or nothing.
 
     One where the texts leave no doubt. Nothing: after white space, an opening bracket or quote, or
     within a script that writes no spaces. A space: after a word or a closing mark. Both, for the
-    model to decide: after any other mark or symbol ("second-", "$", "user@"), between digits or
+    model to decide: after any other mark or symbol ("second-", "$", "user@"), after a quotation
+    mark that opens or closes (`print("`, German “), between digits or
     what may be one number ("3." and "14"), before an answer that begins with a mark, and where a
     script with spaces and one without meet.
     """
     last, first = prompt[-1], answer.lstrip()[:1]
     category = unicodedata.category(last)
+    if _may_open_or_close(prompt.rpartition("\n")[2]):
+        return ("", " ")
     if last.isspace() or category in ("Ps", "Pi") or (last in "\"'`" and prompt[-2:-1].isspace()):
         return ("",)
     if _unspaced(last):

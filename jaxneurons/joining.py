@@ -27,11 +27,15 @@ def join(
     *,
     config: ModelConfig,
     site: str = "up",
+    wordings: int | None = None,
+    batch_size: int | None = None,
 ) -> list[Query]:
     """The queries, with the separator stated wherever the texts leave two.
 
     Both forms of such an answer are read once by teacher forcing; of equal probabilities the
-    likelier form of `answers.separators` is taken. Nothing is run where nothing is left open.
+    likelier form of `answers.separators` is taken. Where there are options, the form in which all
+    of them together are likelier: the right one has no say of its own. Nothing is run where nothing
+    is left open.
 
     Args:
       params: the model's parameters.
@@ -39,23 +43,30 @@ def join(
       queries: as `queries.read_queries` reads them.
       config: the model's shape.
       site: whose activations `run_prompts` keeps: the same program as locating.
+      wordings: of each query, the first so many; default: all.
+      batch_size: as `batches.plan` takes it.
     """
     open_ends: list[tuple[int, int, str]] = []
     forms: list[TokenPrompt] = []
     for number, query in enumerate(queries):
-        for wording, (prompt, answer) in enumerate(zip(query.prompts, query.answers, strict=True)):
+        texts_of = zip(query.prompts[:wordings], query.answers[:wordings], strict=True)
+        for wording, (prompt, answer) in enumerate(texts_of):
             if query.separator(wording) is not None or not (prompt.strip() and answer.strip()):
                 continue
             between = separators(prompt, answer)
+            texts = query.options[wording] or (answer,)
             for each in between if len(between) > 1 else ():
-                form = _encode(tokenizer, query, wording, each, config)
-                if form is not None:
-                    open_ends.append((number, wording, each))
-                    forms.append(form)
+                own = [_encode(tokenizer, query, wording, text, each, config) for text in texts]
+                found = [form for form in own if form is not None]
+                if len(found) == len(texts):
+                    open_ends += [(number, wording, each)] * len(found)
+                    forms += found
+    chances: dict[tuple[int, int, str], float] = {}
+    logps = _log_probabilities(params, forms, config=config, site=site, batch_size=batch_size)
+    for place, logp in zip(open_ends, logps, strict=True):
+        chances[place] = float(np.logaddexp(chances.get(place, -np.inf), logp))
     best: dict[tuple[int, int], tuple[float, str]] = {}
-    for (number, wording, between), logp in zip(
-        open_ends, _log_probabilities(params, forms, config=config, site=site), strict=True
-    ):
+    for (number, wording, between), logp in chances.items():
         if (number, wording) not in best or logp > best[number, wording][0]:
             best[number, wording] = logp, between
     joined = list(queries)
@@ -68,13 +79,13 @@ def join(
 
 
 def _encode(
-    tokenizer: Any, query: Query, wording: int, between: str, config: ModelConfig
+    tokenizer: Any, query: Query, wording: int, text: str, between: str, config: ModelConfig
 ) -> TokenPrompt | None:
     try:
         form = encode_query(
             tokenizer,
             query.prompts[wording],
-            query.answers[wording],
+            text,
             separator=between,
             max_length=config.max_position,
         )
@@ -86,11 +97,16 @@ def _encode(
 
 
 def _log_probabilities(
-    params: Any, prompts: Sequence[TokenPrompt], *, config: ModelConfig, site: str
+    params: Any,
+    prompts: Sequence[TokenPrompt],
+    *,
+    config: ModelConfig,
+    site: str,
+    batch_size: int | None,
 ) -> list[float]:
     """Log-probability of each whole answer."""
     found = np.zeros(len(prompts))
-    for batch in batches.plan(prompts):
+    for batch in batches.plan(prompts, batch_size):
         pre = run_prompts(params, batch, config=config, site=site)
         p = np.maximum(np.asarray(pre.probability, np.float64), np.finfo(np.float64).tiny)
         real = batch.index >= 0

@@ -145,7 +145,15 @@ def locate(
     check_groups(queries)
     encode_queries(lm, queries, settings)  # what cannot be used is said before anything runs
     if settings.form == "context":
-        queries = join(lm.params, lm.tokenizer, queries, config=lm.config, site=settings.site)
+        queries = join(
+            lm.params,
+            lm.tokenizer,
+            queries,
+            config=lm.config,
+            site=settings.site,
+            wordings=settings.prompts,
+            batch_size=batch_size,
+        )
     prompts = encode_queries(lm, queries, settings)
     plan = batches.plan(prompts, batch_size)
     identity = {

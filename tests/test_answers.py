@@ -62,7 +62,9 @@ def test_after_white_space_open_brackets_and_wide_text_it_has_none(tokenizer, en
     assert text(tokenizer, before + ids).endswith(prompt + "A")
 
 
-@pytest.mark.parametrize("end", [".", "?", "a", "7", ")", "”", 's "x"', "서울은", "é", "ل"])
+@pytest.mark.parametrize(
+    "end", [".", "?", "a", "7", ")", "”", 's "x"', "« x »", "서울은", "é", "ل", *"؟،؛۔।॥·։׃።"]
+)
 def test_after_words_and_closing_marks_it_has_a_space(end):
     assert separators("text" + end, "A") == (" ",)
 
@@ -93,6 +95,26 @@ def test_after_other_marks_either_form_may_be_meant(end):
 )
 def test_what_an_answer_begins_with_counts(prompt, answer, either):
     assert (len(separators(prompt, answer)) == 2) == either
+
+
+@pytest.mark.parametrize(
+    ("end", "forms"),
+    [
+        ('print("', {"", " "}),
+        ('<a href="', {"", " "}),
+        ('f("x", "', {""}),
+        ('f("x"', {" "}),
+        ('"One.\nTwo."', {"", " "}),  # which of its marks opened it is on another line
+        ("„Wort“", {"", " "}),
+        ("»ord«", {"", " "}),
+        ("sade ”", {"", " "}),
+        ("他说“", {""}),
+        ("he said “", {""}),
+        ("“No”", {" "}),
+    ],
+)
+def test_quotation_marks_that_open_or_close(end, forms):
+    assert set(separators(end, "A")) == forms
 
 
 def test_a_stated_separator_is_taken(tokenizer):

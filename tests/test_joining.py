@@ -22,7 +22,7 @@ from jaxneurons.joining import join
 from jaxneurons.locate import LowOptionMassWarning, UnlikelyAnswerWarning, encode_queries, locate
 from jaxneurons.pcr import FACTORS
 from jaxneurons.prediction import predict
-from jaxneurons.qrnca import QRNCAConfig
+from jaxneurons.qrnca import QRNCAConfig, run_prompts
 from jaxneurons.qrnca_run import make_run, open_run
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import parse_queries, read_queries
@@ -88,6 +88,28 @@ def test_the_model_decides_where_the_texts_leave_two_forms(lm):
     assert chosen == {"", " "}
 
 
+def test_options_are_joined_by_all_of_them_not_by_the_right_one(lm):
+    wording = "Which {}?\n A. one\n B. two\n C. three\nIt is option-"
+    records = {
+        f"{n} {letter}": {"sentences": [wording.format(n)], "obj_label": [letter]}
+        for n in range(8)
+        for letter in "ABC"
+    }
+    queries = parse_queries("test", records)
+    joined = join(lm.params, lm.tokenizer, queries, config=lm.config)
+    lured = 0
+    for n in range(8):
+        p = {}
+        for between, letter in itertools.product(("", " "), "ABC"):
+            form = encode_query(lm.tokenizer, wording.format(n), letter, separator=between)
+            p[between, letter] = whole(lm, form.prompt, form.answer)
+        mass = {between: sum(p[between, letter] for letter in "ABC") for between in ("", " ")}
+        best = max(mass, key=mass.__getitem__)
+        assert {query.separator(0) for query in joined[3 * n : 3 * n + 3]} == {best}
+        lured += any((p["", letter] > p[" ", letter]) != (best == "") for letter in "ABC")
+    assert lured  # else one letter would decide alike
+
+
 def test_nothing_is_run_where_nothing_is_open_or_all_is_stated(lm, monkeypatch):
     monkeypatch.setattr(joining, "run_prompts", None)
     records = cloze(4)
@@ -98,6 +120,24 @@ def test_nothing_is_run_where_nothing_is_open_or_all_is_stated(lm, monkeypatch):
     forms = encode_queries(lm, queries, QRNCAConfig())
     texts = [lm.tokenizer.decode([*form.prompt, *form.answer]) for form in forms[:4]]
     assert texts == ["a second-Paris", "a third-Paris", "a second- Rome", "The end is Rome"]
+
+
+@pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+def test_only_wordings_that_are_used_are_decided_in_batches_as_asked(lm, tmp_path, monkeypatch):
+    shapes = []
+
+    def seen(params, batch, **settings):
+        shapes.append(batch.tokens.shape[0])
+        return run_prompts(params, batch, **settings)
+
+    monkeypatch.setattr(joining, "run_prompts", seen)
+    records = {f"q{n}": {"prompts": [f"{n} or-", f"{n} so-"], "answer": "no"} for n in range(4)}
+    queries = parse_queries("test", records)
+    locate(lm, queries, tmp_path / "run", settings=SETTINGS, batch_size=2)
+    assert set(shapes) == {2}
+    for query in open_run(tmp_path / "run", lm).queries:
+        assert query.separator(0) is not None
+        assert query.separator(1) is None  # `SETTINGS` uses one
 
 
 @pytest.mark.parametrize(
