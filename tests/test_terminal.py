@@ -154,7 +154,7 @@ def test_memory_and_numbers_beyond_bounds_are_errors_of_the_input(error, said):
 
 
 def test_want_of_memory_is_one_line(run, monkeypatch):
-    def describe(source):
+    def describe(source, **_):
         raise MemoryError("Unable to allocate 9 GiB")
 
     monkeypatch.setattr("jaxneurons.describe.describe", describe)
