@@ -22,7 +22,15 @@ def main() -> None:
             signal.signal(number, _end)
     from jaxneurons.cli import main as command
 
-    command()
+    try:
+        command()
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # What a failure has left in threads would print tracebacks during Python's own shutdown.
+        from jaxneurons.stopping import leave
+
+        leave(stop.code if isinstance(stop.code, int) else 1)
 
 
 if __name__ == "__main__":

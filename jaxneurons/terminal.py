@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -52,6 +53,12 @@ class Plain(Console):
     def render_str(self, text: str, **how: Any) -> Text:
         """Every text that is printed, and every cell and title of a table, comes through here."""
         return super().render_str(self.shown(text), **how)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """What cells that were cut off end in takes one column in every encoding."""
+        for segment in super().render(renderable, options):
+            cut = "\u2026" in segment.text and encodable("\u2026", self.encoding) != "\u2026"
+            yield segment._replace(text=segment.text.replace("\u2026", "~")) if cut else segment
 
     def on_broken_pipe(self) -> None:
         """Nobody reads on: `stopping` ends the command."""
@@ -278,7 +285,7 @@ def show_demo(result: "Demo", out: Path) -> None:
         if effect.group == "all":
             table.add_section()
         table.add_row(
-            shortened(effect.group, NAME),
+            _name(effect.group),
             f"{effect.facts}",
             f"{effect.neurons:.1f}",
             f"{effect.before:.3f}",
@@ -318,7 +325,7 @@ def show_study(out: Path) -> None:
         if name in own:
             cells += [f"{own[name]['right_before']}/{own[name]['prompts']}"]
             cells += _drops(tables["ablation"], name)
-        table.add_row(shortened(name, NAME), *cells)
+        table.add_row(_name(name), *cells)
     summary = [
         row
         for row in tables.get("summary", [])
@@ -359,7 +366,7 @@ def show_comparison(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     for row in sorted(rows, key=lambda row: (-row["same_wording"], -row["shared"])):
         table.add_row(
-            shortened(row["relation"], NAME),
+            _name(row["relation"]),
             f"{row['neurons']}, {row['other_neurons']}",
             str(row["shared"]),
             _number(row["shared_others"], ".0f"),
@@ -457,7 +464,7 @@ def show_prediction(rows: list[dict[str, Any]]) -> None:
         [f"{r['accuracy']:.0%}" for r in rows if (r["readout"], r["pool"]) == kind]
         for kind in kinds
     ]
-    down, corner = [shortened(group, NAME) for group in groups], "group"
+    down, corner = [_name(group) for group in groups], "group"
     if len(groups) <= GROUPS:
         across, down, corner = down, across, "readout, neurons"
     else:
@@ -471,6 +478,11 @@ def show_prediction(rows: list[dict[str, Any]]) -> None:
     for name, values in zip(down, cells, strict=True):
         table.add_row(name, *values)
     console.print(table)
+
+
+def _name(text: str) -> str:
+    """A name of at most `NAME` columns as the terminal shows it: escapes are wider than letters."""
+    return shortened(console.shown(text), NAME)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,9 +1,11 @@
 """Out and back in: native and Hugging Face directories, bit for bit."""
 
+import errno
 import gc
 import hashlib
 import importlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -115,6 +117,27 @@ def test_a_full_disk(tmp_path, tokenizer, monkeypatch, capfd, caplog, to):
     save(lm, tmp_path / "out", to=to)
     again = jaxneurons.load(tmp_path / "out")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.params, lm.params))
+
+
+@pytest.mark.parametrize("where", ["orbax/checkpoint/_src/futures/future.py", "others/future.py"])
+def test_errors_of_the_writers_threads_that_name_no_file(tmp_path, caplog, where):
+    """Those of Orbax's are raised anyway; those of others are not hidden."""
+    from jaxneurons.convert.native import _one_report
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = sys.unraisablehook
+    try:
+        with pytest.raises(OSError, match="No space"), _one_report(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        error = OSError(errno.ENOSPC, "No space left on device")
+        about = (logging.ERROR, f"/site-packages/{where}", 378, "raised an exception")
+        for logger in loggers:
+            logger.handle(logging.LogRecord(logger.name, *about, (), (OSError, error, None)))
+        assert len(caplog.records) == (0 if where.startswith("orbax") else 2)
+    finally:
+        sys.unraisablehook = before
+        for logger in loggers:
+            logger.removeFilter(logger.filters[-1])
 
 
 def test_transformers_loads_what_was_written_without_a_warning(tmp_path, tokenizer, caplog):

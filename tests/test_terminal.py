@@ -87,6 +87,14 @@ def test_a_long_name_leaves_room_for_the_numbers(monkeypatch, width):
         assert re.search(r"of which of .*….* 120, 130 +17 +4 +the same", text)
 
 
+def test_a_name_of_escapes_leaves_room_for_the_numbers(monkeypatch):
+    """Twelve letters of a script that the terminal lacks are 72 columns of escapes."""
+    rows = comparison("\u751f\u7269" * 6)
+    text = printed(lambda: terminal.show_comparison(rows), monkeypatch, encoding="ascii")
+    assert len({len(line) for line in text.splitlines()[1:]}) == 1
+    assert re.search(r"\\u751f\\u7269.*\| *120, 130 \| *17 \| *4 \| *the same", text)
+
+
 def test_readouts_of_many_groups_are_rows(monkeypatch):
     few = printed(lambda: terminal.show_prediction(prediction("abc")), monkeypatch)
     assert re.search(r"ridge, own +12% +25% +38%", few)
@@ -146,7 +154,7 @@ def test_memory_and_numbers_beyond_bounds_are_errors_of_the_input(error, said):
 
 
 def test_want_of_memory_is_one_line(run, monkeypatch):
-    def describe(source):
+    def describe(source, **_):
         raise MemoryError("Unable to allocate 9 GiB")
 
     monkeypatch.setattr("jaxneurons.describe.describe", describe)
@@ -232,6 +240,26 @@ def listens(process):
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)
     return caught >> (signal.SIGTERM - 1) & 1
+
+
+def test_a_failure_ends_without_a_shutdown_of_what_it_left_in_threads(tmp_path):
+    """Threads of a writer that failed print tracebacks then."""
+    program = (
+        "import atexit, sys, jaxneurons_main\n"
+        "atexit.register(print, 'a traceback', file=sys.stderr)\n"
+        "sys.argv[1:] = ['inspect', 'nothing']\n"
+        "jaxneurons_main.main()\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: unknown model 'nothing'")
+    assert found.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for the moment")
