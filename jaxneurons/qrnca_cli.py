@@ -140,17 +140,24 @@ def questions(
     if form not in FORMS:
         raise ConfigError(f"unknown form {form!r}; {near_matches(form, FORMS)}")
     check_not_input(destination, source)
+    asked = read_questions(source)
+    made: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    records: list[dict[str, Any]] = []
+    try:
+        if form == "free":
+            records = free_form(asked, wordings=wordings)
+        else:
+            made, left_out = multi_choice(asked, options=options, wordings=wordings, seed=seed)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
     if form == "free":
-        records = free_form(read_questions(source), wordings=wordings)
         write_json_lines(destination, records)
         console.print(
             f"Written: {destination} ({len(records)} questions, answers as they are)",
             soft_wrap=True,
         )
         return
-    made, left_out = multi_choice(
-        read_questions(source), options=options, wordings=wordings, seed=seed
-    )
     for name, why in left_out.items():
         errors.print(f"left out: question {name!r}: {why}", style="yellow", soft_wrap=True)
     if not made:

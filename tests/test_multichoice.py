@@ -333,6 +333,13 @@ def test_from_the_command_line(run, tmp_path):
     code, _, err = run("qrnca", "questions", source, tmp_path / "none.json")
     assert (code, err.splitlines()[-1].startswith("error: ")) == (1, True)
     assert not (tmp_path / "none.json").exists()
+    source.write_text(json.dumps([{**record, "language": "xx"} for record in records]))
+    for form in ("choice", "free"):
+        code, _, err = run("qrnca", "questions", source, tmp_path / "none.json", "--form", form)
+        assert (code, f"{source}: question 'q0': no wordings in" in " ".join(err.split())) == (
+            1,
+            True,
+        )
     before = source.read_bytes()
     (tmp_path / "link.json").symlink_to(source)
     for form in ("choice", "free"):
