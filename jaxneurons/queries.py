@@ -60,6 +60,8 @@ def read_queries(path: str | os.PathLike[str]) -> list[Query]:
         what is wrong.
     """
     path = Path(path)
+    if not os.path.lexists(path):
+        raise DataError(f"{path}: no such query file")
     return _checked(path, _records(path, read_values(path)))
 
 

@@ -24,6 +24,9 @@ from jaxneurons.qrnca import QRNCAConfig
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import read_queries
 
+# A random model says anything rather than the answer.
+pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+
 PROGRAM = (sys.executable, "-m", "jaxneurons.cli")
 
 
@@ -253,11 +256,15 @@ def test_gguf_that_claims_too_much(run, facts, tmp_path):
     fails(locate(run, path, facts, tmp_path / "run"), r"big\.gguf")
 
 
-def test_options_that_the_tokenizer_cannot_tell_apart(run, gguf_file, tmp_path):
+@pytest.mark.filterwarnings("ignore::jaxneurons.locate.LowOptionMassWarning")
+def test_options_that_begin_with_the_same_token(run, gguf_file, tmp_path):
     """A vocabulary without " A" writes every option as a space and a letter."""
     queries = write_queries(tmp_path / "choice.json", multi_choice(4))
     model = gguf_file(**{"llama.context_length": 512})
-    fails(locate(run, model, queries, tmp_path / "run"), r"query 'q0', prompt 1: .*first token")
+    code, _, err = locate(run, model, queries, tmp_path / "run")
+    assert code == 0, err
+    lines = (tmp_path / "run" / "neurons.jsonl").read_text().splitlines()
+    assert all(0 < mass < 1 for line in lines for mass in json.loads(line)["option_mass"])
 
 
 def test_demo_of_a_model_that_knows_nothing(run, model, tmp_path, facts, monkeypatch):
