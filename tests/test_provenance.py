@@ -20,6 +20,9 @@ from jaxneurons.relspec import RelSpecConfig
 from jaxneurons.relspec_run import begin, ignored_keys_of, resume
 from jaxneurons.store import RunDirectory
 
+# A random model says anything rather than the answer.
+pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):

@@ -166,14 +166,20 @@ def test_want_of_memory_is_one_line(run, monkeypatch):
 # --- as a program ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """A shell that runs tests in the background makes them, and their children, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(*arguments, env=(), **how):
     return subprocess.Popen(
         [*PROGRAM, *map(str, arguments)],
         env={**os.environ, **dict(env)},
         stdout=how.pop("stdout", subprocess.PIPE),
         stderr=how.pop("stderr", subprocess.PIPE),
-        # A shell that runs tests in the background makes its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **how,
     )
 
@@ -271,7 +277,6 @@ def test_a_signal_while_libraries_are_loaded(after):
         cwd=Path(__file__).parents[1],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while process.poll() is None and not listens(process):
         time.sleep(0.005)
