@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from jaxneurons.errors import DataError
+from jaxneurons.matching import SPACELESS
+from jaxneurons.token_ids import check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,8 +67,8 @@ def _ends_with(text: str, token: object) -> bool:
     return isinstance(token, str) and bool(token) and text.rstrip().endswith(token)
 
 
-_UNSPACED = ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI", "CHAM")
-"""How the names of the letters of scripts begin that write words without spaces."""
+_UNSPACED = (*SPACELESS, "TIBETAN", "CHAM")
+"""How the names of letters begin whose scripts put no space between a prompt and what follows."""
 _CLOSING = '.,;:?!…%"”»›)]}。؟،؛۔।॥·։׃።'
 """After these a space follows, unless a number goes on."""
 
@@ -221,6 +223,7 @@ def encode_query(
     form: TargetForm = "context",
     separator: str | None = None,
     max_length: int | None = None,
+    vocab_size: int | None = None,
 ) -> TokenPrompt:
     """A prompt, its answer and its options as token ids.
 
@@ -232,10 +235,11 @@ def encode_query(
       form: as `encode_answer` takes it.
       separator: as `encode_answer` takes it.
       max_length: of prompt and answer together.
+      vocab_size: rows of the model's embedding, which a tokenizer may be longer than.
 
     Raises:
       DataError: an empty text, an answer that cannot be tokenised in its place, options of the same
-        tokens, or more tokens than `max_length`.
+        tokens, more tokens than `max_length`, or a token id beyond `vocab_size`.
     """
     ids = encode_prompt(tokenizer, prompt)
 
@@ -249,6 +253,9 @@ def encode_query(
             f"the prompt and its answer have {len(ids) + longest} tokens, the model's context "
             f"holds {max_length}; shorten the prompt"
         )
+    if vocab_size is not None:
+        for each in (ids, target, *choices):
+            check_ids(each, vocab_size, tokenizer)
     if len(set(choices)) < len(choices):
         raise DataError(
             f"the options {', '.join(options)} are not told apart by this tokenizer; "

@@ -17,15 +17,19 @@ Prompts = Mapping[str, Sequence[PromptScores]]
 """By query id, what is known of each of its prompts."""
 
 
-class LowOptionMassWarning(UserWarning):
+class CaveatWarning(UserWarning):
+    """Something makes located neurons doubtful."""
+
+
+class LowOptionMassWarning(CaveatWarning):
     """The options hold little probability: the model would rather say something else."""
 
 
-class UnlikelyAnswerWarning(UserWarning):
+class UnlikelyAnswerWarning(CaveatWarning):
     """An answer is far from the model's first choice, so its neurons may be another word's."""
 
 
-class UnresolvedWarning(UserWarning):
+class UnresolvedWarning(CaveatWarning):
     """The adaptive rule stopped at `Quadrature.max_nodes` before a layer's path was resolved."""
 
 
@@ -35,7 +39,7 @@ def caveats(
     *,
     quadrature: Quadrature,
     decode: Callable[[list[int]], object],
-) -> Iterator[tuple[type[UserWarning], str]]:
+) -> Iterator[tuple[type[CaveatWarning], str]]:
     """What is to be said of a run: warnings by category.
 
     Args:

@@ -17,7 +17,6 @@ from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
 from jaxneurons.qrnca import run_prompts
 from jaxneurons.queries import Query
-from jaxneurons.token_ids import check_ids
 
 
 def join(
@@ -82,16 +81,14 @@ def _encode(
     tokenizer: Any, query: Query, wording: int, text: str, between: str, config: ModelConfig
 ) -> TokenPrompt | None:
     try:
-        form = encode_query(
+        return encode_query(
             tokenizer,
             query.prompts[wording],
             text,
             separator=between,
             max_length=config.max_position,
+            vocab_size=config.vocab_size,
         )
-        for ids in (form.prompt, form.answer):
-            check_ids(ids, config.vocab_size, tokenizer)
-        return form
     except DataError:  # no tokens of its own in this form; what is wrong is said when it is encoded
         return None
 

@@ -22,12 +22,7 @@ import numpy as np
 from jaxneurons import batches, qrnca
 from jaxneurons.answers import LOW_ODDS, LOW_OPTION_MASS, TokenPrompt, encode_query
 from jaxneurons.caches import Caches, prompts_of
-from jaxneurons.caveats import (  # noqa: F401  (the warnings are raised here)
-    LowOptionMassWarning,
-    UnlikelyAnswerWarning,
-    UnresolvedWarning,
-    caveats,
-)
+from jaxneurons.caveats import caveats
 from jaxneurons.errors import DataError
 from jaxneurons.finite import NotFiniteError
 from jaxneurons.joining import join
@@ -37,7 +32,6 @@ from jaxneurons.qrnca import PromptScores, QRNCAConfig, QueryNeurons
 from jaxneurons.queries import Query
 from jaxneurons.store import RunDirectory, digest, write_json, write_json_lines
 from jaxneurons.tables import read_json
-from jaxneurons.token_ids import check_ids
 from jaxneurons.typed_json import typed
 
 FORMAT = 3
@@ -87,9 +81,8 @@ def encode_queries(lm: LM, queries: Sequence[Query], settings: QRNCAConfig) -> l
                     form=settings.form,  # type: ignore[arg-type]
                     separator=query.separator(i),
                     max_length=lm.config.max_position,
+                    vocab_size=lm.config.vocab_size,
                 )
-                for ids in (prompt.prompt, prompt.answer, *prompt.options):
-                    check_ids(ids, lm.config.vocab_size, lm.tokenizer)
                 encoded.append(prompt)
             except DataError as error:
                 raise DataError(f"query {query.id!r}, prompt {i + 1}: {error}") from None

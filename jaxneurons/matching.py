@@ -14,7 +14,7 @@ from typing import NamedTuple
 SHORTEST = 3
 """Letters that the beginning of a word needs to stand for the word."""
 
-_SPACELESS = ("THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW TAI", "AHOM", "BALINESE", "JAVANESE")
+SPACELESS = ("THAI", "LAO", "KHMER", "MYANMAR", "TAI", "NEW TAI", "AHOM", "BALINESE", "JAVANESE")
 """First words of the names of letters that are written without spaces (UAX #14: class SA)."""
 
 _POINTS = ".,:/^\u2044\u066b\u066c"
@@ -194,7 +194,7 @@ def _kind(character: str) -> str:
     name = unicodedata.name(character, "")
     if name.startswith(("CJK UNIFIED", "CJK COMPATIBILITY")):
         return "ideograph"  # writes no spaces: each is a word
-    if name.startswith(_SPACELESS) and not character.isdecimal():
+    if name.startswith(SPACELESS) and not character.isdecimal():
         return "spaceless"
     return "letter"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxneurons import batches
+from jaxneurons.caveats import CaveatWarning
 from jaxneurons.errors import DataError
 from jaxneurons.json_file import read_values
 from jaxneurons.load import LM, load
@@ -15,9 +16,6 @@ from jaxneurons.locate import (
     QUERIES,
     RUN,
     Located,
-    LowOptionMassWarning,
-    UnlikelyAnswerWarning,
-    UnresolvedWarning,
     locate,
     prompt_count,
 )
@@ -171,8 +169,7 @@ def make_run(
     """`locate` as a `Run`: what is not finished there is located first."""
     size = batch_size or batches.default_batch_size()
     with warnings.catch_warnings():
-        for category in (LowOptionMassWarning, UnlikelyAnswerWarning, UnresolvedWarning):
-            warnings.simplefilter("ignore", category)  # said when it was located
+        warnings.simplefilter("ignore", CaveatWarning)  # said when it was located
         located = locate(
             lm,
             queries,

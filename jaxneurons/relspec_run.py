@@ -104,10 +104,9 @@ def begin(
 
 def ignored_keys_of(out: str | os.PathLike[str]) -> list[str]:
     """The keys of the model's configuration that a study was begun without."""
-    keys = read_json(Path(out) / STUDY).get("ignored_keys", [])
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise DataError(f"{Path(out) / STUDY}: ignored_keys is not a list of names; begin anew")
-    return keys
+    path = Path(out) / STUDY
+    keys = read_json(path).get("ignored_keys", [])
+    return list(typed(tuple[str, ...], keys, f"{path}: ignored_keys"))
 
 
 def resume(out: str | os.PathLike[str]) -> tuple[str, list[str], RelSpecConfig]:

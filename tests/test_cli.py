@@ -25,7 +25,7 @@ from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import read_queries
 
 # A random model says anything rather than the answer.
-pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.caveats.UnlikelyAnswerWarning")
 
 PROGRAM = (sys.executable, "-m", "jaxneurons.cli")
 
@@ -78,7 +78,7 @@ def test_locate(run, model, facts, tmp_path):
     assert "another settings" in err
 
 
-@pytest.mark.filterwarnings("default::jaxneurons.locate.LowOptionMassWarning")
+@pytest.mark.filterwarnings("default::jaxneurons.caveats.LowOptionMassWarning")
 def test_reference_mode_limit_and_warning(run, model, tmp_path):
     queries = write_queries(tmp_path / "choice.json", multi_choice(6))
     out = tmp_path / "run"
@@ -256,7 +256,7 @@ def test_gguf_that_claims_too_much(run, facts, tmp_path):
     fails(locate(run, path, facts, tmp_path / "run"), r"big\.gguf")
 
 
-@pytest.mark.filterwarnings("ignore::jaxneurons.locate.LowOptionMassWarning")
+@pytest.mark.filterwarnings("ignore::jaxneurons.caveats.LowOptionMassWarning")
 def test_options_that_begin_with_the_same_token(run, gguf_file, tmp_path):
     """A vocabulary without " A" writes every option as a space and a letter."""
     queries = write_queries(tmp_path / "choice.json", multi_choice(4))

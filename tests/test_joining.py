@@ -17,9 +17,10 @@ import jaxneurons
 from jaxneurons import forward, joining
 from jaxneurons.answers import encode_query, separators
 from jaxneurons.baselines import MATCHED
+from jaxneurons.caveats import LowOptionMassWarning, UnlikelyAnswerWarning
 from jaxneurons.errors import DataError
 from jaxneurons.joining import join
-from jaxneurons.locate import LowOptionMassWarning, UnlikelyAnswerWarning, encode_queries, locate
+from jaxneurons.locate import encode_queries, locate
 from jaxneurons.pcr import FACTORS
 from jaxneurons.prediction import predict
 from jaxneurons.qrnca import QRNCAConfig, run_prompts
@@ -122,7 +123,7 @@ def test_nothing_is_run_where_nothing_is_open_or_all_is_stated(lm, monkeypatch):
     assert texts == ["a second-Paris", "a third-Paris", "a second- Rome", "The end is Rome"]
 
 
-@pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+@pytest.mark.filterwarnings("ignore::jaxneurons.caveats.UnlikelyAnswerWarning")
 def test_only_wordings_that_are_used_are_decided_in_batches_as_asked(lm, tmp_path, monkeypatch):
     shapes = []
 
@@ -155,7 +156,7 @@ def test_separators_that_cannot_be(stated, message):
         parse_queries("test", {"x": record})
 
 
-@pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+@pytest.mark.filterwarnings("ignore::jaxneurons.caveats.UnlikelyAnswerWarning")
 def test_what_was_decided_is_kept_in_the_run(lm, tmp_path, monkeypatch):
     records = cloze(6)
     for record in records:
@@ -188,7 +189,7 @@ def test_smollm2_decides_as_people_write(smollm2, prompt, answer, between, least
     assert float(jax.nn.softmax(out.logits[0, -1])[form.answer[0]]) > least
 
 
-@pytest.mark.filterwarnings("default::jaxneurons.locate.UnlikelyAnswerWarning")
+@pytest.mark.filterwarnings("default::jaxneurons.caveats.UnlikelyAnswerWarning")
 def test_answers_far_from_the_first_choice_are_warned_of(lm, tmp_path):
     queries = read_queries(write_queries(tmp_path / "q.json", cloze(6)))
     with pytest.warns(UnlikelyAnswerWarning, match="less than 0.01 times as probable") as caught:

@@ -15,14 +15,9 @@ from fixtures import cloze, multi_choice, write_lm, write_queries
 import jaxneurons
 from jaxneurons import batches, qrnca
 from jaxneurons.attribution import integrated_gradients
+from jaxneurons.caveats import LowOptionMassWarning, UnresolvedWarning
 from jaxneurons.errors import ConfigError, DataError, JaxneuronsError
-from jaxneurons.locate import (
-    LowOptionMassWarning,
-    UnresolvedWarning,
-    encode_queries,
-    facts_there,
-    locate,
-)
+from jaxneurons.locate import encode_queries, facts_there, locate
 from jaxneurons.neurons import Neuron
 from jaxneurons.qrnca import QRNCAConfig
 from jaxneurons.qrnca_run import open_run, source_of
@@ -31,7 +26,7 @@ from jaxneurons.queries import read_queries
 from jaxneurons.terminal import show_located
 
 # A random model says anything rather than the answer.
-pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.caveats.UnlikelyAnswerWarning")
 
 SETTINGS = QRNCAConfig(quadrature=Quadrature("gauss", 2))
 WIDTH, LAYERS = 64, 3

@@ -21,7 +21,7 @@ from jaxneurons.relspec_run import begin, ignored_keys_of, resume
 from jaxneurons.store import RunDirectory
 
 # A random model says anything rather than the answer.
-pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.caveats.UnlikelyAnswerWarning")
 
 
 @pytest.fixture(scope="module")

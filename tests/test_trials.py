@@ -41,7 +41,7 @@ from jaxneurons.queries import read_queries
 from jaxneurons.trials import run_trials
 
 # A random model says anything rather than the answer.
-pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.locate.UnlikelyAnswerWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.caveats.UnlikelyAnswerWarning")
 
 SETTINGS = QRNCAConfig(quadrature=Quadrature("gauss", 3), common=0.6)
 LAYERS, WIDTH = 3, 64
