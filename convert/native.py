@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ PARAMS = "params"
 FORMAT = 1
 _OWN = "sha256_of_the_above"
 _CHUNK_BYTES = 32 << 20
+_NEVER_BEGAN = r"coroutine '[\w.<>]*(serialize|write)[\w.<>]*' was never awaited"
 
 
 def write_params(directory: Path, params: Mapping[str, Any]) -> None:
@@ -64,8 +67,9 @@ def _one_report(directory: Path) -> Iterator[None]:
     """
     before = sys.unraisablehook
 
-    def hook(raised: Any) -> None:  # a write that ended after another one's failure
-        if str(raised.exc_value) != "Event loop is closed":
+    def hook(raised: Any) -> None:  # a write that ended after another one's failure, or never began
+        said = str(raised.exc_value)
+        if said != "Event loop is closed" and not re.match(_NEVER_BEGAN, said):
             before(raised)
 
     def other(record: logging.LogRecord) -> bool:
@@ -79,7 +83,11 @@ def _one_report(directory: Path) -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(other)
     sys.unraisablehook = hook
-    yield
+    try:
+        yield
+    except BaseException:
+        warnings.filterwarnings("ignore", _NEVER_BEGAN, RuntimeWarning)
+        raise
     for logger in loggers:
         logger.removeFilter(other)
     if sys.unraisablehook is hook:

@@ -119,6 +119,42 @@ def test_a_full_disk(tmp_path, tokenizer, monkeypatch, capfd, caplog, to):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.params, lm.params))
 
 
+def test_writes_that_never_began(tmp_path, capfd):
+    """After a failure asyncio drops other writes, some of them later: not another report."""
+    from jaxneurons.convert.native import _one_report
+
+    def async_serialize_from_host():
+        async def write_fragment():
+            pass
+
+        return write_fragment()
+
+    before = sys.unraisablehook
+    raised = []
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    try:
+        sys.unraisablehook = raised.append
+        with pytest.raises(OSError, match="No space"), _one_report(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        async_serialize_from_host()  # dropped at once
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # as when the filters have been set anew since
+            async_serialize_from_host()
+        assert not raised
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _another()
+        assert len(raised) == 1
+    finally:
+        sys.unraisablehook = before
+        for logger in loggers:
+            logger.removeFilter(logger.filters[-1])
+
+
+async def _another():
+    """Somebody else's."""
+
+
 @pytest.mark.parametrize("where", ["orbax/checkpoint/_src/futures/future.py", "others/future.py"])
 def test_errors_of_the_writers_threads_that_name_no_file(tmp_path, caplog, where):
     """Those of Orbax's are raised anyway; those of others are not hidden."""
