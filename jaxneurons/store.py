@@ -4,13 +4,14 @@ Every file is written under another name and moved into place, so that a file th
 whole. A directory belongs to one identity (model, data, settings): another one is refused.
 """
 
+import abc
 import hashlib
 import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,53 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-class RunDirectory:
+class Parts(abc.ABC):
+    """Finished results by name: loaded where they are there, else made and kept."""
+
+    @property
+    @abc.abstractmethod
+    def path(self) -> Path | None:
+        """The directory that they are in; None: in memory."""
+
+    @abc.abstractmethod
+    def load(self, name: int | str) -> dict[str, np.ndarray] | None:
+        """A finished part, or None if it is not there."""
+
+    @abc.abstractmethod
+    def save(self, name: int | str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a part."""
+
+    def part(
+        self, name: int | str, make: Callable[[], Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """The part of that name; made and kept where it is not there."""
+        found = self.load(name)
+        if found is None:
+            found = {key: np.asarray(value) for key, value in make().items()}
+            self.save(name, found)
+        return found
+
+
+class Memory(Parts):
+    """Parts that live as long as this object."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int | str, dict[str, np.ndarray]] = {}
+
+    @property
+    def path(self) -> None:
+        """In no directory."""
+
+    def load(self, name: int | str) -> dict[str, np.ndarray] | None:
+        """A finished part, or None if it is not there."""
+        return self._parts.get(name)
+
+    def save(self, name: int | str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a part."""
+        self._parts[name] = dict(arrays)
+
+
+class RunDirectory(Parts):
     """A directory of results with numbered or named parts that a later run picks up.
 
     Args:
@@ -152,7 +199,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
-        self.path = Path(path)
+        self._path = Path(path)
         self.parts = self.path / "parts"
         if self.path.exists() and not self.path.is_dir():
             raise DataError(f"{self.path}: is a file; give a directory to write results to")
@@ -166,6 +213,11 @@ class RunDirectory:
             )
         make_directory(self.parts)
         write_json(known, dict(identity))
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self._path
 
     def _is_new(self) -> bool:
         """Whether nothing is there but what a first write, stopped or refused, leaves behind."""

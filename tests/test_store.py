@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jaxneurons import store
 from jaxneurons.errors import DataError, WriteError
 from jaxneurons.store import (
+    Memory,
     RunDirectory,
     check_not_input,
     digest,
@@ -295,3 +296,19 @@ def test_part_that_is_something_else(tmp_path):
     path.unlink()
     path.mkdir()
     assert run.load(0) is None
+
+
+@pytest.mark.parametrize("keep", [lambda path: RunDirectory(path, {"n": 1}), lambda path: Memory()])
+def test_a_part_is_made_once(tmp_path, keep):
+    parts = keep(tmp_path / "run")
+    made = []
+
+    def make():
+        made.append(1)
+        return {"values": [1.5, 2.5]}
+
+    for _ in range(2):
+        assert parts.part("a", make)["values"].tolist() == [1.5, 2.5]
+    assert len(made) == 1
+    assert parts.load("b") is None
+    assert parts.path is None or (parts.path / "parts" / "a.npz").is_file()
