@@ -117,7 +117,7 @@ def method_sets(
     rng = np.random.default_rng(seed)
     found: dict[str, dict[str, list[Neuron]]] = {method: {} for method in METHODS}
     for name, neurons in own.items():
-        cluster, size = clusters[name], len(neurons.neurons)
+        cluster, size = clusters[name], len(neurons.ranking)
         naica = {n: na * math.log(len(clusters) / (counts[n] + 1)) for n, na in cluster.items()}
         flat = {
             "with common neurons": _best(naica, cluster, size),
@@ -128,7 +128,7 @@ def method_sets(
         }
         for method, members in flat.items():
             found[method][name] = [Neuron(*divmod(int(n), width)) for n in members]
-        found["QRNCA"][name] = list(neurons.neurons)
+        found["QRNCA"][name] = list(neurons.ranking)
     return found
 
 

@@ -10,7 +10,7 @@ import typer
 
 from jaxneurons import qrnca_cli, relspec_cli
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
-from jaxneurons.qrnca_cli import IgnoreKeys
+from jaxneurons.options import IgnoreKeys
 from jaxneurons.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 from jaxneurons.terminal import (
     console,
@@ -20,7 +20,6 @@ from jaxneurons.terminal import (
     gib,
     load_and_say,
     show_certificate,
-    show_demo,
     show_description,
 )
 
@@ -61,12 +60,14 @@ def demo(
 ) -> None:
     """Locate the neurons of a few dozen facts, turn them off, and see what is lost."""
     lm = load_and_say(model, ignore_keys=ignore_key)
-    from jaxneurons.demo import demo_facts, run_demo
+    from jaxneurons.demo import demo as locate_and_suppress
+    from jaxneurons.demo import demo_facts
+    from jaxneurons.qrnca_views import show_demo
 
     facts = demo_facts(lm.source)
     console.print(f"Asking it {len(facts)} facts in 3 wordings each.")
-    with counting("Attributing") as tell:
-        result = run_demo(lm, out, facts=facts, progress=tell)
+    with counting("Attributing") as progress:
+        result = locate_and_suppress(lm, out=out, facts=facts, progress=progress)
     show_demo(result, out)
 
 

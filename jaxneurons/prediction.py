@@ -32,8 +32,9 @@ from jaxneurons.answers import past_shared_tokens
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import DataError
 from jaxneurons.neurons import Neuron
+from jaxneurons.progress import Progress
 from jaxneurons.qrnca_analyses import KINDS
-from jaxneurons.qrnca_run import Progress, Run
+from jaxneurons.qrnca_run import Run
 from jaxneurons.rows import prefill
 from jaxneurons.store import digest
 from jaxneurons.transformer import forward
@@ -103,12 +104,12 @@ def pools(run: Run, half: Mapping[str, int], located_in: int) -> dict[str, list[
     """The neurons of each group from the queries of one half alone, in order of layer and index."""
     clusters = {
         name: qrnca.merge(found, run.settings)
-        for name, found in run.located.prompts.items()
+        for name, found in run.prompts.items()
         if half[name] == located_in
     }
     neurons, _ = qrnca.rank(clusters, width=run.width, settings=run.settings)
     return {
-        group: sorted({n for query in members if query in neurons for n in neurons[query].neurons})
+        group: sorted({n for query in members if query in neurons for n in neurons[query].ranking})
         for group, members in run.groups.items()
     }
 
@@ -175,7 +176,7 @@ def _collect(
     run: Run, union: dict[str, list[Neuron]], seed: int, progress: Progress | None
 ) -> list[dict[str, np.ndarray]]:
     """For each prompt: option chances, and activations and contributions of its group's neurons."""
-    prompts, owners = [past_shared_tokens(p) for p in run.located.encoded], run.owners()
+    prompts, owners = [past_shared_tokens(p) for p in run.encoded], run.owners()
     group_of = {query.id: query.group for query in run.queries}
     size = max(1, *(len(neurons) for neurons in union.values()))
     where = {}

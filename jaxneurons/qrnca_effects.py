@@ -154,7 +154,7 @@ def _share(run: Run, outcomes: Outcomes, method: str, query: str) -> float | Non
     if method == MATCHED:
         return None  # they differ by prompt
     neurons = outcomes.sets[method][query]
-    return _none(completeness_share(run.located.prompts[query], neurons, run.width))
+    return _none(completeness_share(run.prompts[query], neurons, run.width))
 
 
 def _turned(outcome: Any, up: bool) -> tuple[int, int]:

@@ -19,8 +19,9 @@ from jaxneurons.errors import DataError
 from jaxneurons.evaluate import changes, scaled_answers
 from jaxneurons.neurons import Neuron
 from jaxneurons.pcr import FACTORS, unrelated_queries
+from jaxneurons.progress import Progress
 from jaxneurons.qrnca import run_prompts
-from jaxneurons.qrnca_run import Progress, Run
+from jaxneurons.qrnca_run import Run
 from jaxneurons.store import digest
 
 OWN = "QRNCA"
@@ -114,11 +115,10 @@ def run_trials(
       DataError: one group only.
     """
     other = unrelated_queries(run.queries, seed)
-    located = run.located
     sets = method_sets(
-        located.prompts,
-        located.neurons,
-        [neuron for neuron, _ in located.common],
+        run.prompts,
+        run,
+        [neuron for neuron, _ in run.common],
         layers=run.layers,
         width=run.width,
         settings=run.settings,
@@ -147,7 +147,7 @@ def run_trials(
     # In order: it decides which row is whose, and which random neurons are drawn.
     named = [[m, {q: list(map(list, own)) for q, own in by.items()}] for m, by in sets.items()]
     key = digest([named, list(factors.items()), seed, sources, FORMAT])[:16]
-    prompts, owners = run.located.encoded, run.owners()
+    prompts, owners = run.encoded, run.owners()
     plan = batches.plan(prompts, run.batch_size)
     parts = [run.store.load(f"trials-{key}-{number:05d}") for number in range(len(plan))]
     missing = [(n, batch) for n, batch in enumerate(plan) if parts[n] is None]

@@ -102,7 +102,7 @@ def test_common_neurons_and_ica_decide():
     left_out = [neuron for neuron, _ in common]
     assert left_out == [Neuron(0, 5), Neuron(0, 1)]
     found = method_sets(prompts, own, left_out, layers=LAYERS, width=WIDTH, settings=settings)
-    assert own["q0"].neurons == [Neuron(1, 0)]
+    assert own["q0"].ranking == [Neuron(1, 0)]
     assert found["with common neurons"]["q0"] == [Neuron(0, 1)]  # naica: log 2 > 0.4 log 4
     assert found["without ICA"]["q0"] == [Neuron(1, 0)]  # without the common ones
     assert found["Knowledge Neuron*"]["q0"] == [Neuron(0, 1)]  # by attribution alone
@@ -114,16 +114,16 @@ def test_every_method_gives_every_query_at_most_as_many(sets):
     for method, by_query in found.items():
         assert set(by_query) == set(own)
         for name, neurons in by_query.items():
-            assert len(neurons) <= len(own[name].neurons), method
+            assert len(neurons) <= len(own[name].ranking), method
             assert len(set(neurons)) == len(neurons)
 
 
 def test_what_each_method_prefers(sets):
     own, found = sets
-    assert own["q3"].neurons == [Neuron(1, 3), Neuron(2, 1)]
-    assert found["QRNCA"]["q3"] == own["q3"].neurons
+    assert own["q3"].ranking == [Neuron(1, 3), Neuron(2, 1)]
+    assert found["QRNCA"]["q3"] == own["q3"].ranking
     # ICA of a neuron in every cluster is log(8 / 9) < 0: without the filter it still comes last.
-    assert found["with common neurons"]["q3"] == own["q3"].neurons
+    assert found["with common neurons"]["q3"] == own["q3"].ranking
     # By attribution alone: the common one would be first, but is left out.
     assert found["without ICA"]["q3"] == [Neuron(1, 3), Neuron(2, 1)]
     # No ICA, and common neurons stay; neuron 21 is in one of two prompts.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import assert_same_outcomes, cloze, multi_choice, write_lm, write_queries
+from fixtures import assert_same_outcomes, cloze, located_run, multi_choice, write_lm, write_queries
 
 import jaxneurons
 from jaxneurons import batches, caches, qrnca
@@ -15,7 +15,7 @@ from jaxneurons.answers import TokenPrompt
 from jaxneurons.caches import Caches, Prompts, default_limit
 from jaxneurons.evaluate import LastPosition
 from jaxneurons.qrnca import QRNCAConfig
-from jaxneurons.qrnca_run import make_run, open_run
+from jaxneurons.qrnca_run import open_run
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import read_queries
 from jaxneurons.trials import run_trials
@@ -112,7 +112,9 @@ def test_trials_are_the_same_with_and_without(tmp_path, monkeypatch, form):
             record["group"] = "ab"[n % 2]
             record["answer"] = f"{record['answer']} and more"
     queries = read_queries(write_queries(tmp_path / "queries.json", records))
-    run = make_run(tmp_path / "run", lm, queries, SETTINGS, batch_size=4, cache_bytes=1 << 28)
+    run = located_run(
+        lm, queries, out=tmp_path / "run", settings=SETTINGS, batch_size=4, cache_bytes=1 << 28
+    )
     shutil.copytree(run.path, tmp_path / "without")
     shutil.rmtree(tmp_path / "without" / "caches")
     ran, real = [], qrnca.run_prompts

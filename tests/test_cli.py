@@ -141,7 +141,7 @@ def fails(result, message):
     [
         (["--rule", "gaus"], r"unknown quadrature rule 'gaus'; did you mean 'gauss'"),
         (["--mode", "papers"], r"unknown mode 'papers'; did you mean 'paper'"),
-        (["--site", "ups"], r"unknown site 'ups'; did you mean 'up'"),
+        (["--site", "ups"], r"site must be one of .*; got 'ups'; did you mean 'up'"),
         (["--rule", "reference", "--steps", "1"], r"needs steps >= 2, got 1"),
         (["--limit", "1"], r"one query only"),
         (["--limit", "2"], r"2 queries leave no neurons"),
@@ -331,11 +331,12 @@ def test_demo_needs_no_download(run, tmp_path, monkeypatch):
 @pytest.mark.smollm2
 @pytest.mark.slow
 def test_demo(smollm2, tmp_path):
-    from jaxneurons.demo import bundled_facts, run_demo
+    from jaxneurons.demo import bundled_facts
+    from jaxneurons.demo import demo as run_demo
 
     facts = [fact for fact in bundled_facts(per_group=6) if fact.group == "capital"]
     assert len(facts) == 6
-    demo = run_demo(smollm2, tmp_path / "run", facts=facts, draws=3)
+    demo = run_demo(smollm2, out=tmp_path / "run", facts=facts, draws=3)
     own = json.loads((tmp_path / "run" / "effects.json").read_text())
     assert {"neurons.jsonl", "common_neurons.json", "run.json", "effects.json", "neurons.png"} <= {
         path.name for path in (tmp_path / "run").iterdir()

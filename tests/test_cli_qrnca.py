@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fixtures import write_lm
+from fixtures import located_run, write_lm
 
 import jaxneurons as jn
 from jaxneurons.bundled import bundled_queries
@@ -12,7 +12,6 @@ from jaxneurons.locate import locate
 from jaxneurons.qrnca import QRNCAConfig
 from jaxneurons.qrnca_analyses import balanced
 from jaxneurons.qrnca_effects import change_rows, evaluation_rows
-from jaxneurons.qrnca_run import make_run
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.tables import read_tables
 from jaxneurons.trials import run_trials
@@ -58,7 +57,7 @@ def test_suppressing_a_lab_facts_own_neurons_hurts_it(tmp_path):
     """What locating is for: own neurons matter, matched ones do not."""
     lm = jn.load("lab")
     queries = balanced(bundled_queries("lab-cloze"), 48)
-    found = make_run(tmp_path / "run", lm, queries, SETTINGS)
+    found = located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS)
     rows = {
         (row["method"], row["change"]): row
         for row in evaluation_rows(change_rows(found, run_trials(found)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import assert_same_outcomes, cloze, multi_choice, write_lm, write_queries
+from fixtures import assert_same_outcomes, cloze, located_run, multi_choice, write_lm, write_queries
 
 import jaxneurons
 from jaxneurons import batches, forward, prediction, trials
@@ -35,7 +35,7 @@ from jaxneurons.qrnca_effects import (
     editing_rows,
     evaluation_rows,
 )
-from jaxneurons.qrnca_run import make_run, open_run
+from jaxneurons.qrnca_run import open_run
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import read_queries
 from jaxneurons.trials import run_trials
@@ -59,7 +59,7 @@ def run(lm, tmp_path_factory):
     """Multi-choice queries of two groups, three wordings each."""
     home = tmp_path_factory.mktemp("run")
     queries = read_queries(write_queries(home / "queries.json", multi_choice(QUERIES)))
-    return make_run(home / "run", lm, queries, SETTINGS, batch_size=4)
+    return located_run(lm, queries, out=home / "run", settings=SETTINGS, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def option_logits(lm, prompt, scales=None, step=0):
 @pytest.mark.parametrize("which", ["related", "unrelated"])
 def test_every_trial_as_a_full_pass(run, outcomes, which):
     """Related: a query's neurons on its own prompts. Unrelated: on those of its other query."""
-    prompts, owners = run.located.encoded, run.owners()
+    prompts, owners = run.encoded, run.owners()
     changed = 0.0
     for query in ("q0", "q5"):
         asked = query if which == "related" else outcomes.other[query]
@@ -119,7 +119,7 @@ def test_every_trial_as_a_full_pass(run, outcomes, which):
 
 def test_matched_neurons_are_changed_as_said(run, outcomes):
     """The control of a prompt, drawn again as `matched_neurons` says, against a full pass."""
-    prompts, owners = run.located.encoded, run.owners()
+    prompts, owners = run.encoded, run.owners()
     index = owners.index("q5")
     prompt = prompts[index]
     out = forward(run.lm.params, jnp.array([prompt.prompt]), config=run.lm.config, capture=("up",))
@@ -174,7 +174,7 @@ def test_boosting_by_one_changes_nothing(run):
 
 def test_neurons_of_ones_own(run, outcomes):
     """As one more method: QRNCA's under another name come to the same."""
-    mine = {query: found.neurons for query, found in run.located.neurons.items()}
+    mine = {query: found.ranking for query, found in run.items()}
     found = run_trials(run, methods=("QRNCA",), extra={"mine": mine})
     for query in mine:
         a, b = (found.related[method, "boost", query].after for method in ("QRNCA", "mine"))
@@ -238,16 +238,16 @@ def test_free_answers_and_a_group_of_most_queries(lm, tmp_path):
     for n, record in enumerate(records):
         record["group"] = "capital" if n < 8 else "language"
     queries = read_queries(write_queries(tmp_path / "q.json", records))
-    free = make_run(tmp_path / "run", lm, queries, SETTINGS, batch_size=4)
+    free = located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS, batch_size=4)
     found = run_trials(free, methods=("QRNCA", "random"))
     groups = {query.id: query.group for query in queries}
     assert all(groups[a] != groups[b] for a, b in found.other.items())
-    prompts, owners = free.located.encoded, free.owners()
+    prompts, owners = free.encoded, free.owners()
     for query in groups:
         for which, asked in (("related", query), ("unrelated", found.other[query])):
             outcome = getattr(found, which)["QRNCA", "suppress", query]
             prompt = prompts[owners.index(asked)]
-            neurons = free.located.neurons[query].neurons
+            neurons = free[query].ranking
             scales = multipliers(neurons, 0.0)
             want, says = 1.0, True
             for step, token in enumerate(prompt.answer):  # each after those before it
@@ -263,11 +263,11 @@ def test_some_queries_in_no_group(lm, tmp_path):
     del records[3]["group"]
     queries = read_queries(write_queries(tmp_path / "q.json", records))
     with pytest.raises(DataError, match="'fact-3' is in no group"):
-        make_run(tmp_path / "run", lm, queries, SETTINGS)
+        located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS)
 
 
 def test_completeness_share_of_everything_kept(run):
-    for prompts in run.located.prompts.values():
+    for prompts in run.prompts.values():
         kept = {n for p in prompts for n in p.neurons.tolist()}
         neurons = [Neuron(*divmod(n, WIDTH)) for n in kept]
         held = sum(p.scores.sum(dtype=np.float64) for p in prompts)
@@ -280,7 +280,7 @@ def test_completeness_share_of_everything_kept(run):
 def test_one_group_only_is_an_error(lm, tmp_path):
     records = {name: r for name, r in multi_choice(16).items() if r["relation_name"] == "biology"}
     queries = read_queries(write_queries(tmp_path / "q.json", records))
-    one = make_run(tmp_path / "run", lm, queries, SETTINGS)
+    one = located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS)
     with pytest.raises(DataError, match="one group only"):
         run_trials(one)
 
@@ -291,12 +291,12 @@ def test_one_group_only_is_an_error(lm, tmp_path):
 def test_a_run_opened_again(run, outcomes, monkeypatch):
     written = (run.path / "run.json").read_text()
     monkeypatch.setattr(trials, "scaled_answers", None)  # nothing is computed again
-    monkeypatch.setattr("jaxneurons.locate.platform.platform", lambda: "another machine")
+    monkeypatch.setattr("jaxneurons.qrnca_files.platform.platform", lambda: "another machine")
     again = open_run(run.path, run.lm)
     assert again.queries == run.queries
     assert again.settings == run.settings
-    assert again.located.neurons == run.located.neurons
-    assert again.located.common == run.located.common
+    assert again.neurons == run.neurons
+    assert again.common == run.common
     found = run_trials(again)
     assert found.related.keys() == outcomes.related.keys()
     assert all((found.related[k].after == outcomes.related[k].after).all() for k in found.related)
@@ -318,7 +318,7 @@ def test_a_damaged_run(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run.path, copy)
     (copy / "queries.jsonl").write_text('{"id": "x"}\n')
-    with pytest.raises(DataError, match="damaged or older run"):
+    with pytest.raises(DataError, match=r"queries\.jsonl: query 1: no .*--queries QUERIES --out "):
         open_run(copy, run.lm)
 
 
@@ -330,8 +330,8 @@ def test_neurons_are_accumulated_by_group(run):
     for group, members in run.groups.items():
         weight = {}
         for query in members:
-            found = run.located.neurons[query]
-            for neuron, naica in zip(found.neurons, found.naica, strict=True):
+            found = run[query]
+            for neuron, naica in zip(found.ranking, found.naica, strict=True):
                 weight.setdefault(neuron, []).append(naica)
         own = {(r["layer"], r["index"]): r for r in rows if r["group"] == group}
         assert set(own) == set(weight)
@@ -343,8 +343,7 @@ def test_neurons_are_accumulated_by_group(run):
 def test_counts_layers_and_overlap_agree_with_the_sets(run):
     rows = neuron_rows(run)
     sets = {
-        group: [run.located.neurons[query].neurons for query in members]
-        for group, members in run.groups.items()
+        group: [run[query].ranking for query in members] for group, members in run.groups.items()
     }
     counts = {row["group"]: row for row in count_rows(run)}
     for group, each in sets.items():
@@ -368,7 +367,7 @@ def test_counts_layers_and_overlap_agree_with_the_sets(run):
 
 def test_words_are_the_ends_of_the_unembedded_row(run):
     lm = run.lm
-    neurons = run.located.neurons["q1"].neurons[:2]
+    neurons = run["q1"].ranking[:2]
     down = np.asarray(lm.params["layers"]["ffn"]["down"]["kernel"])
     table = (
         np.asarray(lm.params["embed"]["embedding"]).T
@@ -382,7 +381,7 @@ def test_words_are_the_ends_of_the_unembedded_row(run):
         assert demotes == [lm.tokenizer.decode([i]) for i in order[:3]]
     rows = word_rows(run, neuron_rows(run), each=2)
     assert [row["group"] for row in rows].count("physics") == 2
-    assert [row["group"] for row in rows].count("common") == len(run.located.common)
+    assert [row["group"] for row in rows].count("common") == len(run.common)
 
 
 def test_average_overlap():
@@ -413,9 +412,10 @@ def test_kinds_of_neurons_on_the_same_queries(run):
 
 
 def test_a_run_agrees_with_itself(run):
-    rows = against_rows(run, run.path)
+    rows = against_rows(run, open_run(run.path, run.lm), "itself")
     assert [row["group"] for row in rows] == ["all", "physics", "biology"]
     assert all(row["jaccard"] == row["average_overlap"] == 1 for row in rows)
+    assert {row["other"] for row in rows} == {"itself"}
     assert rows[0]["jaccard_other_query"] < 1
 
 
@@ -425,7 +425,7 @@ def test_a_run_agrees_with_itself(run):
 def test_what_is_read_off_is_what_the_plain_model_has(run):
     """Activations with a letter put, and logit contributions, one prompt and letter at a time."""
     lm = run.lm
-    prompts = run.located.encoded
+    prompts = run.encoded
     where = np.array([[0, 5], [2, 60], [1, 7]], np.int32)
     batch = batches.plan(prompts, 4)[0]
     at = jnp.broadcast_to(where, (len(batch.index), 3, 2))
@@ -467,10 +467,9 @@ def test_pools_come_from_the_other_half_alone(run):
         name: prompts
         if half[name] == 0
         else [p._replace(neurons=(p.neurons + 7) % (LAYERS * WIDTH)) for p in prompts]
-        for name, prompts in run.located.prompts.items()
+        for name, prompts in run.prompts.items()
     }
-    located = dataclasses.replace(run.located, prompts=emptied)
-    changed = dataclasses.replace(run, located=located)
+    changed = dataclasses.replace(run, prompts=emptied)
     assert pools(changed, half, 0) == found
     assert pools(changed, half, 1) != pools(run, half, 1)  # and where they count, they do
 
@@ -481,7 +480,7 @@ def test_prediction_table(run, monkeypatch):
     assert [row["group"] for row in rows if row["readout"] == "chance"] == groups
     assert all(row["accuracy"] == 0.25 for row in rows if row["readout"] == "chance")
     prompting = [row for row in rows if row["readout"] == "prompting"]
-    correct = [p.correct for found in run.located.prompts.values() for p in found]
+    correct = [p.correct for found in run.prompts.values() for p in found]
     assert prompting[0]["accuracy"] == pytest.approx(np.mean(correct))
     for readout in READOUTS:
         own = [r for r in rows if r["readout"] == readout and r["group"] == "all"]
@@ -493,6 +492,6 @@ def test_prediction_table(run, monkeypatch):
 
 def test_prediction_needs_options(lm, tmp_path):
     queries = read_queries(write_queries(tmp_path / "q.json", cloze(8)))
-    free = make_run(tmp_path / "run", lm, queries, SETTINGS)
+    free = located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS)
     with pytest.raises(DataError, match="has no options"):
         predict(free)
