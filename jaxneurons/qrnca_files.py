@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from jaxneurons.answers import LOW_ODDS, LOW_OPTION_MASS
+from jaxneurons.checkpoints.loading import LM
 from jaxneurons.errors import DataError
-from jaxneurons.json_file import read_values
-from jaxneurons.load import LM
-from jaxneurons.neurons import Neuron
-from jaxneurons.qrnca import PromptScores, QRNCAConfig, QueryNeurons
-from jaxneurons.queries import Query
-from jaxneurons.store import Parts, write_json, write_json_lines
-from jaxneurons.tables import read_json
-from jaxneurons.typed_json import typed
+from jaxneurons.neurons.sets import Neuron
+from jaxneurons.prompts.answers import LOW_ODDS, LOW_OPTION_MASS
+from jaxneurons.prompts.queries import Query
+from jaxneurons.qrnca.method import PromptScores, QRNCAConfig, QueryNeurons
+from jaxneurons.storage.json_file import read_values
+from jaxneurons.storage.store import Parts, write_json, write_json_lines
+from jaxneurons.storage.tables import read_json
+from jaxneurons.storage.typed_json import typed
 
 FORMAT = 3
 """Of the parts; counts up when what is in them changes."""

@@ -12,19 +12,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxneurons import prediction, qrnca_analyses
 from jaxneurons.errors import ConfigError, DataError, WriteError
-from jaxneurons.locate import check_directory
-from jaxneurons.neurons import NeuronSet, read_neurons
-from jaxneurons.pcr import DRAWS, FACTORS
-from jaxneurons.plots import check_places
-from jaxneurons.progress import Progress
-from jaxneurons.qrnca_effects import change_rows, editing_rows, evaluation_rows
+from jaxneurons.neurons.sets import NeuronSet, read_neurons
+from jaxneurons.plots.figures import check_places
+from jaxneurons.qrnca import analyses as qrnca_analyses
+from jaxneurons.qrnca import prediction
+from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
+from jaxneurons.qrnca.locating import check_directory
+from jaxneurons.qrnca.pcr import DRAWS, FACTORS
+from jaxneurons.qrnca.run import Run, open_run
+from jaxneurons.qrnca.trials import Outcomes, run_trials
 from jaxneurons.qrnca_files import versions
-from jaxneurons.qrnca_run import Run, open_run
-from jaxneurons.store import Overlay, RunDirectory, check_writable, write_json
-from jaxneurons.tables import Row, Tables, write_table
-from jaxneurons.trials import Outcomes, run_trials
+from jaxneurons.storage.progress import Progress
+from jaxneurons.storage.store import Overlay, RunDirectory, check_writable, write_json
+from jaxneurons.storage.tables import Row, Tables, write_table
 
 TABLES, FIGURES = "tables", "figures"
 YOURS = "yours"
@@ -97,7 +98,7 @@ def predict(
 ) -> Tables:
     """Answer each half of the queries from the neurons located in the other half alone.
 
-    The protocol is that of `jaxneurons.prediction`.
+    The protocol is that of `jaxneurons.qrnca.prediction`.
 
     Args:
       run: of multi-choice queries, neurons of a feed-forward site.
@@ -179,8 +180,10 @@ def _check_run(run: object) -> None:
     if isinstance(run, Run):
         return
     if isinstance(run, str | os.PathLike):
-        raise ConfigError(f"run is {str(run)!r}: open it first with jaxneurons.qrnca.open_run")
-    raise ConfigError(f"run is what jaxneurons.qrnca.locate gives, got {run!r:.80}")
+        raise ConfigError(
+            f"run is {str(run)!r}: open it first with jaxneurons.qrnca.method.open_run"
+        )
+    raise ConfigError(f"run is what jaxneurons.qrnca.method.locate gives, got {run!r:.80}")
 
 
 def _prepared(
@@ -264,7 +267,7 @@ def _written(
     rows = {table: found for table, found in rows.items() if found}
     if out is None:
         return Tables(rows, facts=facts)
-    from jaxneurons.qrnca_plots import draw
+    from jaxneurons.qrnca.figures import draw
 
     path = Path(out)
     for table, found in rows.items():

@@ -33,7 +33,7 @@ def few_programs(request):
 @pytest.fixture(autouse=True, scope="session")
 def settings_check_themselves():
     """Wrong fields are refused with errors of the settings' own, where beartype would be first."""
-    from jaxneurons.qrnca import QRNCAConfig
+    from jaxneurons.qrnca.method import QRNCAConfig
 
     for settings in (QRNCAConfig,):
         settings.__init__ = inspect.unwrap(settings.__init__)
@@ -45,7 +45,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once and cached."""
-    from jaxneurons.load import fetch_smollm2
+    from jaxneurons.checkpoints.loading import fetch_smollm2
 
     return fetch_smollm2()
 
@@ -85,7 +85,9 @@ def run(monkeypatch, capsys):
 
     from jaxneurons import cli
 
-    monkeypatch.setattr("jaxneurons.stopping.leave", sys.exit)  # not the process of the tests
+    monkeypatch.setattr(
+        "jaxneurons.terminal.stopping.leave", sys.exit
+    )  # not the process of the tests
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["jaxneurons", *map(str, arguments)])

@@ -1,0 +1,288 @@
+"""Locating query-relevant neurons for queries, in memory or, resumable, into a run directory.
+
+In a directory, `qrnca_files` says what is written; `parts/` holds what a killed run had finished,
+`caches/` what later stages would compute again without it.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxneurons.checkpoints.loading import LM
+from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.finite import NotFiniteError
+from jaxneurons.neurons.sets import site_width
+from jaxneurons.prompts import batches
+from jaxneurons.prompts.answers import TokenPrompt
+from jaxneurons.prompts.queries import Query
+from jaxneurons.qrnca import method as qrnca
+from jaxneurons.qrnca.caveats import caveats
+from jaxneurons.qrnca.joining import join
+from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
+from jaxneurons.qrnca.prompt_cache import Caches, prompts_of
+from jaxneurons.qrnca.run import Run, check_queries, encode_queries, prompt_count
+from jaxneurons.qrnca_files import (
+    FORMAT,
+    QUERIES,
+    RUN,
+    by_query,
+    facts_of,
+    pack,
+    read_facts,
+    unpack,
+    write_results,
+)
+from jaxneurons.storage.progress import Progress
+from jaxneurons.storage.store import Memory, Parts, RunDirectory, digest, write_json_lines
+
+NO_GROUP = "all"
+"""The group of queries that name none, and of rows over every query."""
+
+
+def locate(
+    lm: LM,
+    queries: Sequence[Query],
+    *,
+    settings: QRNCAConfig = QRNCAConfig(),
+    out: str | os.PathLike[str] | None = None,
+    batch_size: int | None = None,
+    cache_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Run:
+    """Find the query-relevant neurons of every query.
+
+    Batches are planned before anything runs and, with `out`, saved as they finish; the same call
+    after a stop does the rest and writes the same files. (Timings in run.json aside.)
+
+    Args:
+      lm: the model.
+      queries: at least four with the default settings; see `queries.read_queries`.
+      settings: hyper-parameters.
+      out: the run directory to write; default: none, and nothing touches the disk.
+      batch_size: prompts per batch, fewer where they are long: see `batches.plan`; default: what
+        suits the platform.
+      cache_bytes: keys and values that may be kept in `caches/` for later stages, which then need
+        not run the prompts again; default: `caches.default_limit`.
+      progress: called with how many prompts are done, of how many.
+
+    Raises:
+      ConfigError: arguments of the wrong kind.
+      DataError: unusable queries or directory, before anything is computed; scores that are not
+        finite, as float16's may be: says of which query and prompt, and from which layer on.
+    """
+    queries = _checked(lm, queries, settings, out, batch_size, cache_bytes)
+    size = batch_size or batches.default_batch_size()
+    identity = {
+        **lm.identity(),
+        "settings": dataclasses.asdict(settings),
+        "queries": digest([[q.id, q.group] for q in queries]),
+        "batch size": size,
+        "format": FORMAT,
+    }
+    if out is not None:
+        RunDirectory.check(out, identity)
+    encode_queries(lm, queries, settings)  # what cannot be used is an error before anything runs
+    if settings.form == "context":
+        queries = join(
+            lm.params,
+            lm.tokenizer,
+            queries,
+            config=lm.config,
+            site=settings.site,
+            wordings=settings.prompts,
+            batch_size=batch_size,
+        )
+    prompts = encode_queries(lm, queries, settings)
+    identity = _with_prompts(identity, digest(prompts))
+    store = Memory() if out is None else RunDirectory(out, identity)
+    path = None if out is None else Path(out)
+    if path is not None:
+        write_json_lines(path / QUERIES, map(dataclasses.asdict, queries))
+    work = _Work(lm, settings, store, Caches(path, cache_bytes))
+    scores, seconds, computed = work.attribute(queries, prompts, size, progress)
+    return _ranked(
+        Run(
+            lm=lm,
+            queries=queries,
+            settings=settings,
+            batch_size=size,
+            neurons={},
+            common=[],
+            prompts=by_query(scores, queries, settings.prompts),
+            facts={},
+            identity=identity,
+            store=store,
+            path=path,
+        ),
+        seconds,
+        computed,
+    )
+
+
+def _checked(
+    lm: object,
+    queries: object,
+    settings: object,
+    out: object,
+    batch_size: object,
+    cache_bytes: object,
+) -> list[Query]:
+    """The queries, when every argument is of the kind that it has to be."""
+    check_model(lm)
+    if isinstance(queries, str | os.PathLike):
+        raise ConfigError(
+            f"queries are a list of Query, got {str(queries)!r}: read a file with "
+            "jaxneurons.qrnca.method.read_queries, or take bundled_queries('lab')"
+        )
+    if isinstance(queries, Query | Mapping) or not isinstance(queries, Sequence):
+        raise ConfigError(f"queries are a list of Query, got {queries!r:.80}")
+    for number, query in enumerate(queries, 1):
+        if not isinstance(query, Query):
+            raise ConfigError(f"queries are a list of Query; number {number} is {query!r:.80}")
+    chosen: list[Query] = list(queries)
+    if not isinstance(settings, QRNCAConfig):
+        raise ConfigError(f"settings are a QRNCAConfig, got {settings!r:.80}")
+    check_directory(out)
+    for name, value, least in (("batch size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
+        if value is not None and not _is_whole(value, least):
+            raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r:.80}")
+    check_queries(chosen)
+    qrnca.check_count(len(chosen), settings.common)
+    check_groups(chosen)
+    return chosen
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return (
+        isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
+    )
+
+
+def check_model(lm: object) -> None:
+    """Raise `ConfigError` unless this is a loaded model."""
+    if not isinstance(lm, LM):
+        raise ConfigError(f"lm is a model as jaxneurons.load gives it, got {lm!r:.80}")
+
+
+def check_directory(out: object) -> None:
+    """Raise `ConfigError` unless this is the path of a directory, or None."""
+    if out is not None and not isinstance(out, str | os.PathLike):
+        raise ConfigError(f"out is the path of a directory, or None, got {out!r:.80}")
+
+
+def check_groups(queries: Sequence[Query]) -> None:
+    """Raise `DataError` if some queries are in a group and some in none."""
+    loose = [query.id for query in queries if query.group == NO_GROUP]
+    if 0 < len(loose) < len(queries):
+        raise DataError(
+            f"query {loose[0]!r} is in no group (or in one called {NO_GROUP!r}), as are "
+            f"{len(loose)} of {len(queries)}: give each a group, or none of them"
+        )
+
+
+def _with_prompts(identity: Mapping[str, Any], prompts: str) -> dict[str, Any]:
+    """An identity with the digest of the prompts, in the order in which it is written."""
+    whole = {**identity, "prompts": prompts}
+    last = ("queries", "prompts", "batch size", "format")
+    return {key: whole[key] for key in whole if key not in last} | {k: whole[k] for k in last}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """Attributing batches of prompts, those aside that are finished.
+
+    Attributes:
+      lm: the model.
+      settings: hyper-parameters.
+      store: where finished batches are.
+      caches: where keys and values of prompts are kept.
+    """
+
+    lm: LM
+    settings: QRNCAConfig
+    store: Parts
+    caches: Caches
+
+    def attribute(
+        self,
+        queries: Sequence[Query],
+        prompts: Sequence[TokenPrompt],
+        batch_size: int,
+        progress: Progress | None,
+    ) -> tuple[list[PromptScores], float, int]:
+        """Scores of the prompts, in order; seconds that they took; batches that were missing."""
+        scores: dict[int, PromptScores] = {}
+        seconds: list[float] = []
+        computed: list[int] = []
+        for number, batch in enumerate(batches.plan(prompts, batch_size)):
+            make = functools.partial(self._batch, number, batch, computed)
+            try:
+                part = self.store.part(number, make)
+            except NotFiniteError as error:
+                raise DataError(f"{_place(queries, self.settings, error)}: {error.where}") from None
+            scores.update(unpack(part))
+            seconds.append(float(part["seconds"]))
+            if progress is not None:
+                progress(len(scores), len(prompts))
+        return [scores[index] for index in range(len(prompts))], sum(seconds), len(computed)
+
+    def _batch(
+        self, number: int, batch: batches.Batch, computed: list[int]
+    ) -> dict[str, np.ndarray]:
+        start = time.perf_counter()
+        lm, settings = self.lm, self.settings
+        pre = qrnca.run_prompts(lm.params, batch, config=lm.config, site=settings.site)
+        scores = qrnca.attribute_batch(lm.params, batch, pre, config=lm.config, settings=settings)
+        kept = prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
+        self.caches.keep(number, batch, kept)
+        computed.append(number)
+        return pack(scores, time.perf_counter() - start)
+
+
+def _ranked(run: Run, seconds: float, computed: int) -> Run:
+    """A run of attributed prompts with its neurons, written where it has a directory."""
+    lm, settings = run.lm, run.settings
+    clusters = {name: qrnca.merge(scores, settings) for name, scores in run.prompts.items()}
+    width = site_width(lm.config, settings.site)
+    neurons, common = qrnca.rank(clusters, width=width, settings=settings)
+    facts = None if computed or run.path is None else _facts_there(run.path, run.identity)
+    if facts is None:
+        facts = facts_of(
+            lm, run.queries, settings, scores=run.prompts, neurons=neurons, seconds=seconds
+        )
+    if run.path is not None:
+        write_results(
+            run.path,
+            run.queries,
+            neurons=neurons,
+            common=common,
+            scores=run.prompts,
+            facts=facts,
+        )
+    for category, text in caveats(
+        run.queries, run.prompts, quadrature=settings.quadrature, decode=lm.tokenizer.decode
+    ):
+        warnings.warn(text, category, stacklevel=3)
+    return dataclasses.replace(run, neurons=neurons, common=common, facts=facts)
+
+
+def _facts_there(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """run.json as it is, since what a run was made with stays; None: it cannot be used."""
+    try:
+        return read_facts(path / RUN, identity)
+    except DataError:
+        return None
+
+
+def _place(queries: Sequence[Query], settings: QRNCAConfig, error: NotFiniteError) -> str:
+    """Query and prompt that an error is about."""
+    owners = [(q.id, i) for q in queries for i in range(prompt_count(q, settings))]
+    query, prompt = owners[error.index]
+    return f"query {query!r}, prompt {prompt + 1}"
