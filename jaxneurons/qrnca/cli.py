@@ -163,7 +163,7 @@ def _add_trials(name: str, table: str, help: str) -> None:
         seed: Seed = 0,
         ignore_key: IgnoreKeys = None,
     ) -> None:
-        from jaxneurons import qrnca_stages
+        from jaxneurons.qrnca import stages
         from jaxneurons.neurons.sets import read_neurons
         from jaxneurons.qrnca import views as qrnca_views
 
@@ -171,7 +171,7 @@ def _add_trials(name: str, table: str, help: str) -> None:
             raise DataError(f"{neurons}: holds no neurons")
         place = out or run
         opened = _opened(run, place, model, ignore_key)
-        stage = getattr(qrnca_stages, name)
+        stage = getattr(stages, name)
         with counting("Changing neurons") as progress:
             tables = stage(opened, neurons=neurons, seed=seed, out=place, progress=progress)
         show: Callable[[list[Row]], None] = getattr(qrnca_views, f"show_{table}")
@@ -213,11 +213,11 @@ def predict(
     """
     place = out or run
     opened = _opened(run, place, model, ignore_key)
-    from jaxneurons import qrnca_stages
+    from jaxneurons.qrnca import stages
     from jaxneurons.qrnca.views import show_prediction
 
     with counting("Reading neurons") as progress:
-        tables = qrnca_stages.predict(opened, seed=seed, out=place, progress=progress)
+        tables = stages.predict(opened, seed=seed, out=place, progress=progress)
     show_prediction(tables.rows("prediction"))
     _say_written(place)
 
@@ -243,11 +243,11 @@ def analyse(
     """
     place = out or run
     opened = _opened(run, place, model, ignore_key)
-    from jaxneurons import qrnca_stages
+    from jaxneurons.qrnca import stages
 
     names = () if kinds == "none" else names_of(kinds)
     with counting("Locating at each site") as progress:
-        tables = qrnca_stages.analyse(
+        tables = stages.analyse(
             opened,
             kinds=names,
             kinds_limit=kinds_limit,
@@ -262,7 +262,7 @@ def analyse(
 
 def _opened(run: Path, out: Path, model: str | None, ignore_keys: list[str] | None) -> "Run":
     from jaxneurons.qrnca.run import ignored_keys_of, open_run, source_of
-    from jaxneurons.qrnca_stages import check_out
+    from jaxneurons.qrnca.stages import check_out
 
     source = source_of(run) if model is None else model
     check_out(out)

@@ -1,6 +1,6 @@
 """Locating query-relevant neurons for queries, in memory or, resumable, into a run directory.
 
-In a directory, `qrnca_files` says what is written; `parts/` holds what a killed run had finished,
+In a directory, `files` says what is written; `parts/` holds what a killed run had finished,
 `caches/` what later stages would compute again without it.
 """
 
@@ -28,7 +28,7 @@ from jaxneurons.qrnca.joining import join
 from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
 from jaxneurons.qrnca.prompt_cache import Caches, prompts_of
 from jaxneurons.qrnca.run import Run, check_queries, encode_queries, prompt_count
-from jaxneurons.qrnca_files import (
+from jaxneurons.qrnca.files import (
     FORMAT,
     QUERIES,
     RUN,

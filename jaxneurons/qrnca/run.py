@@ -20,7 +20,7 @@ from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt, encode_query
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca.method import PromptScores, QRNCAConfig, QueryNeurons
-from jaxneurons.qrnca_files import (
+from jaxneurons.qrnca.files import (
     FORMAT,
     QUERIES,
     RUN,

@@ -25,7 +25,7 @@ from jaxneurons.qrnca.locating import locate
 from jaxneurons.qrnca.method import QRNCAConfig
 from jaxneurons.qrnca.run import encode_queries, open_run, source_of
 from jaxneurons.qrnca.views import show_located
-from jaxneurons.qrnca_files import read_facts
+from jaxneurons.qrnca.files import read_facts
 
 # A random model says anything rather than the answer.
 pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.qrnca.caveats.UnlikelyAnswerWarning")

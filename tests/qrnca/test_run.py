@@ -25,7 +25,7 @@ from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca import run as qrnca_run
 from jaxneurons.qrnca.method import QRNCAConfig
 from jaxneurons.qrnca.run import open_run
-from jaxneurons.qrnca_stages import analyse, edit, evaluate, predict
+from jaxneurons.qrnca.stages import analyse, edit, evaluate, predict
 from jaxneurons.storage.tables import read_tables
 
 # A random model says anything rather than the answer.
@@ -408,7 +408,7 @@ def test_queries_made_by_hand_are_checked(lm, queries, changes, message):
 
 
 def test_stages_refuse_wrong_arguments_at_once(memory, monkeypatch):
-    monkeypatch.setattr("jaxneurons.qrnca_stages.run_trials", None)
+    monkeypatch.setattr("jaxneurons.qrnca.stages.run_trials", None)
     for stage in (evaluate, edit, predict, analyse):
         plain = inspect.unwrap(stage)
         with pytest.raises(ConfigError, match=r"run is 'runs/lab': open it first with jaxneurons"):

@@ -22,7 +22,7 @@ from jaxneurons.qrnca.locating import check_directory
 from jaxneurons.qrnca.pcr import DRAWS, FACTORS
 from jaxneurons.qrnca.run import Run, open_run
 from jaxneurons.qrnca.trials import Outcomes, run_trials
-from jaxneurons.qrnca_files import versions
+from jaxneurons.qrnca.files import versions
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import Overlay, RunDirectory, check_writable, write_json
 from jaxneurons.storage.tables import Row, Tables, write_table
