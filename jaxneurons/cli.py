@@ -10,7 +10,7 @@ import typer
 
 from jaxneurons import qrnca_cli, relspec_cli
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
-from jaxneurons.qrnca_cli import IgnoreKeys
+from jaxneurons.options import IgnoreKeys
 from jaxneurons.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 from jaxneurons.terminal import (
     console,
