@@ -118,7 +118,8 @@ def verify_command(
 ) -> None:
     """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
     from jaxneurons.checkpoints.certificate import CERTIFICATE, verify
-    from jaxneurons.checkpoints.loading import load, locate_source
+    from jaxneurons.checkpoints.fetch import locate_source
+    from jaxneurons.checkpoints.loading import load
     from jaxneurons.storage.store import null_for_nan, write_json
 
     if dtype not in (None, *DTYPES):

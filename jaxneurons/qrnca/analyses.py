@@ -31,6 +31,8 @@ from jaxneurons.storage.tables import Row
 
 KINDS = ("up", "gate", "act")
 """Kinds of neurons that share their numbering."""
+KINDS_LIMIT = 60
+"""Queries that kinds are compared on, at most, unless told otherwise."""
 
 
 def neuron_rows(run: Run) -> list[Row]:
@@ -211,7 +213,7 @@ def kind_rows(
     run: Run,
     *,
     kinds: Sequence[str] = KINDS,
-    limit: int = 60,
+    limit: int = KINDS_LIMIT,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Row], list[Row]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.qrnca.analyses import KINDS_LIMIT
 from jaxneurons.qrnca.method import QRNCAConfig
 from jaxneurons.terminal.console import console, counting, errors, load_and_say
 from jaxneurons.terminal.options import IgnoreKeys, changed, names_of, settings_options
@@ -163,8 +164,8 @@ def _add_trials(name: str, table: str, help: str) -> None:
         seed: Seed = 0,
         ignore_key: IgnoreKeys = None,
     ) -> None:
-        from jaxneurons.qrnca import stages
         from jaxneurons.neurons.sets import read_neurons
+        from jaxneurons.qrnca import stages
         from jaxneurons.qrnca import views as qrnca_views
 
         if neurons is not None and not len(read_neurons(neurons)):
@@ -230,7 +231,9 @@ def analyse(
     kinds: Annotated[
         str, typer.Option(help="Kinds of neurons to compare, with commas: up,gate,act; or none.")
     ] = "none",
-    kinds_limit: Annotated[int, typer.Option(min=4, help="Queries to compare kinds on.")] = 60,
+    kinds_limit: Annotated[int, typer.Option(min=4, help="Queries to compare kinds on.")] = (
+        KINDS_LIMIT
+    ),
     against: Annotated[
         Path | None,
         typer.Option(help="Another run: how far do the neurons of the same queries agree?"),

@@ -24,10 +24,6 @@ from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca.caveats import caveats
-from jaxneurons.qrnca.joining import join
-from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
-from jaxneurons.qrnca.prompt_cache import Caches, prompts_of
-from jaxneurons.qrnca.run import Run, check_queries, encode_queries, prompt_count
 from jaxneurons.qrnca.files import (
     FORMAT,
     QUERIES,
@@ -39,6 +35,10 @@ from jaxneurons.qrnca.files import (
     unpack,
     write_results,
 )
+from jaxneurons.qrnca.joining import join
+from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
+from jaxneurons.qrnca.prompt_cache import Caches, prompts_of
+from jaxneurons.qrnca.run import Run, check_queries, encode_queries, prompt_count
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import Memory, Parts, RunDirectory, digest, write_json_lines
 
@@ -149,7 +149,7 @@ def _checked(
     chosen: list[Query] = list(queries)
     if not isinstance(settings, QRNCAConfig):
         raise ConfigError(f"settings are a QRNCAConfig, got {settings!r:.80}")
-    check_directory(out)
+    checked_directory(out)
     for name, value, least in (("batch size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
         if value is not None and not _is_whole(value, least):
             raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r:.80}")
@@ -171,10 +171,13 @@ def check_model(lm: object) -> None:
         raise ConfigError(f"lm is a model as jaxneurons.load gives it, got {lm!r:.80}")
 
 
-def check_directory(out: object) -> None:
-    """Raise `ConfigError` unless this is the path of a directory, or None."""
-    if out is not None and not isinstance(out, str | os.PathLike):
+def checked_directory(out: object) -> Path | None:
+    """A directory to write to; raise `ConfigError` unless it is a path, or None."""
+    if out is None:
+        return None
+    if not isinstance(out, str | os.PathLike):
         raise ConfigError(f"out is the path of a directory, or None, got {out!r:.80}")
+    return Path(out)
 
 
 def check_groups(queries: Sequence[Query]) -> None:

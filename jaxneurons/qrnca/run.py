@@ -19,7 +19,6 @@ from jaxneurons.neurons.sets import Neuron, site_width
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt, encode_query
 from jaxneurons.prompts.queries import Query
-from jaxneurons.qrnca.method import PromptScores, QRNCAConfig, QueryNeurons
 from jaxneurons.qrnca.files import (
     FORMAT,
     QUERIES,
@@ -31,6 +30,7 @@ from jaxneurons.qrnca.files import (
     read_parts,
     read_queries_of,
 )
+from jaxneurons.qrnca.method import PromptScores, QRNCAConfig, QueryNeurons
 from jaxneurons.storage.store import IDENTITY, PARTS, Memory, Overlay, Parts, RunDirectory, digest
 from jaxneurons.storage.tables import Row, html_table, read_json
 from jaxneurons.storage.typed_json import typed

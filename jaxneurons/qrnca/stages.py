@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxneurons.errors import ConfigError, DataError, WriteError
-from jaxneurons.neurons.sets import NeuronSet, read_neurons
+from jaxneurons.neurons.sets import Neuron, NeuronSet, read_neurons
 from jaxneurons.plots.figures import check_places
-from jaxneurons.qrnca import analyses as qrnca_analyses
-from jaxneurons.qrnca import prediction
+from jaxneurons.qrnca import analyses, prediction
 from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
-from jaxneurons.qrnca.locating import check_directory
+from jaxneurons.qrnca.files import versions
+from jaxneurons.qrnca.locating import checked_directory
 from jaxneurons.qrnca.pcr import DRAWS, FACTORS
 from jaxneurons.qrnca.run import Run, open_run
 from jaxneurons.qrnca.trials import Outcomes, run_trials
-from jaxneurons.qrnca.files import versions
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import Overlay, RunDirectory, check_writable, write_json
 from jaxneurons.storage.tables import Row, Tables, write_table
@@ -122,7 +121,7 @@ def analyse(
     run: Run,
     *,
     kinds: Sequence[str] = (),
-    kinds_limit: int = 60,
+    kinds_limit: int = analyses.KINDS_LIMIT,
     against: Run | str | os.PathLike[str] | None = None,
     out: Place = None,
     progress: Progress | None = None,
@@ -150,35 +149,34 @@ def analyse(
     if isinstance(kinds, str) or not isinstance(kinds, Sequence):
         raise ConfigError(f"kinds are a list of sites, such as ['up', 'gate'], got {kinds!r:.80}")
     if kinds:
-        qrnca_analyses.check_kinds(kinds)
-    other = against
+        analyses.check_kinds(kinds)
+    other = None
     if isinstance(against, str | os.PathLike):
         other = open_run(against, run.lm)
     elif against is not None:
-        _check_run(against)
-    neurons = qrnca_analyses.neuron_rows(run)
+        other = _checked_run(against)
+    neurons = analyses.neuron_rows(run)
     rows = {
         "neurons": neurons,
-        "counts": qrnca_analyses.count_rows(run),
-        "overlap": qrnca_analyses.overlap_rows(neurons),
-        "layers": qrnca_analyses.layer_rows(run, neurons),
+        "counts": analyses.count_rows(run),
+        "overlap": analyses.overlap_rows(neurons),
+        "layers": analyses.layer_rows(run, neurons),
     }
     if run.settings.site not in ("q", "k", "v"):
-        rows["words"] = qrnca_analyses.word_rows(run, neurons)
+        rows["words"] = analyses.word_rows(run, neurons)
     if kinds:
         directory = None if out is None else Path(out)
-        rows["kind_overlap"], rows["kinds"] = qrnca_analyses.kind_rows(
+        rows["kind_overlap"], rows["kinds"] = analyses.kind_rows(
             run, kinds=kinds, limit=kinds_limit, out=directory, progress=progress
         )
-    if isinstance(other, Run):
-        name = str(other.path if other is against else against)
-        rows["against"] = qrnca_analyses.against_rows(run, other, name)
+    if other is not None:
+        rows["against"] = analyses.against_rows(run, other, str(other.path or other.name))
     return _written(run, None, rows, {}, out)
 
 
-def _check_run(run: object) -> None:
+def _checked_run(run: object) -> Run:
     if isinstance(run, Run):
-        return
+        return run
     if isinstance(run, str | os.PathLike):
         raise ConfigError(
             f"run is {str(run)!r}: open it first with jaxneurons.qrnca.method.open_run"
@@ -187,8 +185,8 @@ def _check_run(run: object) -> None:
 
 
 def _prepared(
-    run: Run, neurons: Neurons, seed: int, out: Place
-) -> tuple[Run, dict[str, dict[str, list[Any]]]]:
+    run: object, neurons: object, seed: object, out: object
+) -> tuple[Run, dict[str, dict[str, list[Neuron]]]]:
     """The run, keeping parts in `out`, and the caller's neurons by method and query.
 
     Raises:
@@ -196,17 +194,17 @@ def _prepared(
       DataError: neurons that this run does not have; a directory of another run.
       WriteError: `out` cannot be written to.
     """
-    _check_run(run)
+    run = _checked_run(run)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed must be an integer of at least 0, got {seed!r:.80}")
-    check_directory(out)
+    out = checked_directory(out)
     yours = _yours(run, neurons)
     if out is None:
         return run, yours
     check_out(out)
     RunDirectory.check(out, run.identity, whole=True)
     try:
-        check_writable(Path(out))
+        check_writable(out)
         store = RunDirectory(out, run.identity)
     except WriteError as error:
         raise DataError(f"{error}; give another directory: out=, --out") from None
@@ -218,7 +216,7 @@ def check_out(out: str | os.PathLike[str]) -> None:
     check_places(Path(out), TABLES, FIGURES)
 
 
-def _yours(run: Run, neurons: Neurons) -> dict[str, dict[str, list[Any]]]:
+def _yours(run: Run, neurons: object) -> dict[str, dict[str, list[Neuron]]]:
     """The caller's neurons, to be changed in every query."""
     if neurons is None:
         return {}

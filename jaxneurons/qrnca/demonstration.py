@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from jaxneurons.checkpoints.loading import LAB, LM
+from jaxneurons.checkpoints.fetch import LAB
+from jaxneurons.checkpoints.loading import LM
 from jaxneurons.engine.last_position import changes, last_position, scaled_answers
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError
