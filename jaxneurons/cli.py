@@ -61,8 +61,8 @@ def demo(
 ) -> None:
     """Locate the neurons of a few dozen facts, turn them off, and see what is lost."""
     lm = load_and_say(model, ignore_keys=ignore_key)
-    from jaxneurons.qrnca.demo import demo as locate_and_suppress
-    from jaxneurons.qrnca.demo import demo_facts
+    from jaxneurons.qrnca.demonstration import demo as locate_and_suppress
+    from jaxneurons.qrnca.demonstration import demo_facts
     from jaxneurons.qrnca.views import show_demo
 
     facts = demo_facts(lm.source)

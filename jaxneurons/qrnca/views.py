@@ -11,7 +11,7 @@ from jaxneurons.storage.tables import Row
 from jaxneurons.terminal.console import console, formatted, shown_name
 
 if TYPE_CHECKING:
-    from jaxneurons.qrnca.demo import Demo
+    from jaxneurons.qrnca.demonstration import Demo
     from jaxneurons.qrnca.run import Run
 
 GROUPS = 6
