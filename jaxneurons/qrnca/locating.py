@@ -139,7 +139,7 @@ def _checked(
     if isinstance(queries, str | os.PathLike):
         raise ConfigError(
             f"queries are a list of Query, got {str(queries)!r}: read a file with "
-            "jaxneurons.qrnca.method.read_queries, or take bundled_queries('lab')"
+            "jaxneurons.qrnca.read_queries, or take bundled_queries('lab')"
         )
     if isinstance(queries, Query | Mapping) or not isinstance(queries, Sequence):
         raise ConfigError(f"queries are a list of Query, got {queries!r:.80}")

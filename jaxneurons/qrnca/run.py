@@ -297,7 +297,7 @@ def open_run(path: str | os.PathLike[str], lm: LM | None = None) -> Run:
     )
 
 
-def _finished(path: str | os.PathLike[str]) -> Path:
+def _finished(path: object) -> Path:
     """The directory of a run, which must be finished."""
     if not isinstance(path, str | os.PathLike):
         raise ConfigError(f"a run is opened by the path of its directory, got {_kind(path)}")

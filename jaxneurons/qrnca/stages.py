@@ -179,9 +179,9 @@ def _checked_run(run: object) -> Run:
         return run
     if isinstance(run, str | os.PathLike):
         raise ConfigError(
-            f"run is {str(run)!r}: open it first with jaxneurons.qrnca.method.open_run"
+            f"run is {str(run)!r}: open it first with jaxneurons.qrnca.open_run"
         )
-    raise ConfigError(f"run is what jaxneurons.qrnca.method.locate gives, got {run!r:.80}")
+    raise ConfigError(f"run is what jaxneurons.qrnca.locate gives, got {run!r:.80}")
 
 
 def _prepared(

@@ -49,7 +49,7 @@ def write_table(directory: Path, name: str, rows: Iterable[Mapping[str, Any]]) -
         write_bytes(directory / f"{name}.{suffix}", buffer.getvalue())
 
 
-class Tables(Mapping[str, "pa.Table"]):
+class Tables(Mapping[str, Any]):
     """Tidy tables by name, each a `pyarrow.Table`: `.to_pandas()` works for who has pandas.
 
     Args:
