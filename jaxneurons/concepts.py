@@ -6,8 +6,9 @@ import numpy as np
 
 from jaxneurons import relspec
 from jaxneurons.analyses import Tables, measure, own_sets
+from jaxneurons.controls import CONCEPTS, generator, random_neurons
 from jaxneurons.expertise import Examples
-from jaxneurons.neurons import NeuronSet, neuron_count, random_neurons
+from jaxneurons.neurons import NeuronSet, neuron_count
 from jaxneurons.relspec import Prompt
 from jaxneurons.study import Study
 
@@ -47,7 +48,7 @@ def concepts(study: Study) -> Tables:
     if len(checked) > 1:
         prompts = _concept_prompts("validation", fresh, checked, VALIDATION_PROMPTS // 2, seed)
         told = _told_apart(prompts, checked, 1, seed)
-        chosen = random_neurons(study.lm.config, sites, study.k, np.random.default_rng([seed, 4]))
+        chosen = random_neurons(study.lm.config, sites, study.k, generator(seed, CONCEPTS))
         validated = [
             {
                 "concept": kind,

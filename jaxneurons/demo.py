@@ -13,12 +13,13 @@ import numpy as np
 
 from jaxneurons import batches
 from jaxneurons.bundled import bundled_queries
+from jaxneurons.controls import generator
 from jaxneurons.errors import DataError
 from jaxneurons.evaluate import changes, last_position, scaled_answers
 from jaxneurons.joining import join
 from jaxneurons.load import LAB, LM
 from jaxneurons.locate import Located, Progress, encode_queries, locate
-from jaxneurons.neurons import Neuron, matched_random, site_width
+from jaxneurons.neurons import Neuron, NeuronSet, site_width
 from jaxneurons.plots import neuron_map
 from jaxneurons.qrnca import QRNCAConfig, run_prompts
 from jaxneurons.quadrature import Quadrature
@@ -99,7 +100,7 @@ def demo_facts(source: str) -> list[Query]:
 
 def known(lm: LM, facts: list[Query]) -> list[bool]:
     """Whether the model says the answer, whole, after every wording of a fact."""
-    says = _suppressed(lm, facts, [[[]]] * len(facts))[1]
+    says = _suppressed(lm, facts, [[NeuronSet()]] * len(facts))[1]
     return [bool(each[0].all()) for each in says]
 
 
@@ -154,12 +155,11 @@ def suppress(
     lm: LM, facts: list[Query], located: Located, *, draws: int = 10, seed: int = 0
 ) -> list[Effect]:
     """Each fact's answer with its own neurons off, and with random ones of the same layers off."""
-    rng = np.random.default_rng(seed)
-    width = site_width(lm.config, SETTINGS.site)
+    rng = generator(seed)
     trials = []
     for fact in facts:
         own = located.neurons[fact.id].neurons
-        sets = [[], own] + [matched_random(own, width=width, rng=rng) for _ in range(draws)]
+        sets = [NeuronSet(), own, *(own.random_like(lm.config, rng) for _ in range(draws))]
         trials.append(sets)
     p, says = _suppressed(lm, facts, trials)
 
@@ -193,7 +193,7 @@ def draw(lm: LM, facts: list[Query], located: Located, path: Path) -> Path:
     for fact in facts:
         group = groups.setdefault(fact.group, {})
         found = located.neurons[fact.id]
-        for neuron, naica in zip(found.neurons, found.naica, strict=True):
+        for neuron, naica in zip(found.ranking, found.naica, strict=True):
             group[neuron] = group.get(neuron, 0.0) + naica
     return neuron_map(
         groups,
@@ -206,7 +206,7 @@ def draw(lm: LM, facts: list[Query], located: Located, path: Path) -> Path:
 
 
 def _suppressed(
-    lm: LM, facts: list[Query], trials: list[list[list[Neuron]]]
+    lm: LM, facts: list[Query], trials: list[list[NeuronSet]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per fact, [trial, prompt]: the answer's probability and whether it comes first.
 
@@ -222,8 +222,9 @@ def _suppressed(
         off = [[(trials[owner[i]][t], 0.0) for i in rows] for t in range(len(trials[0]))]
         pre = run_prompts(lm.params, batch, config=lm.config, site=SETTINGS.site)
         last = last_position(pre)
+        off = changes(off, site=SETTINGS.site)
         got = jax.device_get(
-            scaled_answers(lm.params, last, changes(off), config=lm.config, site=SETTINGS.site)
+            scaled_answers(lm.params, last, off, config=lm.config, site=SETTINGS.site)
         )
         p[:, index] = got.probability[:, : len(index)]
         says[:, index] = got.first[:, : len(index)]

@@ -1,7 +1,7 @@
 """What changing neurons does to the answer, the whole of it, by teacher forcing."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxneurons import layers
 from jaxneurons.config import EVERYTHING, ModelConfig
 from jaxneurons.errors import DataError
-from jaxneurons.neurons import Neuron, site_width
+from jaxneurons.neurons import NeuronSet, site_width
 from jaxneurons.rows import Prefill
 
 
@@ -48,6 +48,10 @@ def last_position(pre: Prefill) -> LastPosition:
     )
 
 
+Change = tuple[NeuronSet, float | int] | Mapping[str, np.ndarray]
+"""Neurons with the factor of all of them, or multipliers [layer, width] by site."""
+
+
 class Changes(NamedTuple):
     """Neurons and what their activations are multiplied by, for each trial and prompt.
 
@@ -62,18 +66,53 @@ class Changes(NamedTuple):
     factor: Float[Array, "trial batch neuron"]
 
 
-def changes(trials: Sequence[Sequence[tuple[Sequence[Neuron], float]]]) -> Changes:
-    """`Changes` of (neurons, factor) for each trial and prompt; room for a power of two of them."""
-    most = max((len(neurons) for trial in trials for neurons, _ in trial), default=0)
+def changes(trials: Sequence[Sequence[Change]], *, site: str) -> Changes:
+    """`Changes` of a site for each trial and prompt; room for a power of two of neurons.
+
+    Hundreds of trials that each change a few neurons are cheap because only these cross to the
+    device: here multipliers become the neurons whose multiplier is not 1.
+
+    Args:
+      trials: for each trial and prompt, neurons and the factor of all of them; or multipliers
+        [layer, width] by site, as `NeuronSet.scales` gives them.
+      site: the only one that is changed.
+
+    Raises:
+      DataError: neurons or multipliers of another site.
+    """
+    sparse = [[_sparse(change, site) for change in trial] for trial in trials]
+    most = max((len(pairs) for trial in sparse for pairs, _ in trial), default=0)
     shape = (len(trials), len(trials[0]) if trials else 0, 1 << max(0, most - 1).bit_length())
     layer = np.full(shape, NO_LAYER, np.int32)
     index, factor = np.zeros(shape, np.int32), np.ones(shape, np.float32)
-    for t, trial in enumerate(trials):
-        for b, (neurons, by) in enumerate(trial):
-            if neurons:
-                layer[t, b, : len(neurons)], index[t, b, : len(neurons)] = np.array(neurons).T
-                factor[t, b] = by
+    for t, trial in enumerate(sparse):
+        for b, (pairs, factors) in enumerate(trial):
+            layer[t, b, : len(pairs)], index[t, b, : len(pairs)] = pairs.T
+            factor[t, b, : len(pairs)] = factors
     return Changes(jnp.asarray(layer), jnp.asarray(index), jnp.asarray(factor))
+
+
+def unchanged(prompts: int) -> Changes:
+    """`Changes` of one trial that leaves the model as it is."""
+    shape = (1, prompts, 1)
+    layer, index = np.full(shape, NO_LAYER, np.int32), np.zeros(shape, np.int32)
+    return Changes(jnp.asarray(layer), jnp.asarray(index), jnp.ones(shape, jnp.float32))
+
+
+def _sparse(change: Change, site: str) -> tuple[np.ndarray, np.ndarray | float]:
+    """[n, 2] neurons of a site and what they are multiplied by."""
+    if isinstance(change, Mapping):
+        sites = [name for name, values in change.items() if name != site and np.any(values != 1)]
+        scales = np.asarray(change.get(site, np.ones((0, 0))))
+        pairs = np.argwhere(scales != 1)
+        factors = scales[tuple(pairs.T)]
+    else:
+        neurons, factors = change
+        sites = [name for name in neurons.codes if name != site]
+        pairs = neurons.pairs(site)
+    if sites:
+        raise DataError(f"neurons of site {site!r} can be changed here, not of {', '.join(sites)}")
+    return pairs, factors
 
 
 NO_LAYER = np.iinfo(np.int32).max

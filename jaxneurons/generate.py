@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int
 
 from jaxneurons import transformer
 from jaxneurons.config import ModelConfig
@@ -20,7 +20,7 @@ def greedy(
     config: ModelConfig,
     lengths: Int[Array, " batch"],
     steps: int,
-    scales: dict[str, Shaped[Array, "layer width"]] | None = None,
+    scales: transformer.Scales | None = None,
 ) -> Int[Array, "batch step"]:
     """The most probable continuation of each prompt, token by token.
 
@@ -33,21 +33,19 @@ def greedy(
       config: the model's shape.
       lengths: real tokens of each prompt.
       steps: tokens to generate.
-      scales: by site, multipliers of every neuron (numbers, or False for off); absent = untouched.
+      scales: by site, multipliers [layer, width] as `NeuronSet.scales` gives them, or
+        [batch, layer, width], one set for each prompt; absent = untouched.
     """
     batch, seq = tokens.shape
     dtype = params["embed"]["embedding"].dtype
-    everywhere = None
-    if scales is not None:
-        everywhere = {site: values[:, None, None] for site, values in scales.items()}
     cache = transformer.init_cache(config, batch, seq + max(steps - 1, 0), dtype)
     run: Any = transformer.forward
-    out = run(params, tokens, config=config, lengths=lengths, scales=everywhere, cache=cache)
+    out = run(params, tokens, config=config, lengths=lengths, scales=scales, cache=cache)
     first = _likeliest(out.logits[:, 0]).astype(tokens.dtype)
 
     def step(state: Any, _: None) -> tuple[Any, Array]:
         cache, last = state
-        out = run(params, last[:, None], config=config, scales=everywhere, cache=cache)
+        out = run(params, last[:, None], config=config, scales=scales, cache=cache)
         following = _likeliest(out.logits[:, 0]).astype(last.dtype)
         return (out.cache, following), following
 

@@ -365,7 +365,7 @@ def _write(
         return {
             "id": query.id,
             "group": query.group,
-            "neurons": [list(neuron) for neuron in found.neurons],
+            "neurons": [list(neuron) for neuron in found.ranking],
             "naica": found.naica,
             "na": found.na,
             "ica": found.ica,

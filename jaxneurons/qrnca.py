@@ -22,9 +22,9 @@ from jaxneurons.attribution import Attribution, attribute
 from jaxneurons.batches import Batch
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.evaluate import changes, last_position, scaled_answers
+from jaxneurons.evaluate import last_position, scaled_answers, unchanged
 from jaxneurons.finite import NotFiniteError, explain
-from jaxneurons.neurons import Neuron, check_site
+from jaxneurons.neurons import Neuron, NeuronSet, check_site
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.rows import Prefill, prefill
 
@@ -123,19 +123,26 @@ class PromptScores(NamedTuple):
 
 
 class QueryNeurons(NamedTuple):
-    """The query-relevant neurons of one query, best first.
+    """The query-relevant neurons of one query.
 
     Attributes:
-      neurons: (layer, index).
+      ranking: (layer, index), best first.
+      site: of all of them.
       naica: na * ica of each.
       na: share of the query's attribution.
       ica: log of clusters / (clusters with the neuron + 1).
     """
 
-    neurons: list[Neuron]
+    ranking: list[Neuron]
+    site: str
     naica: list[float]
     na: list[float]
     ica: list[float]
+
+    @property
+    def neurons(self) -> NeuronSet:
+        """The neurons as a set."""
+        return NeuronSet.of(**{self.site: self.ranking})
 
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
@@ -178,7 +185,7 @@ def _attribute(
         first = jax.nn.softmax(pre.logits[:, 0], axis=-1)
         options = jnp.take_along_axis(first, batch.options[..., 0], axis=-1)
     else:  # whole: those that begin alike too
-        untouched = changes([[((), 1.0)] * len(batch.tokens)])
+        untouched = unchanged(len(batch.tokens))
         asked = jnp.asarray(batch.options)
         said = scaled_answers(params, last_position(pre), untouched, config=config, options=asked)
         options = jnp.exp(said.options[0])
@@ -301,7 +308,8 @@ def rank(
         scored = sorted(((-na * ica[n], n) for n, na in cluster.items()))
         best = [n for score, n in scored[: settings.top] if score < 0 and n not in common]
         found[name] = QueryNeurons(
-            neurons=[Neuron(*divmod(n, width)) for n in best],
+            ranking=[Neuron(*divmod(n, width)) for n in best],
+            site=settings.site,
             naica=[cluster[n] * ica[n] for n in best],
             na=[cluster[n] for n in best],
             ica=[ica[n] for n in best],

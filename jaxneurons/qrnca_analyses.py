@@ -9,17 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons import layers, pcr, qrnca
+from jaxneurons import pcr, qrnca
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.load import LM
-from jaxneurons.neurons import Neuron
+from jaxneurons.neurons import Neuron, Ranking
 from jaxneurons.qrnca_effects import change_rows, evaluation_rows
 from jaxneurons.qrnca_run import Progress, Run, make_run
 from jaxneurons.queries import Query
+from jaxneurons.readout import words
 from jaxneurons.trials import OWN, run_trials
 
 Row = dict[str, Any]
@@ -38,7 +36,7 @@ def neuron_rows(run: Run) -> list[Row]:
         count: dict[Neuron, int] = {}
         for query in members:
             found = run.located.neurons[query]
-            for neuron, naica in zip(found.neurons, found.naica, strict=True):
+            for neuron, naica in zip(found.ranking, found.naica, strict=True):
                 weight[neuron] = weight.get(neuron, 0.0) + naica
                 count[neuron] = count.get(neuron, 0) + 1
         for neuron in sorted(weight):
@@ -60,7 +58,7 @@ def count_rows(run: Run) -> list[Row]:
     """Query-relevant neurons per query, by group: mean, spread, and how many different ones."""
     rows = []
     for group, members in {"all": [q.id for q in run.queries], **run.groups}.items():
-        sets = [run.located.neurons[query].neurons for query in members]
+        sets = [run.located.neurons[query].ranking for query in members]
         sizes = np.array([len(each) for each in sets])
         rows.append(
             {
@@ -123,50 +121,14 @@ def layer_rows(run: Run, neurons: Sequence[Row]) -> list[Row]:
     ]
 
 
-def written_directions(lm: LM, neurons: Sequence[Neuron], site: str) -> jax.Array:
-    """What each neuron adds to the residual stream per unit of activation, [neuron, hidden].
-
-    Raises:
-      ConfigError: a site that writes nothing by itself (q, k, v).
-    """
-    at = tuple(np.array(neurons, np.int32).reshape(-1, 2).T)
-    if site in KINDS:
-        return jnp.asarray(lm.params["layers"]["ffn"]["down"]["kernel"])[at]
-    if site in ("down", "o"):
-        return jax.nn.one_hot(at[1], lm.config.hidden_size)
-    raise ConfigError(
-        f"neurons of site {site!r} write nothing to the residual stream by themselves"
-    )
-
-
-def words(
-    lm: LM, neurons: Sequence[Neuron], *, site: str = "up", count: int = 8
-) -> list[tuple[list[str], list[str]]]:
-    """Tokens that each neuron promotes and demotes most, through the unembedding.
-
-    The neuron's row of the down projection, weighted by the final norm, times the unembedding: for
-    a positive activation, and without what the layers above do to it.
-    """
-    if not neurons:
-        return []
-    direction = written_directions(lm, neurons, site) * lm.params["final_norm"]["scale"]
-    logits = layers.project(lm.params, direction, lm.config)
-    both = (jax.lax.top_k(logits, count)[1], jax.lax.top_k(-logits, count)[1])
-    up, down = (np.asarray(ids).tolist() for ids in both)
-
-    def text(ids: list[int]) -> list[str]:
-        return [str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in ids]
-
-    return [(text(a), text(b)) for a, b in zip(up, down, strict=True)]
-
-
 def word_rows(run: Run, neurons: Sequence[Row], *, each: int = 5) -> list[Row]:
     """What the common neurons say, and the `each` heaviest neurons of every group."""
     chosen = [("common", neuron, count) for neuron, count in run.located.common]
     for group in run.groups:
         own = sorted((r for r in neurons if r["group"] == group), key=lambda r: -r["naica"])
         chosen += [(group, Neuron(r["layer"], r["index"]), r["queries"]) for r in own[:each]]
-    said = words(run.lm, [neuron for _, neuron, _ in chosen], site=run.settings.site)
+    ranking = Ranking(tuple(neuron for _, neuron, _ in chosen), run.settings.site)
+    said = words(run.lm, ranking)
     return [
         {
             "group": group,
@@ -242,7 +204,7 @@ def kind_rows(
         rows = evaluation_rows(change_rows(own, outcomes))
         effects += [{"site": kind, **row} for row in rows if row["group"] == "all"]
     rankings = {
-        kind: {query: found.neurons for query, found in own.located.neurons.items()}
+        kind: {query: found.ranking for query, found in own.located.neurons.items()}
         for kind, own in runs.items()
     }
     pairs = [
@@ -294,8 +256,8 @@ def against_rows(run: Run, other: Path) -> list[Row]:
         same = second.settings.site == run.settings.site
         if not same:
             raise DataError(f"{other}: neurons of site {second.settings.site!r} are other neurons")
-    mine = {query: found.neurons for query, found in run.located.neurons.items()}
-    theirs = {query: found.neurons for query, found in second.located.neurons.items()}
+    mine = {query: found.ranking for query, found in run.located.neurons.items()}
+    theirs = {query: found.ranking for query, found in second.located.neurons.items()}
     rows = []
     for group, members in {"all": list(mine), **run.groups}.items():
         both = [query for query in members if query in theirs]

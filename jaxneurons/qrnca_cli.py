@@ -306,8 +306,7 @@ def _trials(run: "Run", own: "NeuronSet | None", seed: int) -> "Outcomes":
                 f"this run is of neurons at {site!r}, the file's are at {', '.join(own.codes)}"
             )
         own.check(run.lm.config)
-        neurons = [neuron for _, neuron in own]
-        extra["yours"] = {query.id: neurons for query in run.queries}
+        extra["yours"] = {query.id: own for query in run.queries}
     with counting("Changing neurons") as tell:
         return run_trials(run, extra=extra, seed=seed, progress=tell)
 

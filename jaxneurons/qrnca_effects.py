@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxneurons import pcr
 from jaxneurons.baselines import MATCHED
+from jaxneurons.config import ModelConfig
 from jaxneurons.locate import NO_GROUP
-from jaxneurons.neurons import Neuron
+from jaxneurons.neurons import NeuronSet
 from jaxneurons.pcr import Interval
 from jaxneurons.qrnca import PromptScores
 from jaxneurons.qrnca_run import Run
@@ -135,14 +136,14 @@ def editing_rows(run: Run, outcomes: Outcomes, *, seed: int = 0) -> list[Row]:
 
 
 def completeness_share(
-    prompts: Iterable[PromptScores], neurons: Iterable[Neuron], width: int
+    prompts: Iterable[PromptScores], neurons: NeuronSet, *, config: ModelConfig, site: str
 ) -> float:
     """Share of all attribution (sum over every layer) that some neurons hold in a query's prompts.
 
     Scores that a prompt did not keep, below its threshold, count 0: a lower bound for neurons that
     are not QRNCA's. NaN where the sum is not positive.
     """
-    flat = [neuron.layer * width + neuron.index for neuron in neurons]
+    flat = neurons.flat(config, (site,))
     held = whole = 0.0
     for prompt in prompts:
         held += float(prompt.scores[np.isin(prompt.neurons, flat)].sum(dtype=np.float64))
@@ -154,7 +155,11 @@ def _share(run: Run, outcomes: Outcomes, method: str, query: str) -> float | Non
     if method == MATCHED:
         return None  # they differ by prompt
     neurons = outcomes.sets[method][query]
-    return _none(completeness_share(run.located.prompts[query], neurons, run.width))
+    return _none(
+        completeness_share(
+            run.located.prompts[query], neurons, config=run.lm.config, site=run.settings.site
+        )
+    )
 
 
 def _turned(outcome: Any, up: bool) -> tuple[int, int]:

@@ -18,10 +18,11 @@ import numpy as np
 from jaxneurons import relspec
 from jaxneurons.ablation import Shape, default_shape
 from jaxneurons.asking import Asking, Tell, check_steps
+from jaxneurons.controls import random_sets
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.expertise import Examples, Expertise, expertise, resolve_k
 from jaxneurons.load import LM
-from jaxneurons.neurons import SITES, NeuronSet, neuron_count, random_neurons
+from jaxneurons.neurons import NeuronSet, neuron_count
 from jaxneurons.relations import Relation, Split, split
 from jaxneurons.relspec import Prompt, RelSpecConfig
 from jaxneurons.responses import ResponseStore
@@ -272,16 +273,7 @@ class Study(Asking):
     ) -> list[NeuronSet]:
         """As many sets of random neurons."""
         sites, k = tuple(sites or self.settings.sites), self.k if k is None else k
-        numbers = [SITES.index(site) for site in sites]
-        return [
-            random_neurons(
-                self.lm.config,
-                sites,
-                k,
-                np.random.default_rng([self.settings.seed, 2, number, k, *numbers]),
-            )
-            for number in range(seeds)
-        ]
+        return random_sets(self.lm.config, sites, k, seed=self.settings.seed, count=seeds)
 
     # --- provenance -------------------------------------------------------------------------------
 

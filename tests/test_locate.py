@@ -67,7 +67,7 @@ def test_neurons_file(whole, queries):
     assert any(line["neurons"] for line in lines)
     for line in lines:
         found = located.neurons[line["id"]]
-        assert [Neuron(*neuron) for neuron in line["neurons"]] == found.neurons
+        assert [Neuron(*neuron) for neuron in line["neurons"]] == found.ranking
         assert (line["naica"], line["na"], line["ica"]) == (found.naica, found.na, found.ica)
         assert line["naica"] == sorted(line["naica"], reverse=True)
         assert all(value > 0 for value in line["naica"])
@@ -265,7 +265,7 @@ def test_site_and_number_of_prompts(lm, queries, tmp_path):
     settings = QRNCAConfig(quadrature=Quadrature("gauss", 2), site="down", prompts=1)
     located = locate(lm, queries[:4], tmp_path / "run", settings=settings)
     assert all(len(found) == 1 for found in located.prompts.values())
-    found = [n for each in located.neurons.values() for n in each.neurons]
+    found = [n for each in located.neurons.values() for n in each.ranking]
     assert found
     assert max(neuron.index for neuron in found) < lm.config.hidden_size
 
@@ -385,7 +385,7 @@ def test_batch_size_does_not_matter(whole, lm, queries, tmp_path):
     other = locate(lm, queries, tmp_path / "run", settings=SETTINGS, batch_size=5)
     assert other.common == located.common
     for name, found in other.neurons.items():
-        assert found.neurons == located.neurons[name].neurons
+        assert found.ranking == located.neurons[name].ranking
         np.testing.assert_allclose(found.naica, located.neurons[name].naica, rtol=1e-4)
 
 

@@ -11,9 +11,10 @@ from fixtures import assert_same_outcomes, cloze, multi_choice, write_lm, write_
 
 import jaxneurons
 from jaxneurons import batches, forward, prediction, trials
-from jaxneurons.baselines import MATCHED, matched_neurons
-from jaxneurons.errors import DataError
-from jaxneurons.neurons import Neuron
+from jaxneurons.baselines import MATCHED, method_sets
+from jaxneurons.controls import activation_matched
+from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.neurons import NeuronSet, Ranking
 from jaxneurons.pcr import FACTORS
 from jaxneurons.prediction import READOUTS, _read, halves, pools, predict
 from jaxneurons.qrnca import QRNCAConfig
@@ -27,7 +28,6 @@ from jaxneurons.qrnca_analyses import (
     neuron_rows,
     overlap_rows,
     word_rows,
-    words,
 )
 from jaxneurons.qrnca_effects import (
     change_rows,
@@ -38,6 +38,7 @@ from jaxneurons.qrnca_effects import (
 from jaxneurons.qrnca_run import make_run, open_run
 from jaxneurons.quadrature import Quadrature
 from jaxneurons.queries import read_queries
+from jaxneurons.readout import words
 from jaxneurons.trials import run_trials
 
 # A random model says anything rather than the answer.
@@ -70,7 +71,7 @@ def outcomes(run):
 def multipliers(neurons, factor):
     """[layer, width]."""
     scales = np.ones((LAYERS, WIDTH), np.float32)
-    for layer, index in neurons:
+    for _, (layer, index) in neurons:
         scales[layer, index] = factor
     return scales
 
@@ -118,21 +119,27 @@ def test_every_trial_as_a_full_pass(run, outcomes, which):
 
 
 def test_matched_neurons_are_changed_as_said(run, outcomes):
-    """The control of a prompt, drawn again as `matched_neurons` says, against a full pass."""
+    """The control of a prompt, drawn again as `controls` says, against a full pass."""
     prompts, owners = run.located.encoded, run.owners()
     index = owners.index("q5")
     prompt = prompts[index]
     out = forward(run.lm.params, jnp.array([prompt.prompt]), config=run.lm.config, capture=("up",))
-    active = np.abs(np.asarray(out.activations["up"][:, 0, 0]))
+    active = {"up": np.abs(np.asarray(out.activations["up"][:, 0, 0]))}
     rng = np.random.default_rng([0, index])
+    located = run.located
+    common = NeuronSet.of(up=[neuron for neuron, _ in located.common])
+    rankings = method_sets(
+        located.prompts, located.neurons, common, config=run.lm.config, settings=run.settings
+    )
     for method in outcomes.sets:  # in the order in which they are drawn
+        assert outcomes.sets[method]["q5"] == rankings[method]["q5"].neurons
         if method == "random":
             continue
-        drawn = matched_neurons(outcomes.sets[method]["q5"], active, rng)
+        drawn = activation_matched(rankings[method]["q5"], active, rng)
         if method == "QRNCA":
             # An unrelated query's control is drawn right after it.
             (source,) = (q for q, other in outcomes.other.items() if other == "q5")
-            matched_neurons(outcomes.sets[method][source], active, rng)
+            activation_matched(rankings[method][source], active, rng)
         scales = multipliers(drawn, 0.0)
         want = np.exp(option_logits(run.lm, prompt, scales)[prompt.answer[0]])
         assert outcomes.matched[method, "suppress", "q5"].after[0] == pytest.approx(want, rel=CLOSE)
@@ -269,12 +276,44 @@ def test_some_queries_in_no_group(lm, tmp_path):
 def test_completeness_share_of_everything_kept(run):
     for prompts in run.located.prompts.values():
         kept = {n for p in prompts for n in p.neurons.tolist()}
-        neurons = [Neuron(*divmod(n, WIDTH)) for n in kept]
+        neurons = NeuronSet.of(up=[divmod(n, WIDTH) for n in kept])
+        model = {"config": run.lm.config, "site": "up"}
         held = sum(p.scores.sum(dtype=np.float64) for p in prompts)
         whole = sum(p.total for p in prompts)
-        found = completeness_share(prompts, neurons, WIDTH)
+        found = completeness_share(prompts, neurons, **model)
         assert found == pytest.approx(held / whole) if whole > 0 else np.isnan(found)
-        assert np.isnan(found) or completeness_share(prompts, [], WIDTH) == 0
+        assert np.isnan(found) or completeness_share(prompts, NeuronSet(), **model) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda sets: sets.pop("q3"), DataError, "'mine' has no neurons for query 'q3'"),
+        (
+            lambda sets: sets.update(q3=NeuronSet.of(down=[(0, 1)])),
+            DataError,
+            "this run is of neurons at 'up', 'mine' has some at down",
+        ),
+        (
+            lambda sets: sets.update(q3=NeuronSet.of(up=[(9, 1)])),
+            DataError,
+            "layer 9 is not in this model",
+        ),
+    ],
+)
+def test_neurons_that_cannot_be_changed(run, monkeypatch, change, error, message):
+    monkeypatch.setattr(trials, "scaled_answers", None)  # said before anything is computed
+    sets = {query: found.neurons for query, found in run.located.neurons.items()}
+    change(sets)
+    with pytest.raises(error, match=message):
+        run_trials(run, methods=(), extra={"mine": sets})
+
+
+def test_a_method_that_is_none(run):
+    with pytest.raises(
+        ConfigError, match="unknown method 'activations'; did you mean 'activation'"
+    ):
+        run_trials(run, methods=("activations",))
 
 
 def test_one_group_only_is_an_error(lm, tmp_path):
@@ -331,7 +370,7 @@ def test_neurons_are_accumulated_by_group(run):
         weight = {}
         for query in members:
             found = run.located.neurons[query]
-            for neuron, naica in zip(found.neurons, found.naica, strict=True):
+            for neuron, naica in zip(found.ranking, found.naica, strict=True):
                 weight.setdefault(neuron, []).append(naica)
         own = {(r["layer"], r["index"]): r for r in rows if r["group"] == group}
         assert set(own) == set(weight)
@@ -343,7 +382,7 @@ def test_neurons_are_accumulated_by_group(run):
 def test_counts_layers_and_overlap_agree_with_the_sets(run):
     rows = neuron_rows(run)
     sets = {
-        group: [run.located.neurons[query].neurons for query in members]
+        group: [run.located.neurons[query].ranking for query in members]
         for group, members in run.groups.items()
     }
     counts = {row["group"]: row for row in count_rows(run)}
@@ -368,14 +407,15 @@ def test_counts_layers_and_overlap_agree_with_the_sets(run):
 
 def test_words_are_the_ends_of_the_unembedded_row(run):
     lm = run.lm
-    neurons = run.located.neurons["q1"].neurons[:2]
+    neurons = run.located.neurons["q1"].ranking[:2]
+    ranking = Ranking(tuple(neurons), "up")
     down = np.asarray(lm.params["layers"]["ffn"]["down"]["kernel"])
     table = (
         np.asarray(lm.params["embed"]["embedding"]).T
         if lm.config.tied
         else np.asarray(lm.params["unembed"]["kernel"])
     )
-    for neuron, (promotes, demotes) in zip(neurons, words(lm, neurons, count=3), strict=True):
+    for neuron, (promotes, demotes) in zip(neurons, words(lm, ranking, count=3), strict=True):
         logits = (down[neuron] * np.asarray(lm.params["final_norm"]["scale"])) @ table
         order = np.argsort(logits)
         assert promotes == [lm.tokenizer.decode([i]) for i in order[::-1][:3]]
