@@ -25,7 +25,7 @@ from jaxneurons import load
 from jaxneurons.ablation import ablated
 from jaxneurons.answers import encode_prompt
 from jaxneurons.controls import random_neurons
-from jaxneurons.load import fetch_smollm2
+from jaxneurons.fetch import fetch_smollm2
 from jaxneurons.neurons import FFN, NeuronSet
 from jaxneurons.relations import bundled_relations, prompt
 
