@@ -7,7 +7,7 @@ weights are read once for many ablations, and a result is the same whatever it s
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.generate import NO_TOKEN, greedy
 from jaxneurons.load import LM
 from jaxneurons.neurons import FFN, NeuronSet, check_site, site_width, stack_scales
+from jaxneurons.progress import Advance
 from jaxneurons.token_ids import check_ids
 from jaxneurons.transformer import Params, Scales
 
@@ -80,7 +81,7 @@ def ablated(
     steps: int = 2,
     shape: Shape | None = None,
     sites: Sequence[str] = FFN,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Iterator[tuple[int, Int[np.ndarray, "prompt step"]]]:
     """Greedy continuations of every prompt with each set off; sets come out as they finish.
 
@@ -92,7 +93,7 @@ def ablated(
       steps: tokens to generate.
       shape: sets and prompts in a batch; default: what suits the platform.
       sites: sites that are scaled in any case; fixes the program.
-      progress: told how many generations have been added.
+      progress: called with how many generations have been added.
 
     Yields:
       Number of the set, and what follows each prompt.
@@ -120,10 +121,10 @@ def ablated(
             )
             count = len(batch.index)
             ids = np.asarray(ids)[: len(group), :count]
-            if (ids == NO_TOKEN).any():
-                number, row = _first_lost(ids)
-                one_set = {site: values[number] for site, values in scales.items()}
-                where = _explain(params, batch, row, ids[number, row], config, one_set)
+            if (lost := _first_lost(ids)) is not None:
+                number, row = lost
+                of_set = {site: values[number] for site, values in scales.items()}
+                where = _explain(params, batch, row, ids[number, row], config=config, scales=of_set)
                 raise DataError(
                     f"prompt {int(batch.index[row]) + 1} with set {start + number + 1} off "
                     f"says nothing: {where}"
@@ -134,9 +135,10 @@ def ablated(
         yield from enumerate(generated, start)
 
 
-def _first_lost(ids: np.ndarray) -> tuple[int, ...]:
-    """Where the first generation is that came to no token, [..., step]."""
-    return tuple(int(i) for i in np.argwhere((ids == NO_TOKEN).any(-1))[0])
+def _first_lost(ids: np.ndarray) -> tuple[int, ...] | None:
+    """Which generation is the first that came to no token, of [..., step]; None: none is."""
+    lost = np.argwhere((ids == NO_TOKEN).any(-1))
+    return tuple(lost[0].tolist()) if len(lost) else None
 
 
 def _explain(
@@ -144,6 +146,7 @@ def _explain(
     batch: batches.PromptBatch,
     row: int,
     generated: np.ndarray,
+    *,
     config: ModelConfig,
     scales: Scales | None,
 ) -> str:
@@ -198,10 +201,12 @@ def generate(
                 scales=here or None,
             )
         )[:count]
-        if (ids == NO_TOKEN).any():
-            (row,) = _first_lost(ids)
-            own = {s: v[row] if v.ndim == 3 else v for s, v in here.items()}
-            where = _explain(lm.params, batch, row, ids[row], lm.config, own or None)
+        if (lost := _first_lost(ids)) is not None:
+            (row,) = lost
+            of_row = {s: v[row] if v.ndim == 3 else v for s, v in here.items()}
+            where = _explain(
+                lm.params, batch, row, ids[row], config=lm.config, scales=of_row or None
+            )
             prompt = prompts[batch.index[row]]
             raise DataError(f"nothing can be generated after {prompt[:60]!r}: {where}")
         for row, index in enumerate(batch.index.tolist()):
@@ -259,7 +264,7 @@ def ablate(
     sets: Mapping[str, NeuronSet],
     *,
     steps: int = STEPS,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Generations:
     """What the model says after every prompt with each set of neurons off, many sets at once.
 
@@ -270,7 +275,7 @@ def ablate(
       prompts: texts.
       sets: neurons to turn off, by a name of yours.
       steps: tokens to generate.
-      progress: told how many generations have been added.
+      progress: called with how many generations have been added.
 
     Raises:
       ConfigError: steps below 1, prompts that are no list of texts, sets that are none.

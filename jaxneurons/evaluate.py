@@ -14,6 +14,7 @@ from jaxneurons.config import EVERYTHING, ModelConfig
 from jaxneurons.errors import DataError
 from jaxneurons.neurons import NeuronSet, site_width
 from jaxneurons.rows import Prefill
+from jaxneurons.transformer import Params
 
 
 class LastPosition(NamedTuple):
@@ -138,7 +139,7 @@ TRIALS = 32
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
 def scaled_answers(
-    params: Any,
+    params: Params,
     last: LastPosition,
     change: Changes,
     *,
@@ -164,49 +165,57 @@ def scaled_answers(
     Raises:
       DataError: no trials.
     """
-    batch, answers = last.targets.shape
-    rows = jnp.arange(batch)[:, None]
-    width = site_width(config, site)
-    none = options is None or not options.shape[1]
-    # lax.map cannot flatten an array of no options.
-    asked = jnp.zeros((batch, 1, 1), jnp.int32) if none else jnp.asarray(options)
-
-    def trial(change: Changes) -> Answers:
-        scales = jnp.ones((config.num_layers, batch, width), jnp.float32)
-        scales = scales.at[change.layer, rows, change.neuron].set(change.factor, mode="drop")
-        scales = {site: scales[:, :, None]}
-        x = _teacher_forced(params, last, last.targets, scales, config)
-        if asked.shape[2] == 1:  # options of one token are read where the answer's first one is
-            odds, first, chance = _said(params, x[:, 0], last.targets[:, 0], asked[..., 0], config)
-        else:
-            odds, first, _ = _said(params, x[:, 0], last.targets[:, 0], asked[:, :0, 0], config)
-
-            def whole(tokens: Array) -> Array:
-                y = _teacher_forced(params, last, tokens, scales, config)
-                return _steps(params, y, tokens, config)[0]
-
-            chance = jax.lax.map(whole, asked.swapaxes(0, 1)).T
-        if answers == 1:  # as in `layers.token_probability`: exact where it is nearly certain
-            return Answers(jax.nn.sigmoid(odds), first, chance)
-        logp, rest = _steps(params, x[:, 1:], last.targets[:, 1:], config)
-        return Answers(jnp.exp(jax.nn.log_sigmoid(odds) + logp), first & rest, chance)
-
-    # In parts of equal size: another size would be another program.
     count = len(change.layer)
     if not count:
         raise DataError("no trials: give a set of neurons, or none of them, for each prompt")
+    without = options is None or not options.shape[1]
+    # lax.map cannot flatten an array of no options.
+    some = jnp.zeros((len(last.targets), 1, 1), jnp.int32) if without else jnp.asarray(options)
+    # In parts of equal size: another size would be another program.
     parts = -(-count // TRIALS)
-    each = -(-count // parts)
-    filled = Changes(
-        *(jnp.pad(a, ((0, parts * each - count), (0, 0), (0, 0)), mode="edge") for a in change)
-    )
-    found: Answers = jax.lax.map(trial, filled, batch_size=each)
-    found = Answers(*(a[:count] for a in found))
-    return found._replace(options=found.options[..., :0]) if none else found
+    size = -(-count // parts)
+    missing = ((0, parts * size - count), (0, 0), (0, 0))
+    filled = Changes(*(jnp.pad(array, missing, mode="edge") for array in change))
+    trial = functools.partial(_trial, params, last, some, config=config, site=site)
+    answers = Answers(*(a[:count] for a in jax.lax.map(trial, filled, batch_size=size)))
+    return answers._replace(options=answers.options[..., :0]) if without else answers
+
+
+def _trial(
+    params: Params,
+    last: LastPosition,
+    options: Int[Array, "batch option token"],
+    change: Changes,
+    *,
+    config: ModelConfig,
+    site: str,
+) -> Answers:
+    """The answers of one trial, [batch, ...]; the arrays of its changes are [batch, neuron]."""
+    batch, length = last.targets.shape
+    scales = jnp.ones((config.num_layers, batch, site_width(config, site)), jnp.float32)
+    rows = jnp.arange(batch)[:, None]
+    scales = scales.at[change.layer, rows, change.neuron].set(change.factor, mode="drop")
+    scales = {site: scales[:, :, None]}
+    x = _teacher_forced(params, last, last.targets, scales, config)
+    first_target = last.targets[:, 0]
+    if options.shape[2] == 1:  # options of one token are read where the answer's first one is
+        odds, first, chance = _token(params, x[:, 0], first_target, options[..., 0], config)
+    else:
+        odds, first, _ = _token(params, x[:, 0], first_target, options[:, :0, 0], config)
+
+        def whole(tokens: Array) -> Array:
+            y = _teacher_forced(params, last, tokens, scales, config)
+            return _steps(params, y, tokens, config)[0]
+
+        chance = jax.lax.map(whole, options.swapaxes(0, 1)).T
+    if length == 1:  # as in `layers.token_probability`: exact where it is nearly certain
+        return Answers(jax.nn.sigmoid(odds), first, chance)
+    logp, rest = _steps(params, x[:, 1:], last.targets[:, 1:], config)
+    return Answers(jnp.exp(jax.nn.log_sigmoid(odds) + logp), first & rest, chance)
 
 
 def _teacher_forced(
-    params: Any,
+    params: Params,
     last: LastPosition,
     tokens: Int[Array, "batch token"],
     scales: dict[str, Float[Array, "layer batch 1 width"]],
@@ -226,11 +235,11 @@ def _teacher_forced(
         # The last position is in the cache as it was: it sees earlier keys, and itself anew.
         mask = layers.visible(positions, keys, window) & (keys < last.position[:, None])[:, None]
 
-        def attend(q: Array, own_k: Array, own_v: Array) -> Array:
+        def attend(q: Array, new_k: Array, new_v: Array) -> Array:
             if steps == 1:
-                return layers.row_attention(q, own_k, own_v, k, v, mask)
-            own = layers.visible(positions, positions, window)
-            return layers.continued_attention(q, own_k, own_v, own, k, v, mask)
+                return layers.row_attention(q, new_k, new_v, k, v, mask)
+            new_mask = layers.visible(positions, positions, window)
+            return layers.continued_attention(q, new_k, new_v, new_mask, k, v, mask)
 
         y, _ = layers.block(
             layer,
@@ -250,29 +259,29 @@ def _teacher_forced(
     return jax.lax.scan(step, x, stack)[0]
 
 
-def _said(
-    params: Any, x: Array, token: Array, others: Array, config: ModelConfig
+def _token(
+    params: Params, x: Array, token: Array, others: Array, config: ModelConfig
 ) -> tuple[Array, Array, Array]:
     """Log odds of a token [batch], whether it comes first, log-probabilities of others."""
     logits = layers.unembed(params, x, config)
-    own = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    logit = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     rest = jnp.where(jnp.arange(config.vocab_size) == token[:, None], -jnp.inf, logits)
     highest, rest = rest.max(-1), jax.nn.logsumexp(rest, axis=-1)
-    chance = jnp.take_along_axis(logits, others, axis=-1) - jnp.logaddexp(rest, own)[:, None]
-    return own - rest, own >= highest, chance
+    chance = jnp.take_along_axis(logits, others, axis=-1) - jnp.logaddexp(rest, logit)[:, None]
+    return logit - rest, logit >= highest, chance
 
 
-def _steps(params: Any, x: Array, tokens: Array, config: ModelConfig) -> tuple[Array, Array]:
+def _steps(params: Params, x: Array, tokens: Array, config: ModelConfig) -> tuple[Array, Array]:
     """Log-probability of all tokens together [batch], and whether each comes first; -1 is none.
 
     One position after the other: the logits of all of them would be large.
     """
 
-    def one(at: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(at: tuple[Array, Array]) -> tuple[Array, Array]:
         x, token = at
         real = token >= 0
-        odds, first, _ = _said(params, x, jnp.maximum(token, 0), token[:, None][:, :0], config)
+        odds, first, _ = _token(params, x, jnp.maximum(token, 0), token[:, None][:, :0], config)
         return jnp.where(real, jax.nn.log_sigmoid(odds), 0.0), first | ~real
 
-    logp, first = jax.lax.map(one, (x.swapaxes(0, 1), tokens.T))
+    logp, first = jax.lax.map(step, (x.swapaxes(0, 1), tokens.T))
     return logp.sum(0), first.all(0)

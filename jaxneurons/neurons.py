@@ -190,11 +190,11 @@ class NeuronSet:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the members: equal sets have equal digests."""
-        found = hashlib.sha256()
+        sha = hashlib.sha256()
         for site, codes in self.codes.items():
-            found.update(f"{site}:{len(codes)}:".encode())
-            found.update(codes.astype("<i8").tobytes())
-        return found.hexdigest()
+            sha.update(f"{site}:{len(codes)}:".encode())
+            sha.update(codes.astype("<i8").tobytes())
+        return sha.hexdigest()
 
     def check(self, config: ModelConfig) -> None:
         """Raise `DataError` unless every neuron exists in a model of this shape."""
@@ -227,7 +227,9 @@ class NeuronSet:
         self.check(config)
         chosen = tuple(self.codes if sites is None else sites)
         if any(site not in chosen for site in self.codes):
-            raise DataError(f"these neurons are of {', '.join(self.codes)}; asked: {chosen}")
+            raise DataError(
+                f"these neurons are of {', '.join(self.codes)}, not of {', '.join(chosen)} alone"
+            )
         scales = {}
         for site in chosen:
             scales[site] = np.ones((config.num_layers, site_width(config, site)), np.float32)
@@ -256,12 +258,12 @@ class NeuronSet:
 
 def _whole(values: Any) -> np.ndarray:
     """[n] int64 of whole numbers from 0 on."""
-    found = np.asarray(values)
-    if found.size and found.dtype.kind not in "iu":
-        raise ConfigError(f"whole numbers are needed, got {found.reshape(-1)[0]!r}")
-    if found.size and not 0 <= int(found.min()) <= int(found.max()) < 1 << 63:
-        raise ConfigError(f"numbers from 0 to 2**63 - 1 are needed, got {int(found.min())}")
-    return found.astype(np.int64).reshape(-1)
+    numbers = np.asarray(values)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise ConfigError(f"whole numbers are needed, got {numbers.reshape(-1)[0]!r}")
+    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << 63:
+        raise ConfigError(f"numbers from 0 to 2**63 - 1 are needed, got {int(numbers.min())}")
+    return numbers.astype(np.int64).reshape(-1)
 
 
 def _encode(pairs: Iterable[Any]) -> np.ndarray:
@@ -338,8 +340,8 @@ def stack_scales(
       DataError: a neuron that this model does not have.
     """
     chosen = tuple(dict.fromkeys([*sites, *(site for members in sets for site in members.codes)]))
-    each = [members.scales(config, factor, sites=chosen) for members in sets]
-    return {site: np.stack([scales[site] for scales in each]) for site in chosen}
+    scales = [members.scales(config, factor, sites=chosen) for members in sets]
+    return {site: np.stack([of_set[site] for of_set in scales]) for site in chosen}
 
 
 def neuron_table(neurons: NeuronSet, **columns: Mapping[str, np.ndarray]) -> str:
@@ -366,7 +368,7 @@ def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
       DataError: a file that cannot be read or is not of this format; names the line.
     """
     path = Path(path)
-    found: dict[str, list[tuple[int, int]]] = {}
+    pairs: dict[str, list[tuple[int, int]]] = {}
     for line, row in read_csv(path, ("site", "layer", "index")):
         site, numbers = row["site"].strip(), [row["layer"].strip(), row["index"].strip()]
         if site not in SITES or not all(_NUMBER.fullmatch(number) for number in numbers):
@@ -378,5 +380,5 @@ def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
             _encode([pair])
         except ConfigError as error:
             raise DataError(f"{path}: line {line}: {error}") from None
-        found.setdefault(site, []).append(pair)
-    return NeuronSet.of(**found)
+        pairs.setdefault(site, []).append(pair)
+    return NeuronSet.of(**pairs)

@@ -3,7 +3,7 @@
 Section "applications" of arXiv 2406.10868, whose protocol is not in the paper's text; this is ours:
 
 1. The queries of each group are dealt into two halves. QRNCA's scores of one half (clusters, ica,
-   common neurons) give the group's pool of neurons; the other half is asked, and the reverse.
+   common neurons) give the group's pool of neurons; the other half is read, and the reverse.
 2. Each option is read off the pool, and the highest is the answer:
 
    - `presented`: the option's letter is put after the prompt; the pool's mean activation there.
@@ -36,17 +36,17 @@ from jaxneurons.controls import generator, layer_matched_at_most
 from jaxneurons.errors import DataError
 from jaxneurons.locate import NO_GROUP
 from jaxneurons.neurons import NeuronSet
-from jaxneurons.qrnca_run import Progress, Run
+from jaxneurons.progress import Progress
+from jaxneurons.qrnca_run import Run
 from jaxneurons.readout import INNER
 from jaxneurons.rows import prefill
 from jaxneurons.store import digest
-from jaxneurons.transformer import forward
+from jaxneurons.transformer import Params, forward
 
 Row = dict[str, Any]
 Chosen = dict[tuple[str, int], dict[str, NeuronSet]]
 """By group and half of its queries, the pools that their answers are read off."""
 READOUTS = ("presented", "signed", "direct")
-POOLS = ("own", "another group's", "random")
 HALVES = 2
 FORMAT = 2
 """Of the parts; counts up when what is in them, or how it is computed, changes."""
@@ -54,7 +54,7 @@ FORMAT = 2
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
 def _read(
-    params: Any, batch: batches.Batch, where: jax.Array, *, config: ModelConfig, site: str
+    params: Params, batch: batches.Batch, where: jax.Array, *, config: ModelConfig, site: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Option log-probabilities [row, option]; activations, contributions [row, option, neuron]."""
     pre = prefill(
@@ -79,10 +79,10 @@ def _read(
     written = params["layers"]["ffn"]["down"]["kernel"][layer, index] * act[..., None]
     written = written * params["final_norm"]["scale"]
     if config.tied:
-        said = params["embed"]["embedding"][options]
+        unembedding = params["embed"]["embedding"][options]
     else:
-        said = jnp.moveaxis(params["unembed"]["kernel"][:, options], 0, -1)
-    added = jnp.einsum("rnh,roh->ron", written, said)
+        unembedding = jnp.moveaxis(params["unembed"]["kernel"][:, options], 0, -1)
+    added = jnp.einsum("rnh,roh->ron", written, unembedding)
     chance = jnp.take_along_axis(jax.nn.log_softmax(pre.logits[:, 0]), options, axis=-1)
     return chance, seen, added
 
@@ -93,16 +93,16 @@ def halves(groups: Mapping[str, Sequence[str]], seed: int = 0) -> dict[str, int]
     Raises:
       DataError: a group of one query.
     """
-    rng = np.random.default_rng(seed)
-    found = {}
+    rng = generator(seed)
+    half = {}
     for group, members in groups.items():
         if len(members) < HALVES:
             raise DataError(
-                f"group {group!r} has {len(members)} query: one half locates, the other is asked"
+                f"group {group!r} has {len(members)} query: one half locates, the other is read"
             )
         for place, i in enumerate(rng.permutation(len(members)).tolist()):
-            found[members[i]] = place % HALVES
-    return found
+            half[members[i]] = place % HALVES
+    return half
 
 
 def pools(run: Run, half: Mapping[str, int], located_in: int) -> dict[str, NeuronSet]:
@@ -128,7 +128,7 @@ def predict(run: Run, *, seed: int = 0, progress: Progress | None = None) -> lis
     Args:
       run: of multi-choice queries, neurons of a feed-forward site.
       seed: of halves and random neurons.
-      progress: told how many prompts are done.
+      progress: called with how many prompts are done, of how many.
 
     Raises:
       DataError: queries without options, one group only, or a group of one query.
@@ -163,12 +163,12 @@ def _pools_and_controls(run: Run, half: Mapping[str, int], seed: int) -> Chosen:
     names = list(run.groups)
     chosen: Chosen = {}
     for number in range(HALVES):
-        own = pools(run, half, (number + 1) % HALVES)
+        located = pools(run, half, (number + 1) % HALVES)
         for place, group in enumerate(names):
             chosen[group, number] = {
-                "own": own[group],
-                "another group's": own[names[(place + 1) % len(names)]],
-                "random": layer_matched_at_most(own[group], run.lm.config, rng),
+                "own": located[group],
+                "another group's": located[names[(place + 1) % len(names)]],
+                "random": layer_matched_at_most(located[group], run.lm.config, rng),
             }
     return chosen
 
@@ -177,28 +177,15 @@ def _collect(
     run: Run, union: Mapping[str, NeuronSet], seed: int, progress: Progress | None
 ) -> list[dict[str, np.ndarray]]:
     """For each prompt: option chances, and activations and contributions of its group's neurons."""
-    site = run.settings.site
-    prompts, owners = [past_shared_tokens(p) for p in run.located.encoded], run.owners()
+    prompts = [past_shared_tokens(prompt) for prompt in run.located.encoded]
     group_of = {query.id: query.group for query in run.queries}
-    pairs = {group: neurons.pairs(site) for group, neurons in union.items()}
-    size = max(1, *map(len, pairs.values()))
-    where = {
-        group: np.pad(own, ((0, size - len(own)), (0, 0))).astype(np.int32)
-        for group, own in pairs.items()
-    }
-    named = {group: own.tolist() for group, own in pairs.items()}
-    key = digest([named, seed, FORMAT])[:16]
+    groups = [group_of[query] for query in run.owners()]
+    pairs = {group: neurons.pairs(run.settings.site) for group, neurons in union.items()}
+    key = digest([{group: table.tolist() for group, table in pairs.items()}, seed, FORMAT])[:16]
     values: list[dict[str, np.ndarray]] = [{} for _ in prompts]
     done = 0
     for number, batch in enumerate(batches.plan(prompts, run.batch_size)):
-
-        def make(batch: batches.Batch = batch) -> dict[str, np.ndarray]:
-            rows = [owners[i] if i >= 0 else owners[batch.index[0]] for i in batch.index.tolist()]
-            at = jnp.asarray(np.stack([where[group_of[query]] for query in rows]))
-            read = jax.device_get(_read(run.lm.params, batch, at, config=run.lm.config, site=site))
-            arrays = dict(zip(("chance", "presented", "direct"), read, strict=True))
-            return {"right": batch.answers_by_option.argmax(1), **arrays}
-
+        make = functools.partial(_read_batch, run, batch, groups, pairs)
         part = run.store.part(f"predict-{key}-{number:05d}", make)
         for row, index in enumerate(batch.index.tolist()):
             if index >= 0:
@@ -207,6 +194,27 @@ def _collect(
         if progress is not None:
             progress(done, len(prompts))
     return values
+
+
+def _read_batch(
+    run: Run, batch: batches.Batch, groups: Sequence[str], pairs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The part of a batch.
+
+    Args:
+      run: of the queries.
+      batch: of its prompts.
+      groups: of every prompt of the run.
+      pairs: [neuron, 2] layer and index, by group.
+    """
+    size = max(1, *map(len, pairs.values()))
+    rows = [groups[i if i >= 0 else int(batch.index[0])] for i in batch.index.tolist()]
+    where = np.stack([np.pad(pairs[g], ((0, size - len(pairs[g])), (0, 0))) for g in rows])
+    config, site = run.lm.config, run.settings.site
+    at = jnp.asarray(where.astype(np.int32))
+    read = jax.device_get(_read(run.lm.params, batch, at, config=config, site=site))
+    arrays = dict(zip(("chance", "presented", "direct"), read, strict=True))
+    return {"right": batch.answers_by_option.argmax(1), **arrays}
 
 
 class Scores(NamedTuple):
@@ -262,8 +270,8 @@ def _rows(run: Run, scores: Scores, seed: int) -> list[Row]:
             accuracy = pcr.mean(np.array([np.mean(right[query]) for query in members]), seed=seed)
             sizes = [
                 size
-                for (name, other), each in scores.sizes.items()
-                for size in each
+                for (name, other), of_halves in scores.sizes.items()
+                for size in of_halves
                 if other == pool and group in (NO_GROUP, name)
             ]
             rows.append(

@@ -22,8 +22,9 @@ from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.evaluate import Answers, changes, scaled_answers
 from jaxneurons.neurons import NeuronSet, Ranking
 from jaxneurons.pcr import FACTORS, unrelated_queries
+from jaxneurons.progress import Progress
 from jaxneurons.qrnca import run_prompts
-from jaxneurons.qrnca_run import Progress, Run
+from jaxneurons.qrnca_run import Run
 from jaxneurons.store import digest
 
 OWN = "QRNCA"
@@ -183,7 +184,7 @@ def run_trials(
       extra: neurons of your own for every query, by a name of your own.
       factors: by name, what the neurons' activations are multiplied by.
       seed: of the unrelated queries and the random sets.
-      progress: told how many prompts are done.
+      progress: called with how many prompts are done, of how many.
 
     Raises:
       ConfigError: a method that is none.
