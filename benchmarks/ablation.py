@@ -22,12 +22,12 @@ import numpy as np
 import published
 
 from jaxneurons import load
-from jaxneurons.ablation import ablated
-from jaxneurons.answers import encode_prompt
-from jaxneurons.controls import random_neurons
-from jaxneurons.fetch import fetch_smollm2
-from jaxneurons.neurons import FFN, NeuronSet
-from jaxneurons.relations import bundled_relations, prompt
+from jaxneurons.checkpoints.fetch import fetch_smollm2
+from jaxneurons.engine.ablation import ablated
+from jaxneurons.neurons.controls import random_neurons
+from jaxneurons.neurons.sets import FFN, NeuronSet
+from jaxneurons.prompts.answers import encode_prompt
+from jaxneurons.prompts.relations import bundled_relations, prompt
 
 
 def zero_hooks(model: Any, neurons: NeuronSet) -> list[Any]:
