@@ -1,6 +1,6 @@
 """Greedy generation with neurons scaled, on a KV cache."""
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from jaxneurons.model.config import ModelConfig
 
 NO_TOKEN = -1
 """Instead of a token where the logits are not finite."""
+State = tuple[transformer.Cache | None, Int[Array, " batch"]]
+"""What has been seen, and the token after it."""
 
 
 def greedy(
@@ -39,13 +41,13 @@ def greedy(
     batch, seq = tokens.shape
     dtype = params["embed"]["embedding"].dtype
     cache = transformer.init_cache(config, batch, seq + max(steps - 1, 0), dtype)
-    run: Any = transformer.forward
-    out = run(params, tokens, config=config, lengths=lengths, scales=scales, cache=cache)
+    run = functools.partial(transformer.forward, params, config=config, scales=scales)
+    out = run(tokens, lengths=lengths, cache=cache)
     first = _likeliest(out.logits[:, 0]).astype(tokens.dtype)
 
-    def step(state: Any, _: None) -> tuple[Any, Array]:
+    def step(state: State, _: None) -> tuple[State, Array]:
         cache, last = state
-        out = run(params, last[:, None], config=config, scales=scales, cache=cache)
+        out = run(last[:, None], cache=cache)
         following = _likeliest(out.logits[:, 0]).astype(last.dtype)
         return (out.cache, following), following
 
