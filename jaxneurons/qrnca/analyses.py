@@ -10,14 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons.checkpoints.loading import LM
+from jaxneurons.engine.readout import words
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.model import layers
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.neurons.sets import Neuron, Ranking
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca import pcr
@@ -130,50 +127,14 @@ def layer_rows(run: Run, neurons: Sequence[Row]) -> list[Row]:
     ]
 
 
-def written_directions(lm: LM, neurons: Sequence[Neuron], site: str) -> jax.Array:
-    """What each neuron adds to the residual stream per unit of activation, [neuron, hidden].
-
-    Raises:
-      ConfigError: a site that writes nothing by itself (q, k, v).
-    """
-    at = tuple(np.array(neurons, np.int32).reshape(-1, 2).T)
-    if site in KINDS:
-        return jnp.asarray(lm.params["layers"]["ffn"]["down"]["kernel"])[at]
-    if site in ("down", "o"):
-        return jax.nn.one_hot(at[1], lm.config.hidden_size)
-    raise ConfigError(
-        f"neurons of site {site!r} write nothing to the residual stream by themselves"
-    )
-
-
-def words(
-    lm: LM, neurons: Sequence[Neuron], *, site: str = "up", count: int = 8
-) -> list[tuple[list[str], list[str]]]:
-    """Tokens that each neuron promotes and demotes most, through the unembedding.
-
-    The neuron's row of the down projection, weighted by the final norm, times the unembedding: for
-    a positive activation, and without what the layers above do to it.
-    """
-    if not neurons:
-        return []
-    direction = written_directions(lm, neurons, site) * lm.params["final_norm"]["scale"]
-    logits = layers.project(lm.params, direction, lm.config)
-    both = (jax.lax.top_k(logits, count)[1], jax.lax.top_k(-logits, count)[1])
-    up, down = (np.asarray(ids).tolist() for ids in both)
-
-    def text(ids: list[int]) -> list[str]:
-        return [str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in ids]
-
-    return [(text(a), text(b)) for a, b in zip(up, down, strict=True)]
-
-
 def word_rows(run: Run, neurons: Sequence[Row], *, each: int = 5) -> list[Row]:
     """What the common neurons say, and the `each` heaviest neurons of every group."""
     chosen = [("common", neuron, count) for neuron, count in run.common]
     for group in run.groups:
         own = sorted((r for r in neurons if r["group"] == group), key=lambda r: -r["naica"])
         chosen += [(group, Neuron(r["layer"], r["index"]), r["queries"]) for r in own[:each]]
-    said = words(run.lm, [neuron for _, neuron, _ in chosen], site=run.settings.site)
+    ranking = Ranking(tuple(neuron for _, neuron, _ in chosen), run.settings.site)
+    said = words(run.lm, ranking)
     return [
         {
             "group": group,

@@ -18,7 +18,8 @@ from jaxneurons.engine.last_position import changes, last_position, scaled_answe
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError
 from jaxneurons.lab.bundled import bundled_queries
-from jaxneurons.neurons.sets import Neuron, matched_random, site_width
+from jaxneurons.neurons.controls import generator
+from jaxneurons.neurons.sets import Neuron, NeuronSet, site_width
 from jaxneurons.plots.figures import neuron_map
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import Query
@@ -123,7 +124,7 @@ def demo_facts(source: str) -> list[Query]:
 
 def known(lm: LM, facts: list[Query]) -> list[bool]:
     """Whether the model says the answer, whole, after every wording of a fact."""
-    says = _suppressed(lm, facts, [[[]]] * len(facts))[1]
+    says = _suppressed(lm, facts, [[NeuronSet()]] * len(facts))[1]
     return [bool(each[0].all()) for each in says]
 
 
@@ -182,12 +183,11 @@ def suppress(
     lm: LM, facts: list[Query], run: Run, *, draws: int = 10, seed: int = 0
 ) -> list[Effect]:
     """Each fact's answer with its own neurons off, and with random ones of the same layers off."""
-    rng = np.random.default_rng(seed)
-    width = site_width(lm.config, SETTINGS.site)
+    rng = generator(seed)
     trials = []
     for fact in facts:
-        own = run[fact.id].ranking
-        sets = [[], own] + [matched_random(own, width=width, rng=rng) for _ in range(draws)]
+        own = run[fact.id].neurons
+        sets = [NeuronSet(), own, *(own.random_like(lm.config, rng) for _ in range(draws))]
         trials.append(sets)
     p, says = _suppressed(lm, facts, trials)
 
@@ -233,7 +233,7 @@ def draw(lm: LM, facts: list[Query], run: Run, path: Path) -> Path:
 
 
 def _suppressed(
-    lm: LM, facts: list[Query], trials: list[list[list[Neuron]]]
+    lm: LM, facts: list[Query], trials: list[list[NeuronSet]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per fact, [trial, prompt]: the answer's probability and whether it comes first.
 
@@ -249,8 +249,9 @@ def _suppressed(
         off = [[(trials[owner[i]][t], 0.0) for i in rows] for t in range(len(trials[0]))]
         pre = run_prompts(lm.params, batch, config=lm.config, site=SETTINGS.site)
         last = last_position(pre)
+        off = changes(off, site=SETTINGS.site)
         got = jax.device_get(
-            scaled_answers(lm.params, last, changes(off), config=lm.config, site=SETTINGS.site)
+            scaled_answers(lm.params, last, off, config=lm.config, site=SETTINGS.site)
         )
         p[:, index] = got.probability[:, : len(index)]
         says[:, index] = got.first[:, : len(index)]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.engine.attribution import Attribution, attribute
-from jaxneurons.engine.last_position import changes, last_position, scaled_answers
+from jaxneurons.engine.last_position import last_position, scaled_answers, unchanged
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.engine.rows import Prefill, prefill
 from jaxneurons.errors import ConfigError, DataError
@@ -195,7 +195,7 @@ def _attribute(
         first = jax.nn.softmax(pre.logits[:, 0], axis=-1)
         options = jnp.take_along_axis(first, batch.options[..., 0], axis=-1)
     else:  # whole: those that begin alike too
-        untouched = changes([[((), 1.0)] * len(batch.tokens)])
+        untouched = unchanged(len(batch.tokens))
         answers = scaled_answers(
             params,
             last_position(pre),

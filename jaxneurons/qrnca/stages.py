@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxneurons.errors import ConfigError, DataError, WriteError
-from jaxneurons.neurons.sets import Neuron, NeuronSet, read_neurons
+from jaxneurons.neurons.sets import NeuronSet, read_neurons
 from jaxneurons.plots.figures import check_places
 from jaxneurons.qrnca import analyses, prediction
 from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
@@ -178,15 +178,13 @@ def _checked_run(run: object) -> Run:
     if isinstance(run, Run):
         return run
     if isinstance(run, str | os.PathLike):
-        raise ConfigError(
-            f"run is {str(run)!r}: open it first with jaxneurons.qrnca.open_run"
-        )
+        raise ConfigError(f"run is {str(run)!r}: open it first with jaxneurons.qrnca.open_run")
     raise ConfigError(f"run is what jaxneurons.qrnca.locate gives, got {run!r:.80}")
 
 
 def _prepared(
     run: object, neurons: object, seed: object, out: object
-) -> tuple[Run, dict[str, dict[str, list[Neuron]]]]:
+) -> tuple[Run, dict[str, dict[str, NeuronSet]]]:
     """The run, keeping parts in `out`, and the caller's neurons by method and query.
 
     Raises:
@@ -216,7 +214,7 @@ def check_out(out: str | os.PathLike[str]) -> None:
     check_places(Path(out), TABLES, FIGURES)
 
 
-def _yours(run: Run, neurons: object) -> dict[str, dict[str, list[Neuron]]]:
+def _yours(run: Run, neurons: object) -> dict[str, dict[str, NeuronSet]]:
     """The caller's neurons, to be changed in every query."""
     if neurons is None:
         return {}
@@ -230,8 +228,7 @@ def _yours(run: Run, neurons: object) -> dict[str, dict[str, list[Neuron]]]:
     if sites != site:
         raise DataError(f"{what}: at {sites}, but this run is of neurons at {site!r}")
     chosen.check(run.lm.config)
-    ranking = [neuron for _, neuron in chosen]
-    return {YOURS: {query.id: ranking for query in run.queries}}
+    return {YOURS: {query.id: chosen for query in run.queries}}
 
 
 def _facts(run: Run, outcomes: Outcomes, neurons: Neurons, seed: int) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from support.fixtures import (
 import jaxneurons
 from jaxneurons import forward
 from jaxneurons.engine.quadrature import Quadrature
-from jaxneurons.errors import DataError
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.engine.readout import words
+from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.neurons.controls import activation_matched
+from jaxneurons.neurons.sets import NeuronSet, Ranking
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import read_queries
 from jaxneurons.qrnca import prediction, trials
@@ -34,9 +36,8 @@ from jaxneurons.qrnca.analyses import (
     neuron_rows,
     overlap_rows,
     word_rows,
-    words,
 )
-from jaxneurons.qrnca.baselines import MATCHED, matched_neurons
+from jaxneurons.qrnca.baselines import MATCHED, method_sets
 from jaxneurons.qrnca.effects import (
     change_rows,
     completeness_share,
@@ -79,7 +80,7 @@ def outcomes(run):
 def multipliers(neurons, factor):
     """[layer, width]."""
     scales = np.ones((LAYERS, WIDTH), np.float32)
-    for layer, index in neurons:
+    for _, (layer, index) in neurons:
         scales[layer, index] = factor
     return scales
 
@@ -127,21 +128,24 @@ def test_every_trial_as_a_full_pass(run, outcomes, which):
 
 
 def test_matched_neurons_are_changed_as_said(run, outcomes):
-    """The control of a prompt, drawn again as `matched_neurons` says, against a full pass."""
+    """The control of a prompt, drawn again as `controls` says, against a full pass."""
     prompts, owners = run.encoded, run.owners()
     index = owners.index("q5")
     prompt = prompts[index]
     out = forward(run.lm.params, jnp.array([prompt.prompt]), config=run.lm.config, capture=("up",))
-    active = np.abs(np.asarray(out.activations["up"][:, 0, 0]))
+    active = {"up": np.abs(np.asarray(out.activations["up"][:, 0, 0]))}
     rng = np.random.default_rng([0, index])
+    common = NeuronSet.of(up=[neuron for neuron, _ in run.common])
+    rankings = method_sets(run.prompts, run, common, config=run.lm.config, settings=run.settings)
     for method in outcomes.sets:  # in the order in which they are drawn
+        assert outcomes.sets[method]["q5"] == rankings[method]["q5"].neurons
         if method == "random":
             continue
-        drawn = matched_neurons(outcomes.sets[method]["q5"], active, rng)
+        drawn = activation_matched(rankings[method]["q5"], active, rng)
         if method == "QRNCA":
             # An unrelated query's control is drawn right after it.
             (source,) = (q for q, other in outcomes.other.items() if other == "q5")
-            matched_neurons(outcomes.sets[method][source], active, rng)
+            activation_matched(rankings[method][source], active, rng)
         scales = multipliers(drawn, 0.0)
         want = np.exp(option_logits(run.lm, prompt, scales)[prompt.answer[0]])
         assert outcomes.matched[method, "suppress", "q5"].after[0] == pytest.approx(want, rel=CLOSE)
@@ -278,12 +282,44 @@ def test_some_queries_in_no_group(lm, tmp_path):
 def test_completeness_share_of_everything_kept(run):
     for prompts in run.prompts.values():
         kept = {n for p in prompts for n in p.neurons.tolist()}
-        neurons = [Neuron(*divmod(n, WIDTH)) for n in kept]
+        neurons = NeuronSet.of(up=[divmod(n, WIDTH) for n in kept])
+        model = {"config": run.lm.config, "site": "up"}
         held = sum(p.scores.sum(dtype=np.float64) for p in prompts)
         whole = sum(p.total for p in prompts)
-        found = completeness_share(prompts, neurons, WIDTH)
+        found = completeness_share(prompts, neurons, **model)
         assert found == pytest.approx(held / whole) if whole > 0 else np.isnan(found)
-        assert np.isnan(found) or completeness_share(prompts, [], WIDTH) == 0
+        assert np.isnan(found) or completeness_share(prompts, NeuronSet(), **model) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda sets: sets.pop("q3"), DataError, "'mine' has no neurons for query 'q3'"),
+        (
+            lambda sets: sets.update(q3=NeuronSet.of(down=[(0, 1)])),
+            DataError,
+            "this run is of neurons at 'up', 'mine' has some at down",
+        ),
+        (
+            lambda sets: sets.update(q3=NeuronSet.of(up=[(9, 1)])),
+            DataError,
+            "layer 9 is not in this model",
+        ),
+    ],
+)
+def test_neurons_that_cannot_be_changed(run, monkeypatch, change, error, message):
+    monkeypatch.setattr(trials, "scaled_answers", None)  # said before anything is computed
+    sets = {query: found.neurons for query, found in run.items()}
+    change(sets)
+    with pytest.raises(error, match=message):
+        run_trials(run, methods=(), extra={"mine": sets})
+
+
+def test_a_method_that_is_none(run):
+    with pytest.raises(
+        ConfigError, match="unknown method 'activations'; did you mean 'activation'"
+    ):
+        run_trials(run, methods=("activations",))
 
 
 def test_one_group_only_is_an_error(lm, tmp_path):
@@ -377,13 +413,14 @@ def test_counts_layers_and_overlap_agree_with_the_sets(run):
 def test_words_are_the_ends_of_the_unembedded_row(run):
     lm = run.lm
     neurons = run["q1"].ranking[:2]
+    ranking = Ranking(tuple(neurons), "up")
     down = np.asarray(lm.params["layers"]["ffn"]["down"]["kernel"])
     table = (
         np.asarray(lm.params["embed"]["embedding"]).T
         if lm.config.tied
         else np.asarray(lm.params["unembed"]["kernel"])
     )
-    for neuron, (promotes, demotes) in zip(neurons, words(lm, neurons, count=3), strict=True):
+    for neuron, (promotes, demotes) in zip(neurons, words(lm, ranking, count=3), strict=True):
         logits = (down[neuron] * np.asarray(lm.params["final_norm"]["scale"])) @ table
         order = np.argsort(logits)
         assert promotes == [lm.tokenizer.decode([i]) for i in order[::-1][:3]]
