@@ -11,6 +11,7 @@ from typing import Any
 from jaxneurons.convert.keys import FIXED, IRRELEVANT, MOST, Keys, without_keys
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ROPE_TYPES, ModelConfig, RopeConfig
+from jaxneurons.storage.settings import check_argument
 
 # What transformers' LlamaConfig, MistralConfig and Qwen2Config fill in for an absent key.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -327,6 +328,7 @@ def config_from_hf(
     Raises:
       ConfigError: a key or value that this library does not handle, with key, value and `where`.
     """
+    check_argument("config", dict, config)
     keys = Keys(without_keys(config, ignore_keys, where=where), where)
     family = keys.left.pop("model_type", None)
     if not isinstance(family, str) or family not in DEFAULTS:

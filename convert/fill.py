@@ -242,7 +242,7 @@ def parameter_dtype(dtype: DTypeLike) -> np.dtype:
     """
     try:
         found = np.dtype(jnp.dtype(dtype))
-    except TypeError:
+    except (TypeError, ValueError):
         raise ConfigError(f"unknown dtype {dtype!r} (float32, bfloat16 or float16)") from None
     if found.name not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"parameters cannot have dtype {found.name} (float32, bfloat16, float16)")
