@@ -26,8 +26,9 @@ from jax.typing import DTypeLike
 from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
-from jaxneurons.convert.rules import Place, Progress, param_shapes
+from jaxneurons.convert.rules import Place, Progress
 from jaxneurons.errors import ConfigError, SourceError, WriteError
+from jaxneurons.parameters import param_shapes
 from jaxneurons.provenance import hash_each
 from jaxneurons.store import write_json
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxneurons.config import ModelConfig
 from jaxneurons.csv_file import read_csv
 from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.parameters import site_widths
 
 Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
 SITES: tuple[str, ...] = get_args(Site)
@@ -46,16 +47,7 @@ def check_site(site: str) -> None:
 def site_width(config: ModelConfig, site: str) -> int:
     """Neurons of a site in one layer."""
     check_site(site)
-    return {
-        "up": config.intermediate_size,
-        "gate": config.intermediate_size,
-        "act": config.intermediate_size,
-        "down": config.hidden_size,
-        "q": config.query_width,
-        "k": config.kv_width,
-        "v": config.kv_width,
-        "o": config.hidden_size,
-    }[site]
+    return site_widths(config)[site]
 
 
 def neuron_count(config: ModelConfig, sites: Iterable[str]) -> int:

@@ -19,6 +19,7 @@ from jaxneurons import layers, transformer
 from jaxneurons.blockwise import MOST_SCORES
 from jaxneurons.config import ModelConfig
 from jaxneurons.neurons import site_width
+from jaxneurons.parameters import axes, list_parameters, params_dtype
 
 
 class Prefill(NamedTuple):
@@ -68,7 +69,7 @@ def prefill(
             lambda row, answer, start: jax.lax.dynamic_update_slice_in_dim(row, answer, start, 0)
         )(tokens, targets[:, :-1].astype(tokens.dtype), lengths)
         lengths = lengths + answers - 1
-    dtype = params["embed"]["embedding"].dtype
+    dtype = params_dtype(params)
     out = transformer.forward(
         params,
         tokens,
@@ -284,11 +285,11 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
     one layer, with their weights and gradients. More rows than keep the platform busy bring
     nothing, and small chunks skip more layers.
     """
-    per_layer = (
-        2 * config.intermediate_size
-        + 2 * config.hidden_size
-        + 2 * config.query_width
-        + 2 * config.kv_width
+    # The outputs of a layer's projections, and of attention before the last of its own.
+    per_layer = axes(config)["heads"].size + sum(
+        parameter.layer_shape[-1]
+        for parameter in list_parameters(config)
+        if parameter.per_layer and parameter.path[-1] == "kernel"
     )
     scores = config.num_heads * (keys + 1)
     scores *= config.num_layers if keys <= MANY_KEYS else 6
@@ -311,7 +312,8 @@ def memory_bound(
       prompts: in the batch.
       memory_budget: bytes that the rows may take.
     """
-    kept = 2 * config.num_layers * config.kv_width
-    widths = config.hidden_size + config.intermediate_size + config.query_width + config.kv_width
+    sizes = axes(config)
+    kept = 2 * config.num_layers * sizes["kv_heads"].size
+    widths = sum(sizes[name].size for name in ("hidden", "intermediate", "heads", "kv_heads"))
     scores = config.num_heads * min(tokens**2, MOST_SCORES)
     return 4 * prompts * (tokens * (2 * kept + 4 * widths) + 4 * scores) + memory_budget

@@ -15,10 +15,8 @@ from jaxtyping import Array, Float, Int
 from jaxneurons import layers
 from jaxneurons.blockwise import causal_attention
 from jaxneurons.config import ModelConfig
+from jaxneurons.parameters import LAYERS, Parameter, Params, parameter_tree
 from jaxneurons.token_ids import check_ids
-
-Params = dict[str, Any]
-"""One plain nested dict of arrays; layers are stacked on axis 0, kernels are [layer, in, out]."""
 
 Scales = Mapping[str, Array]
 """By site, multipliers [layers, ...] whose rest broadcasts to [batch, seq, width]."""
@@ -61,55 +59,25 @@ def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Shapes of one layer's parameters, nested as the parameters are."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-
-    def projection(name: str, inputs: int, outputs: int) -> dict[str, Any]:
-        bias = {"bias": (outputs,)} if name in config.biases else {}
-        return {name: {"kernel": (inputs, outputs), **bias}}
-
-    return {
-        "attn_norm": {"scale": (hidden,)},
-        "attn": {
-            **projection("q", hidden, config.query_width),
-            **projection("k", hidden, config.kv_width),
-            **projection("v", hidden, config.kv_width),
-            **projection("o", config.query_width, hidden),
-        },
-        "ffn_norm": {"scale": (hidden,)},
-        "ffn": {
-            **projection("gate", hidden, inner),
-            **projection("up", hidden, inner),
-            **projection("down", inner, hidden),
-        },
-    }
-
-
-def _initializer(name: str) -> Any:
-    if name == "scale":
-        return nn.initializers.ones
-    if name == "embedding":
-        return nn.initializers.normal(0.02)
-    if name == "bias":
-        return nn.initializers.zeros
-    return nn.initializers.lecun_normal()
-
-
 class Weights(nn.Module):
-    """A nested group of parameters, declared by their shapes and returned as a plain dict."""
+    """A nested group of parameters, declared by the table and returned as a plain dict."""
 
-    shapes: Mapping[str, Any]
+    declared: Mapping[str, Any]
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        """The parameters, nested as `shapes` is."""
+        """The parameters (one layer's, inside of the scan), nested as `declared` is."""
         return {
-            name: Weights(shape, name=name)()
-            if isinstance(shape, Mapping)
-            else self.param(name, _initializer(name), shape)
-            for name, shape in self.shapes.items()
+            name: self.param(name, value.initializer, value.layer_shape)
+            if isinstance(value, Parameter)
+            else Weights(value, name=name)()
+            for name, value in self.declared.items()
         }
+
+
+def _declared(config: ModelConfig) -> dict[str, Any]:
+    """A `Parameter` in place of every array."""
+    return parameter_tree(config, lambda parameter: parameter)
 
 
 class Block(nn.Module):
@@ -136,9 +104,8 @@ class Block(nn.Module):
             own = self.config.sliding_window if window is None else window
             return causal_attention(q, k, v, positions, keys, own)
 
-        params = {
-            name: Weights(shapes, name=name)() for name, shapes in layer_shapes(self.config).items()
-        }
+        declared = _declared(self.config)[LAYERS]
+        params = {name: Weights(group, name=name)() for name, group in declared.items()}
         y, activations = layers.block(
             params,
             x,
@@ -209,11 +176,11 @@ class Transformer(nn.Module):
         cos, sin = layers.rope_angles(positions, config, start + lengths)
         windows = config.layer_windows
 
-        hidden, vocab = config.hidden_size, config.vocab_size
-        top = {"embed": {"embedding": (vocab, hidden)}, "final_norm": {"scale": (hidden,)}}
-        if not config.tied:
-            top["unembed"] = {"kernel": (hidden, vocab)}
-        params = {name: Weights(shapes, name=name)() for name, shapes in top.items()}
+        params = {
+            name: Weights(group, name=name)()
+            for name, group in _declared(config).items()
+            if name != LAYERS
+        }
 
         stack = nn.scan(
             Block,
@@ -221,7 +188,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=config.num_layers,
-        )(config, capture, reduce, name="layers")
+        )(config, capture, reduce, name=LAYERS)
         x, (store, activations) = stack(
             params["embed"]["embedding"][tokens],
             (

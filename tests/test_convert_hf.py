@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.hf import read_hf, stored_dtype
-from jaxneurons.convert.rules import param_shapes, permute, unpermute
+from jaxneurons.convert.rules import permute, unpermute
 from jaxneurons.errors import ConfigError, SourceError
+from jaxneurons.parameters import param_shapes
 
 KERNELS = {
     ("attn", "q"): "self_attn.q_proj",
