@@ -20,7 +20,6 @@ from jaxneurons.convert.rules import (
     EMBEDDING,
     UNEMBEDDING,
     Naming,
-    Progress,
     TensorRule,
     rules_for,
     stored_names,
@@ -29,6 +28,7 @@ from jaxneurons.convert.rules import (
 )
 from jaxneurons.errors import ConfigError, SourceError
 from jaxneurons.parameters import get, put
+from jaxneurons.progress import Advance
 
 _ALIGNMENT = 64  # bytes
 _CHUNK = 1 << 20  # values read at a time
@@ -117,7 +117,7 @@ def fill(
     dtype: DTypeLike = jnp.float32,
     where: str,
     shardings: Any = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, Any]:
     """Copy a checkpoint into a fresh parameter tree, one stacked parameter at a time.
 

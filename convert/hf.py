@@ -22,12 +22,12 @@ from jaxneurons.convert.rules import (
     EMBEDDING,
     UNEMBEDDING,
     Place,
-    Progress,
     stored_names,
     tensor_name,
 )
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
+from jaxneurons.progress import Advance
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -144,7 +144,7 @@ def read_hf(
     *,
     dtype: DTypeLike = jnp.float32,
     place: Place | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     ignore_keys: Sequence[str] = (),
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Load a model from a Hugging Face directory.

@@ -17,8 +17,6 @@ from jaxneurons.config import ModelConfig
 from jaxneurons.parameters import LAYERS, Parameter, axes, list_parameters
 
 Naming = Literal["hf", "gguf"]
-Progress = Callable[[int], None]
-"""Receives bytes as they pass."""
 Place = Callable[[ModelConfig], Any]
 """A `Sharding` for every parameter, nested as they are."""
 

@@ -10,7 +10,7 @@ import typer
 
 from jaxneurons import qrnca_cli, relspec_cli
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
-from jaxneurons.qrnca_cli import IgnoreKeys
+from jaxneurons.options import IgnoreKeys
 from jaxneurons.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 from jaxneurons.terminal import (
     console,
@@ -116,7 +116,8 @@ def verify_command(
 ) -> None:
     """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
     from jaxneurons.certificate import CERTIFICATE, verify
-    from jaxneurons.load import load, locate_source
+    from jaxneurons.fetch import locate_source
+    from jaxneurons.load import load
     from jaxneurons.store import null_for_nan, write_json
 
     if dtype not in (None, *DTYPES):

@@ -11,7 +11,8 @@ from jaxneurons.convert.gguf import config_of, open_gguf, tensors_of
 from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors
 from jaxneurons.convert.native import MARKER, read_marker, recorded_keys
 from jaxneurons.errors import SourceError
-from jaxneurons.load import locate_source, read_tokenizer
+from jaxneurons.fetch import locate_source
+from jaxneurons.load import read_tokenizer
 from jaxneurons.parameters import count_parameters, site_widths
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.options import IgnoreKeys
 from jaxneurons.terminal import (
     console,
     counting,
@@ -32,15 +33,6 @@ FORMS = ("choice", "free")
 Directory = Annotated[Path, typer.Option("--run", help="Run directory of `qrnca locate`.")]
 Model = Annotated[
     str | None, typer.Option(help="Where the run's model is now; default: where it was.")
-]
-IgnoreKeys = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--ignore-key",
-        metavar="NAME",
-        help="A key of the model's configuration to read as if it were not there; may be given "
-        "several times. Results say so.",
-    ),
 ]
 OwnNeurons = Annotated[
     Path | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxneurons.errors import DataError
-from jaxneurons.qrnca_cli import IgnoreKeys
+from jaxneurons.options import IgnoreKeys
 from jaxneurons.terminal import console, load_and_say, show_comparison, show_study, stages
 
 if TYPE_CHECKING:
