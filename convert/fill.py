@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.config import ModelConfig
 from jaxneurons.convert.rules import (
     DROPPABLE,
     EMBEDDING,
@@ -27,8 +26,9 @@ from jaxneurons.convert.rules import (
     unpermute,
 )
 from jaxneurons.errors import ConfigError, SourceError
-from jaxneurons.parameters import get, put
-from jaxneurons.progress import Advance
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import get, put
+from jaxneurons.storage.progress import Advance
 
 _ALIGNMENT = 64  # bytes
 _CHUNK = 1 << 20  # values read at a time

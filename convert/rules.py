@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxneurons import parameters
-from jaxneurons.config import ModelConfig
-from jaxneurons.parameters import LAYERS, Parameter, axes, list_parameters
+from jaxneurons.model import parameters
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import LAYERS, Parameter, axes, list_parameters
 
 Naming = Literal["hf", "gguf"]
 Place = Callable[[ModelConfig], Any]
