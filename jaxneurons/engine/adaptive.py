@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxneurons.engine.parametrisation import EXTRA, Parametrisation, first_panels, parametrise
 from jaxneurons.engine.quadrature import PANEL_NODES, Quadrature, lobatto
 from jaxneurons.engine.rows import Prefill, evaluate, evaluate_with_untouched, grouped
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 from jaxneurons.neurons.sets import Site, site_width
-from jaxneurons.engine.parametrisation import EXTRA, Parametrisation, first_panels, parametrise
 
 X, W = (a.astype(np.float32) for a in lobatto(PANEL_NODES))
 INNER = PANEL_NODES - 2

@@ -3,8 +3,8 @@
 The activation of one layer's site at the *last* position is scaled by alpha from 0 to 1 while
 everything else is left alone, and each neuron is credited with its share of the change of the
 answer's probability (QRNCA, arXiv 2406.10868, section 2 of the method). `jax.grad` of the rows'
-answer probabilities with respect to their scales (see `jaxneurons.engine.rows`) gives f * dP/df for every
-neuron; its weighted sum over alpha is the attribution.
+answer probabilities with respect to their scales (see `jaxneurons.engine.rows`) gives f * dP/df for
+every neuron; its weighted sum over alpha is the attribution.
 
 `integrated_gradients` is pure and composes with the caller's `jit`, `vmap` and sharding.
 """
@@ -19,6 +19,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.engine.adaptive import adaptive
+from jaxneurons.engine.parametrisation import EXTRA
 from jaxneurons.engine.quadrature import Quadrature, nodes_and_weights
 from jaxneurons.engine.rows import Prefill, prefill, rows_in_budget, sweep
 from jaxneurons.errors import ConfigError
@@ -27,7 +28,6 @@ from jaxneurons.model.finite import NotFiniteError, explain
 from jaxneurons.model.parameters import Params
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.neurons.sets import Site, check_site
-from jaxneurons.engine.parametrisation import EXTRA
 
 MANY_ANSWERS = 32
 """Answer tokens of a batch that are attributed together, whatever the memory budget."""
