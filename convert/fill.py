@@ -236,12 +236,14 @@ def parameter_dtype(dtype: DTypeLike) -> np.dtype:
       ConfigError: it is not.
     """
     try:
-        found = np.dtype(jnp.dtype(dtype))
+        parsed = np.dtype(jnp.dtype(dtype))
     except TypeError:
         raise ConfigError(f"unknown dtype {dtype!r} (float32, bfloat16 or float16)") from None
-    if found.name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"parameters cannot have dtype {found.name} (float32, bfloat16, float16)")
-    return found
+    if parsed.name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(
+            f"parameters cannot have dtype {parsed.name} (float32, bfloat16, float16)"
+        )
+    return parsed
 
 
 def transpose_into(target: np.ndarray, values: np.ndarray) -> None:

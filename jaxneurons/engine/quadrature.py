@@ -21,6 +21,7 @@ import numpy as np
 from numpy.polynomial import legendre
 
 from jaxneurons.errors import ConfigError, near_matches
+from jaxneurons.storage.settings import check_fields
 
 Rule = Literal["adaptive", "gauss", "right", "reference"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -51,10 +52,11 @@ class Quadrature:
     max_nodes: int = 16
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
+        if isinstance(self.rule, str) and self.rule not in RULES:
             raise ConfigError(
                 f"unknown quadrature rule {self.rule!r}; {near_matches(self.rule, RULES)}"
             )
+        check_fields(self)
         least = 2 if self.rule == "reference" else 1
         if self.steps < least:
             raise ConfigError(f"rule {self.rule!r} needs steps >= {least}, got {self.steps}")

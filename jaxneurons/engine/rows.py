@@ -37,7 +37,7 @@ class Prefill(NamedTuple):
       targets: the answer tokens.
       probability: of each answer token, model untouched.
       logits: at the answer positions, float32.
-      captured: activations asked for, at the answer positions, by site.
+      captured: activations of the captured sites, at the answer positions.
     """
 
     cache: transformer.Cache
@@ -279,10 +279,10 @@ GROUPS = 6
 """Groups of layers that rows enter by: more groups skip more work and compile longer."""
 
 
-def grouped(layers: int, each: int, first: int = 0) -> Entries:
-    """`entries` for `each` rows of every layer, sorted by layer, after `first` rows of any."""
+def grouped(layers: int, per_layer: int, first: int = 0) -> Entries:
+    """`entries` for `per_layer` rows of every layer, sorted, after `first` rows of any layer."""
     bounds = np.linspace(0, layers, min(GROUPS, layers) + 1).astype(int).tolist()
-    return tuple((a, first + b * each) for a, b in itertools.pairwise(bounds))
+    return tuple((a, first + b * per_layer) for a, b in itertools.pairwise(bounds))
 
 
 def sweep(
@@ -298,33 +298,33 @@ def sweep(
     """Every layer at nodes `x`: P [batch, answer, layer, node] and the integral [..., width]."""
     count, steps, shape = config.num_layers, len(x), pre.targets.shape
     passes = -(-steps // max(1, rows // count))
-    each = -(-steps // passes)  # nodes of every layer in one pass
-    pad = passes * each - steps
-    alpha = np.concatenate([x, np.zeros(pad)]).reshape(passes, each)
-    weight = np.concatenate([w, np.zeros(pad)]).reshape(passes, each)
-    entries = grouped(count, each)
-    everyone = (*shape, count * each)
-    layer = jnp.broadcast_to(jnp.repeat(jnp.arange(count), each), everyone)
+    together = -(-steps // passes)  # nodes of every layer in one pass
+    pad = passes * together - steps
+    alpha = np.concatenate([x, np.zeros(pad)]).reshape(passes, together)
+    weight = np.concatenate([w, np.zeros(pad)]).reshape(passes, together)
+    entries = grouped(count, together)
+    row_shape = (*shape, count * together)
+    layer = jnp.broadcast_to(jnp.repeat(jnp.arange(count), together), row_shape)
 
-    def one(integral: Array, nodes: tuple[Array, Array]) -> tuple[Array, Array]:
+    def one_pass(integral: Array, nodes: tuple[Array, Array]) -> tuple[Array, Array]:
         alpha, weight = nodes
         p, gradient = evaluate(
             params,
             pre,
             layer,
-            jnp.broadcast_to(jnp.tile(alpha, count), everyone),
+            jnp.broadcast_to(jnp.tile(alpha, count), row_shape),
             config=config,
             site=site,
             entries=entries,
         )
-        gradient = gradient.reshape(*shape, count, each, -1)
-        p = p.reshape(*shape, count, each)
+        gradient = gradient.reshape(*shape, count, together, -1)
+        p = p.reshape(*shape, count, together)
         return integral + jnp.einsum("balmw,m->balw", gradient, weight), p
 
     integral = jnp.zeros((*shape, count, site_width(config, site)), jnp.float32)
     nodes = (jnp.asarray(alpha, jnp.float32), jnp.asarray(weight, jnp.float32))
-    integral, p = jax.lax.scan(one, integral, nodes)
-    p = jnp.moveaxis(p, 0, -2).reshape(*shape, count, passes * each)
+    integral, p = jax.lax.scan(one_pass, integral, nodes)
+    p = jnp.moveaxis(p, 0, -2).reshape(*shape, count, passes * together)
     return p[..., :steps], integral
 
 

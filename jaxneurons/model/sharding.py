@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Parameter, Params, axes, parameter_tree
+from jaxneurons.storage.settings import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ShardingRules:
     heads: str | None = "model"
     kv_heads: str | None = "model"
     layers: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers
@@ -40,11 +41,11 @@ class Output(NamedTuple):
     """What a forward pass returns.
 
     Attributes:
-      logits: float32 [batch, at, vocab] at the positions asked for.
+      logits: float32 [batch, at, vocab] at the requested positions.
       cache: the cache with the new tokens in it; None if none was given.
       activations: by name, [layers, batch, at, width] (`reduce="at"`) or [layers, batch, width]
         (`reduce="mean"`).
-      final: residual stream as it leaves the last layer, at the positions asked for.
+      final: residual stream as it leaves the last layer, at the requested positions.
     """
 
     logits: Float[Array, "batch at vocab"]
@@ -53,7 +54,9 @@ class Output(NamedTuple):
     final: Float[Array, "batch at hidden"]
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32
+) -> Cache:
     """An empty cache for `batch` sequences of up to `capacity` tokens."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
@@ -101,8 +104,8 @@ class Block(nn.Module):
                 k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
                 keys = jnp.broadcast_to(jnp.arange(k.shape[1]), (k.shape[0], k.shape[1]))
                 store = (k, v)
-            own = self.config.sliding_window if window is None else window
-            return causal_attention(q, k, v, positions, keys, own)
+            most = self.config.sliding_window if window is None else window
+            return causal_attention(q, k, v, positions, keys, most)
 
         declared = _declared(self.config)[LAYERS]
         params = {name: Weights(group, name=name)() for name, group in declared.items()}
