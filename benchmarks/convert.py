@@ -27,7 +27,7 @@ import numpy as np
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.rules import stored_names
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
-from jaxneurons.model.parameters import list_parameters
+from jaxneurons.model import list_parameters
 
 HIDDEN, INNER, VOCAB = 2048, 5632, 32000
 

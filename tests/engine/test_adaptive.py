@@ -1,23 +1,20 @@
 """The three steps of the adaptive rule, on paths whose integrals are known."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxneurons import Quadrature
-from jaxneurons.engine.adaptive import (
-    CAPACITY,
-    FAR_OFF,
-    INNER,
-    Panels,
-    Search,
-    X,
-    cut,
-    decide,
-    estimate,
-    refine,
-)
+from jaxneurons.engine import adaptive
+from jaxneurons.engine.adaptive import CAPACITY, FAR_OFF, INNER, Panels, Search, X
 from jaxneurons.engine.parametrisation import Parametrisation, first_panels
+
+# Compiled, since every operation by itself takes longer to compile.
+estimate = jax.jit(adaptive.estimate, static_argnames="tolerance")
+decide = jax.jit(adaptive.decide, static_argnames="max_nodes")
+refine = jax.jit(adaptive.refine, static_argnames="quadrature")
+cut = jax.jit(adaptive.cut)
 
 LAYERS, WIDTH = 3, 2
 STRAIGHT = Parametrisation(*(jnp.zeros(LAYERS) for _ in range(4)))  # alpha = t
