@@ -158,7 +158,7 @@ def _share(run: Run, outcomes: Outcomes, method: str, query: str) -> float | Non
     neurons = outcomes.sets[method][query]
     return _none(
         completeness_share(
-            run.located.prompts[query], neurons, config=run.lm.config, site=run.settings.site
+            run.prompts[query], neurons, config=run.lm.config, site=run.settings.site
         )
     )
 

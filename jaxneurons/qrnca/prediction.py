@@ -111,7 +111,7 @@ def pools(run: Run, half: Mapping[str, int], located_in: int) -> dict[str, Neuro
     """The neurons of each group from the queries of one half alone."""
     clusters = {
         name: qrnca.merge(scores, run.settings)
-        for name, scores in run.located.prompts.items()
+        for name, scores in run.prompts.items()
         if half[name] == located_in
     }
     neurons, _ = qrnca.rank(clusters, width=run.width, settings=run.settings)
@@ -179,7 +179,7 @@ def _collect(
     run: Run, union: Mapping[str, NeuronSet], seed: int, progress: Progress | None
 ) -> list[dict[str, np.ndarray]]:
     """For each prompt: option chances, and activations and contributions of its group's neurons."""
-    prompts = [past_shared_tokens(prompt) for prompt in run.located.encoded]
+    prompts = [past_shared_tokens(prompt) for prompt in run.encoded]
     group_of = {query.id: query.group for query in run.queries}
     groups = [group_of[query] for query in run.owners()]
     pairs = {group: neurons.pairs(run.settings.site) for group, neurons in union.items()}

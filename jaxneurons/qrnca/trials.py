@@ -196,7 +196,7 @@ def run_trials(
     for query, unrelated in other.items():
         sources[unrelated].append(query)
     plan = Plan(_rankings(run, methods, extra or {}, seed), dict(factors), sources, seed)
-    planned = batches.plan(run.located.encoded, run.batch_size)
+    planned = batches.plan(run.encoded, run.batch_size)
     parts = _parts(run, plan, planned, progress)
     sets = {
         method: {query: ranking.neurons for query, ranking in by_query.items()}
@@ -215,11 +215,11 @@ def _rankings(
     run: Run, methods: Sequence[str], extra: Sets, seed: int
 ) -> dict[str, dict[str, Ranking]]:
     """The neurons of each method, and of a user's sets in the order of layer and index."""
-    located, site = run.located, run.settings.site
-    common = NeuronSet.of(**{site: [neuron for neuron, _ in located.common]})
+    site = run.settings.site
+    common = NeuronSet.of(**{site: [neuron for neuron, _ in run.common]})
     known = method_sets(
-        located.prompts,
-        located.neurons,
+        run.prompts,
+        run,
         common,
         config=run.lm.config,
         settings=run.settings,
@@ -263,7 +263,7 @@ def _parts(
         parts.append(run.store.part(name, functools.partial(_run_batch, run, plan, batch, kept)))
         done += int((batch.index >= 0).sum())
         if progress is not None:
-            progress(done, len(run.located.encoded))
+            progress(done, len(run.encoded))
     return parts
 
 

@@ -261,9 +261,15 @@ def test_reference_settings():
         ({"common": 30.0}, r"common must be between 0 and 1, got 30\.0"),
         ({"prompts": 0}, "prompts must be at least 1, got 0"),
         ({"top": 0}, "top must be at least 1"),
-        ({"normalise": "none"}, "normalise must be 'coarse' or 'all', got 'none'"),
-        ({"form": "letter"}, "form must be 'context' or 'bare'"),
-        ({"site": "upp"}, r"unknown site 'upp'; did you mean 'up'"),
+        ({"normalise": "none"}, "normalise must be one of coarse, all; got 'none'"),
+        ({"form": "letter"}, "form must be one of context, bare; got 'letter'"),
+        ({"site": "upp"}, r"site must be one of up, gate, .*; got 'upp'; did you mean 'up'"),
+        ({"site": 3}, "site must be one of up, .*; got 3"),
+        ({"top": 2.5}, r"top must be an integer; got 2\.5"),
+        ({"prompts": True}, "prompts must be an integer; got True"),
+        ({"threshold": "0.2"}, r"threshold must be a number; got '0\.2'"),
+        ({"decimals": "6"}, "decimals must be an integer or None; got '6'"),
+        ({"quadrature": "gauss"}, "quadrature must be a Quadrature; got 'gauss'"),
     ],
 )
 def test_bad_settings(changes, message):
