@@ -83,7 +83,7 @@ def samples() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once and cached."""
-    from jaxneurons.checkpoints.loading import fetch_smollm2
+    from jaxneurons.checkpoints.fetch import fetch_smollm2
 
     return fetch_smollm2()
 
