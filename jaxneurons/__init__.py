@@ -1,6 +1,9 @@
 """Which neurons of this LLM know that, and what happens if I change them?"""
 
+from importlib.metadata import version as _version
+
 from jaxneurons.attribution import Attribution, integrated_gradients
+from jaxneurons.citation import citation
 from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
 from jaxneurons.load import LM, load
@@ -10,7 +13,7 @@ from jaxneurons.save import save
 from jaxneurons.sharding import ShardingRules
 from jaxneurons.transformer import Cache, Output, Transformer, forward, init_cache
 
-__version__ = "0.1.0"
+__version__ = _version("jaxneurons")
 
 __all__ = [
     "LM",
@@ -30,6 +33,7 @@ __all__ = [
     "SourceError",
     "Transformer",
     "__version__",
+    "citation",
     "forward",
     "init_cache",
     "integrated_gradients",
