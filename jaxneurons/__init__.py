@@ -3,7 +3,7 @@
 from importlib.metadata import version as _version
 
 from jaxneurons.attribution import Attribution, integrated_gradients
-from jaxneurons.citation import citation
+from jaxneurons.citations import citation
 from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
 from jaxneurons.load import LM, load

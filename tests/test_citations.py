@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import jaxneurons as jn
-from jaxneurons.citation import PAPERS
+from jaxneurons.citations import PAPERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
