@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.config import ModelConfig
 from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.gguf_config import config_from_gguf
 from jaxneurons.convert.rules import Place, Progress, gguf_biases
 from jaxneurons.errors import SourceError
+from jaxneurons.model.config import ModelConfig
 
 _SCALARS = {
     0: "<B",

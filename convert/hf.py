@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.config import ModelConfig
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.rules import DROPPABLE, RULES, UNEMBED, Place, Progress, stored_names
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
+from jaxneurons.model.config import ModelConfig
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.config import ModelConfig, RopeConfig
+from jaxneurons.checkpoints.provenance import hash_each
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
 from jaxneurons.convert.rules import Place, Progress, param_shapes
 from jaxneurons.errors import ConfigError, SourceError, WriteError
-from jaxneurons.provenance import hash_each
-from jaxneurons.store import write_json
+from jaxneurons.model.config import ModelConfig, RopeConfig
+from jaxneurons.storage.store import write_json
 
 MARKER = "jaxneurons.json"
 PARAMS = "params"

@@ -47,7 +47,7 @@ def citation(*methods: str) -> str:
     """BibTeX of this library, and of the papers that calls of these subpackages rest on.
 
     Args:
-      *methods: "qrnca" or "relspec", as in `jaxneurons.qrnca` and `jaxneurons.relspec`; default:
+      *methods: "qrnca" or "relspec", as in `jaxneurons.qrnca.method` and `jaxneurons.relspec.method`; default:
         all of them.
 
     Returns:

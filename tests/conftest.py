@@ -35,7 +35,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once and cached."""
-    from jaxneurons.load import fetch_smollm2
+    from jaxneurons.checkpoints.loading import fetch_smollm2
 
     return fetch_smollm2()
 
@@ -75,7 +75,9 @@ def run(monkeypatch, capsys):
 
     from jaxneurons import cli
 
-    monkeypatch.setattr("jaxneurons.stopping.leave", sys.exit)  # not the process of the tests
+    monkeypatch.setattr(
+        "jaxneurons.terminal.stopping.leave", sys.exit
+    )  # not the process of the tests
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["jaxneurons", *map(str, arguments)])
