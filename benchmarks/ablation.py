@@ -22,7 +22,7 @@ import numpy as np
 import published
 
 from jaxneurons import load
-from jaxneurons.checkpoints.loading import fetch_smollm2
+from jaxneurons.checkpoints.fetch import fetch_smollm2
 from jaxneurons.engine.ablation import ablated
 from jaxneurons.neurons.sets import FFN, NeuronSet, random_neurons
 from jaxneurons.prompts.answers import encode_prompt

@@ -34,7 +34,7 @@ import numpy as np
 
 import jaxneurons
 from jaxneurons import Quadrature
-from jaxneurons.checkpoints.loading import SMOLLM2, fetch_smollm2
+from jaxneurons.checkpoints.fetch import SMOLLM2, fetch_smollm2
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt, encode_query
 

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.checkpoints.provenance import hash_each
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
-from jaxneurons.convert.rules import Place, Progress, param_shapes
+from jaxneurons.convert.rules import Place, param_shapes
 from jaxneurons.errors import ConfigError, SourceError, WriteError
 from jaxneurons.model.config import ModelConfig, RopeConfig
+from jaxneurons.storage.hashes import hash_each
+from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.store import write_json
 
 MARKER = "jaxneurons.json"
@@ -208,7 +209,7 @@ def read_native(
     *,
     dtype: DTypeLike | None = None,
     place: Place | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Restore a native directory, each process only what it holds.
 

@@ -1,19 +1,43 @@
 """Which neurons of this LLM know that, and what happens if I change them?"""
 
-from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from jaxneurons.attribution import Attribution, integrated_gradients
-from jaxneurons.citations import citation
-from jaxneurons.config import ModelConfig, RopeConfig
-from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
-from jaxneurons.load import LM, load
-from jaxneurons.neurons import SITES, Neuron, NeuronSet
-from jaxneurons.quadrature import Quadrature
-from jaxneurons.save import save
-from jaxneurons.sharding import ShardingRules
-from jaxneurons.transformer import Cache, Output, Transformer, forward, init_cache
+from jaxneurons.lazy import face
 
-__version__ = _version("jaxneurons")
+if TYPE_CHECKING:
+    from jaxneurons import (
+        checkpoints,
+        convert,
+        engine,
+        errors,
+        lab,
+        model,
+        neurons,
+        plots,
+        prompts,
+        qrnca,
+        relspec,
+        storage,
+    )
+    from jaxneurons.checkpoints import LM, load, save
+    from jaxneurons.citations import citation
+    from jaxneurons.engine import Attribution, Quadrature, integrated_gradients
+    from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
+    from jaxneurons.model import (
+        Cache,
+        ModelConfig,
+        Output,
+        RopeConfig,
+        ShardingRules,
+        Transformer,
+        forward,
+        init_cache,
+    )
+    from jaxneurons.neurons import SITES, Neuron, NeuronSet
+
+    __version__: str
+
+__getattr__, __dir__ = face(__name__, __file__)
 
 __all__ = [
     "LM",
@@ -33,10 +57,22 @@ __all__ = [
     "SourceError",
     "Transformer",
     "__version__",
+    "checkpoints",
     "citation",
+    "convert",
+    "engine",
+    "errors",
     "forward",
     "init_cache",
     "integrated_gradients",
+    "lab",
     "load",
+    "model",
+    "neurons",
+    "plots",
+    "prompts",
+    "qrnca",
+    "relspec",
     "save",
+    "storage",
 ]

@@ -10,7 +10,6 @@ import typer
 
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.qrnca import cli as qrnca_cli
-from jaxneurons.qrnca.cli import IgnoreKeys
 from jaxneurons.relspec import cli as relspec_cli
 from jaxneurons.terminal.console import (
     console,
@@ -23,6 +22,7 @@ from jaxneurons.terminal.console import (
     show_demo,
     show_description,
 )
+from jaxneurons.terminal.options import IgnoreKeys
 from jaxneurons.terminal.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 
 app = typer.Typer(
@@ -117,7 +117,8 @@ def verify_command(
 ) -> None:
     """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
     from jaxneurons.checkpoints.certificate import CERTIFICATE, verify
-    from jaxneurons.checkpoints.loading import load, locate_source
+    from jaxneurons.checkpoints.fetch import locate_source
+    from jaxneurons.checkpoints.loading import load
     from jaxneurons.storage.store import null_for_nan, write_json
 
     if dtype not in (None, *DTYPES):

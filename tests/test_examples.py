@@ -6,7 +6,6 @@ namespace. A block that is not says why in an HTML comment on the line before it
 """
 
 import ast
-import contextlib
 import dataclasses
 import importlib
 import re
@@ -124,18 +123,13 @@ def public_names(module: ModuleType) -> set[str]:
 
 
 def face(name: str) -> ModuleType | None:
-    """`jaxneurons`, or what is directly in it and a package or listed as public there."""
+    """`jaxneurons`, or a module that it shows."""
     top = importlib.import_module("jaxneurons")
     if name == "jaxneurons":
         return top
     outer, _, inner = name.partition(".")
-    if outer != "jaxneurons" or not inner or "." in inner:
-        return None
-    with contextlib.suppress(ImportError):
-        module = importlib.import_module(name)
-        if inner in public_names(top) or hasattr(module, "__path__"):
-            return module
-    return None
+    shown = getattr(top, inner) if outer == "jaxneurons" and inner in top.__all__ else None
+    return shown if isinstance(shown, ModuleType) else None
 
 
 def inner_uses(code: str) -> list[str]:

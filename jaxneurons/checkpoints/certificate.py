@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.checkpoints.loading import LM, weights_of
-from jaxneurons.checkpoints.provenance import hash_files
 from jaxneurons.convert.native import MARKER
 from jaxneurons.convert.rules import stored_names
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import forward
+from jaxneurons.storage.hashes import hash_files
 
 CERTIFICATE = "certificate.json"
 SITES = ("gate", "up", "act", "down")

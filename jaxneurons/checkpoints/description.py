@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxneurons.checkpoints.loading import locate_source, read_tokenizer
+from jaxneurons.checkpoints.fetch import locate_source
+from jaxneurons.checkpoints.loading import read_tokenizer
 from jaxneurons.convert.fill import match
 from jaxneurons.convert.gguf import config_of, open_gguf, tensors_of
 from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors

@@ -19,6 +19,7 @@ from jaxneurons.terminal.console import (
     show_located,
     show_prediction,
 )
+from jaxneurons.terminal.options import IgnoreKeys
 
 if TYPE_CHECKING:
     from jaxneurons.neurons.sets import NeuronSet
@@ -32,15 +33,6 @@ FORMS = ("choice", "free")
 Directory = Annotated[Path, typer.Option("--run", help="Run directory of `qrnca locate`.")]
 Model = Annotated[
     str | None, typer.Option(help="Where the run's model is now; default: where it was.")
-]
-IgnoreKeys = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--ignore-key",
-        metavar="NAME",
-        help="A key of the model's configuration to read as if it were not there; may be given "
-        "several times. Results say so.",
-    ),
 ]
 OwnNeurons = Annotated[
     Path | None,

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxneurons.checkpoints.loading import LAB, LM
+from jaxneurons.checkpoints.fetch import LAB
+from jaxneurons.checkpoints.loading import LM
 from jaxneurons.engine.last_position import changes, last_position, scaled_answers
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxneurons.errors import DataError
-from jaxneurons.qrnca.cli import IgnoreKeys
 from jaxneurons.terminal.console import console, load_and_say, show_comparison, show_study, stages
+from jaxneurons.terminal.options import IgnoreKeys
 
 if TYPE_CHECKING:
     from jaxneurons.relspec.study import Study

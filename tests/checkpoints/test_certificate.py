@@ -10,7 +10,7 @@ from support.fixtures import write_lm
 
 import jaxneurons as jn
 from jaxneurons.checkpoints.certificate import NEW_TOKENS, SHORT, _sequences, verify
-from jaxneurons.checkpoints.loading import locate_source
+from jaxneurons.checkpoints.fetch import locate_source
 
 pytest.importorskip("torch")
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from support.checkpoints import gguf_fields, gguf_tensors, hf_tensors, tiny, write_gguf
+from support.checkpoints import assert_same, gguf_fields, gguf_tensors, hf_tensors, tiny, write_gguf
 
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.gguf import open_gguf, read_gguf, read_tensor
@@ -239,7 +239,6 @@ def test_smollm2_config(smollm2_path):
 @pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 def test_every_smollm2_tensor_equals_transformers_reading(smollm2_path):
     torch = pytest.importorskip("torch")
-    from test_convert_hf import assert_same
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxneurons as jn
-from jaxneurons.checkpoints.loading import locate_source
+from jaxneurons.checkpoints.fetch import locate_source
 from jaxneurons.errors import DataError, SourceError
 from jaxneurons.lab import VALDIC, choice, cloze, facts, world
 from jaxneurons.lab.bundled import BUNDLED, bundled_queries
