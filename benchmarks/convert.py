@@ -24,9 +24,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons.convert.config import config_from_hf
+from jaxneurons.convert import config_from_hf, write_safetensors
 from jaxneurons.convert.rules import param_sizes, stored_names, stored_shape
-from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
+from jaxneurons.convert.safetensors_file import ToWrite
 
 HIDDEN, INNER, VOCAB = 2048, 5632, 32000
 

@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jaxneurons as jn
-from jaxneurons.engine.quadrature import Quadrature
-from jaxneurons.lab.bundled import bundled_queries
-from jaxneurons.qrnca.analyses import against_rows, count_rows, kind_rows
-from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
-from jaxneurons.qrnca.method import QRNCAConfig
-from jaxneurons.qrnca.prediction import predict
-from jaxneurons.qrnca.run import Run, make_run
-from jaxneurons.qrnca.trials import run_trials
+from jaxneurons.engine import Quadrature
+from jaxneurons.lab import bundled_queries
+from jaxneurons.qrnca import (
+    QRNCAConfig,
+    Run,
+    against_rows,
+    change_rows,
+    count_rows,
+    editing_rows,
+    evaluation_rows,
+    kind_rows,
+    make_run,
+    predict,
+    run_trials,
+)
 
 Row = dict[str, Any]
 SETTINGS = QRNCAConfig(quadrature=Quadrature())

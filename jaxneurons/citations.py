@@ -47,8 +47,7 @@ def citation(*methods: str) -> str:
     """BibTeX of this library, and of the papers that calls of these subpackages rest on.
 
     Args:
-      *methods: "qrnca" or "relspec", as in `jaxneurons.qrnca.method` and `jaxneurons.relspec.method`; default:
-        all of them.
+      *methods: "qrnca" or "relspec", the names of the subpackages; default: all of them.
 
     Returns:
       Entries with an empty line between, the library first.
