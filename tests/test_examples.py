@@ -178,10 +178,6 @@ def dotted(node: ast.expr) -> str | None:
     return None
 
 
-PACKAGED = (ROOT / "jaxneurons" / "storage").is_dir()
-
-
-@pytest.mark.skipif(not PACKAGED, reason="modules are not in packages yet")
 @pytest.mark.parametrize(
     ("code", "inner"),
     [
@@ -206,8 +202,21 @@ def test_inner_uses_are_seen(code, inner):
     assert inner_uses(code) == inner
 
 
-@pytest.mark.skipif(not PACKAGED, reason="modules are not in packages yet")
 def test_only_faces_are_used():
     found = {where: inner for where, code in sources().items() if (inner := inner_uses(code))}
     assert found == {}
     assert len([where for where in sources() if where.endswith(".ipynb")]) == 3
+
+
+def test_every_face_has_its_page_of_the_api():
+    shown = {"jaxneurons": "index"} | {
+        f"jaxneurons.{name}": name
+        for name in importlib.import_module("jaxneurons").__all__
+        if face(f"jaxneurons.{name}")
+    }
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for name, page in shown.items():
+        text = (ROOT / "docs" / "api" / f"{page}.md").read_text("utf-8")
+        assert f"\n::: {name}\n" in text
+        assert f" api/{page}.md\n" in navigation
+    assert len(shown) == 1 + len(list((ROOT / "docs" / "api").glob("*.md"))) - 1
