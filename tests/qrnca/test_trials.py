@@ -187,7 +187,7 @@ def test_boosting_by_one_changes_nothing(run):
 
 def test_neurons_of_ones_own(run, outcomes):
     """As one more method: QRNCA's under another name come to the same."""
-    mine = {query: found.ranking for query, found in run.items()}
+    mine = {query: found.neurons for query, found in run.items()}
     found = run_trials(run, methods=("QRNCA",), extra={"mine": mine})
     for query in mine:
         a, b = (found.related[method, "boost", query].after for method in ("QRNCA", "mine"))
@@ -260,7 +260,7 @@ def test_free_answers_and_a_group_of_most_queries(lm, tmp_path):
         for which, asked in (("related", query), ("unrelated", found.other[query])):
             outcome = getattr(found, which)["QRNCA", "suppress", query]
             prompt = prompts[owners.index(asked)]
-            neurons = free[query].ranking
+            neurons = free[query].neurons
             scales = multipliers(neurons, 0.0)
             want, says = 1.0, True
             for step, token in enumerate(prompt.answer):  # each after those before it
