@@ -314,7 +314,7 @@ def read_gguf(
       dtype: of the parameters.
       place: from the configuration, where each parameter goes, nested as they are; default: the
         default device.
-      progress: told the bytes (de-quantised) of every piece that has been read.
+      progress: called with the bytes (de-quantised) of every piece that has been read.
       ignore_keys: keys of the architecture to read as if they were not there.
 
     Raises:

@@ -148,7 +148,7 @@ def read_hf(
       dtype: of the parameters; stored dtypes may be mixed.
       place: from the configuration, where each parameter goes, nested as they are; default: the
         default device.
-      progress: told the bytes of every piece that has been read.
+      progress: called with the bytes of every piece that has been read.
       ignore_keys: keys of config.json to read as if they were not there.
 
     Raises:

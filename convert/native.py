@@ -218,7 +218,7 @@ def read_native(
       directory: a native one.
       dtype: of the parameters; default: as saved.
       place: from the configuration, where each parameter goes; default: the default device.
-      progress: told the bytes of every parameter, once all are there.
+      progress: called with the bytes of every parameter, once all are there.
 
     Raises:
       SourceError: a directory that is incomplete or damaged.

@@ -70,7 +70,7 @@ def verify(
       long: tokens of the long sequence; default: 512, and more where the rotary embedding is
         stretched, so that it ends beyond the original context. Beyond 1,024 tokens the last 128
         positions are compared.
-      progress: told (done, of) sequences and continuations.
+      progress: called with (done, of) sequences and continuations.
 
     Returns:
       The certificate: largest differences, absolute and relative to the standard deviation, per

@@ -175,7 +175,7 @@ def load(
       revision: branch, tag or commit of a hub id.
       mesh: lay the parameters out over these devices as they are read.
       rules: how.
-      progress: told the bytes that have been read.
+      progress: called with the bytes that have been read.
       ignore_keys: keys of config.json, or of a GGUF file's architecture, to read as if they were
         not there: for keys that this library does not know, where you know that they change
         nothing. Results that are kept on disk say so.

@@ -44,7 +44,7 @@ def save(
       lm: the model; its parameters are written in their own dtype.
       directory: must not exist yet, or be empty.
       to: `native` (Orbax, sharded) or `hf` (safetensors, for transformers and others).
-      progress: told the bytes that have been written (`native`: once, all of them).
+      progress: called with the bytes that have been written (`native`: once, all of them).
 
     Raises:
       SourceError: the directory is not empty or cannot be written.

@@ -183,7 +183,7 @@ def expertise(
       examples: by concept, rows of positives and negatives.
       config: the model's shape.
       sites: whose neurons.
-      progress: told how many layers are done, and of how many.
+      progress: called with how many layers are done, and of how many.
 
     Raises:
       DataError: a concept without positives or without negatives.
