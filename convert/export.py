@@ -17,10 +17,11 @@ import numpy as np
 from jaxneurons.convert.fill import transpose_into
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
 from jaxneurons.convert.keys import IRRELEVANT
-from jaxneurons.convert.rules import Rule, stored_names, stored_shape
+from jaxneurons.convert.rules import TensorRule, stored_names
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params, get, params_dtype
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.store import write_json
 
@@ -165,7 +166,7 @@ def _llama3_of_divisors(config: ModelConfig) -> dict[str, Any]:
 
 def write_hf(
     directory: Path,
-    params: Mapping[str, Any],
+    params: Params,
     *,
     config: ModelConfig,
     original: Mapping[str, Any] | None = None,
@@ -189,7 +190,7 @@ def write_hf(
       ConfigError: a model that no configuration of transformers describes; nothing is written.
     """
     # Before the weights: it fails if no configuration describes the model.
-    dtype = np.dtype(params["embed"]["embedding"].dtype.name)
+    dtype = params_dtype(params)
     config_json = config_to_hf(config, dtype=dtype, original=original)
     tensors = _tensors(config, params, dtype, dtypes or {})
     write_json(directory / CONFIG, config_json)
@@ -218,7 +219,7 @@ def _tensors(
         pieces = functools.partial(host.pieces, rule, layer)
         narrow = np.dtype(dtypes.get(name, dtype))
         exact = narrow == dtype or all(np.array_equal(p, p.astype(narrow)) for p in pieces())
-        tensors[name] = ToWrite(narrow if exact else dtype, stored_shape(rule, config), pieces)
+        tensors[name] = ToWrite(narrow if exact else dtype, rule.stored_shape, pieces)
     return tensors
 
 
@@ -242,18 +243,17 @@ def _nbytes(tensor: ToWrite) -> int:
 class _Host:
     """The parameter in hand, in host memory (a view of it, where the device is the host)."""
 
-    def __init__(self, params: Mapping[str, Any]):
+    def __init__(self, params: Params):
         self._params = params
         self._path: tuple[str, ...] | None = None
         self._values = np.empty(0)
 
     def get(self, path: tuple[str, ...]) -> np.ndarray:
         if path != self._path:
-            leaf: Any = functools.reduce(lambda tree, key: tree[key], path, self._params)
-            self._values, self._path = np.asarray(leaf), path
+            self._values, self._path = np.asarray(get(self._params, path)), path
         return self._values
 
-    def pieces(self, rule: Rule, layer: int | None) -> Iterator[np.ndarray]:
+    def pieces(self, rule: TensorRule, layer: int | None) -> Iterator[np.ndarray]:
         """One layer's tensor as stored, some rows at a time."""
         values = self.get(rule.path)
         values = values if layer is None else values[layer]
