@@ -22,6 +22,7 @@ from jaxneurons.convert.gguf_config import config_from_gguf
 from jaxneurons.convert.rules import Place, gguf_biases
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.settings import as_path
 
@@ -303,7 +304,7 @@ def read_gguf(
     place: Place | None = None,
     progress: Advance | None = None,
     ignore_keys: Sequence[str] = (),
-) -> tuple[ModelConfig, dict[str, Any]]:
+) -> tuple[ModelConfig, Params]:
     """Load a GGUF model, de-quantised to `dtype`.
 
     Rows of q and k are put back into Hugging Face order (with the number of query and of

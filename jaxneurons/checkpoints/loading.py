@@ -29,6 +29,7 @@ from jaxneurons.convert.native import (
 from jaxneurons.convert.rules import Place
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params, params_dtype
 from jaxneurons.model.sharding import ShardingRules, param_shardings
 from jaxneurons.storage.hashes import hash_files
 from jaxneurons.storage.progress import Advance
@@ -53,7 +54,7 @@ class LM:
     """
 
     config: ModelConfig
-    params: dict[str, Any] = dataclasses.field(repr=False)
+    params: Params = dataclasses.field(repr=False)
     tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
     source: str
     files: Files = dataclasses.field(repr=False)
@@ -122,7 +123,7 @@ class LM:
     @property
     def dtype(self) -> np.dtype:
         """Of the parameters; what `dtype=` takes. Files say its `name`."""
-        return np.dtype(self.params["embed"]["embedding"].dtype)
+        return params_dtype(self.params)
 
     def identity(self) -> dict[str, Any]:
         """What results depend on: equal for the same weights, tokenizer, dtype and ignored keys."""
