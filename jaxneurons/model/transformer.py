@@ -242,7 +242,7 @@ def forward(
       DataError: a token id that the vocabulary does not have (outside of `jit`).
     """
     check_ids(tokens, config.vocab_size)
-    return Transformer(config).apply(  # type: ignore[return-value]
+    output: Any = Transformer(config).apply(
         {"params": params},
         tokens,
         lengths=lengths,
@@ -252,3 +252,4 @@ def forward(
         capture=capture,
         reduce=reduce,
     )
+    return output
