@@ -153,7 +153,8 @@ def _empty(nodes: Array, width: int) -> Search:
 
 def _per_layer(layer: Array, valid: Array, count: int) -> Array:
     """Nodes of first-pass panels [..., panel], added up by layer."""
-    return (INNER + 1) * (jax.nn.one_hot(layer, count) * valid[..., None]).sum(-2)
+    where = jax.nn.one_hot(layer, count)
+    return (INNER + 1) * jnp.where(valid[..., None], where, 0).sum(-2)
 
 
 def _nodes(panels: Panels) -> Array:
@@ -344,7 +345,7 @@ def cut(search: Search, estimates: Estimate, parts: Array) -> Search:
       parts: that each is cut into, [panel]; 0: it is accepted.
     """
     panels, p, gradient = estimates.panels, estimates.probability, estimates.gradient
-    accepted = estimates.one_hot * (parts == 0)[:, None]
+    accepted = jnp.where((parts == 0)[:, None], estimates.one_hot, 0)
 
     number = jnp.arange(PANEL_NODES - 1)
     in_two = (parts == 2)[:, None]
@@ -364,7 +365,7 @@ def cut(search: Search, estimates: Estimate, parts: Array) -> Search:
     )
     real = (number < parts[:, None]).reshape(-1)
     place = jnp.where(real, search.size + jnp.cumsum(real) - 1, CAPACITY)
-    inner = INNER * (estimates.one_hot * parts[:, None]).sum(0)
+    inner = INNER * (estimates.one_hot * parts[:, None].astype(jnp.float32)).sum(0)
     return Search(
         total=search.total + accepted.T @ estimates.integral,
         error=search.error + accepted.T @ estimates.error,
