@@ -17,10 +17,11 @@ import numpy as np
 from jaxneurons.convert.fill import transpose_into
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
 from jaxneurons.convert.keys import IRRELEVANT
-from jaxneurons.convert.rules import Rule, stored_names, stored_shape
+from jaxneurons.convert.rules import TensorRule, stored_names
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params, get, params_dtype
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.store import write_json
 
@@ -165,7 +166,7 @@ def _llama3_of_divisors(config: ModelConfig) -> dict[str, Any]:
 
 def write_hf(
     directory: Path,
-    params: Mapping[str, Any],
+    params: Params,
     *,
     config: ModelConfig,
     original: Mapping[str, Any] | None = None,
@@ -188,19 +189,18 @@ def write_hf(
     Raises:
       ConfigError: a model that no configuration of transformers describes; nothing is written.
     """
-    main = np.dtype(params["embed"]["embedding"].dtype.name)
+    main = params_dtype(params)
     # Before the weights: it fails if no configuration describes the model.
     written = config_to_hf(config, dtype=main, original=original)
     host = _Host(params)
     tensors = {}
     for name, (rule, layer) in stored_names(config, "hf").items():
-        shape = stored_shape(rule, config)
         pieces = functools.partial(host.pieces, rule, layer)
         dtype = main
         narrow = np.dtype((dtypes or {}).get(name, dtype))
         if narrow != dtype and all(np.array_equal(p, p.astype(narrow)) for p in pieces()):
             dtype = narrow
-        tensors[name] = ToWrite(dtype, shape, pieces)
+        tensors[name] = ToWrite(dtype, rule.stored_shape, pieces)
     write_json(directory / CONFIG, written)
 
     shards: list[dict[str, ToWrite]] = [{}]
@@ -228,18 +228,17 @@ def write_hf(
 class _Host:
     """The parameter in hand, in host memory (a view of it, where the device is the host)."""
 
-    def __init__(self, params: Mapping[str, Any]):
+    def __init__(self, params: Params):
         self._params = params
         self._path: tuple[str, ...] | None = None
         self._values = np.empty(0)
 
     def get(self, path: tuple[str, ...]) -> np.ndarray:
         if path != self._path:
-            leaf: Any = functools.reduce(lambda tree, key: tree[key], path, self._params)
-            self._values, self._path = np.asarray(leaf), path
+            self._values, self._path = np.asarray(get(self._params, path)), path
         return self._values
 
-    def pieces(self, rule: Rule, layer: int | None) -> Iterator[np.ndarray]:
+    def pieces(self, rule: TensorRule, layer: int | None) -> Iterator[np.ndarray]:
         """One layer's tensor as stored, some rows at a time."""
         own = self.get(rule.path)
         own = own if layer is None else own[layer]

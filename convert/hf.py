@@ -16,7 +16,14 @@ from jax.typing import DTypeLike
 
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.fill import Stored, fill
-from jaxneurons.convert.rules import DROPPABLE, RULES, UNEMBED, Place, stored_names
+from jaxneurons.convert.rules import (
+    DROPPABLE,
+    EMBEDDING,
+    UNEMBEDDING,
+    Place,
+    stored_names,
+    tensor_name,
+)
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
@@ -199,6 +206,7 @@ def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
       SourceError: files that are missing, damaged or pickled, or not as the index says.
     """
     found = {}
+    lm_head = tensor_name(UNEMBEDDING, "hf")
     for shard, listed in weight_files(directory).items():
         path = directory / shard
         if not path.is_file():
@@ -209,7 +217,7 @@ def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
         entries = open_safetensors(path)
         for name in sorted(set(listed) ^ set(entries)) if listed is not None else ():
             # What is needed and not stored is missed later; tied models list both embeddings.
-            if _carries_nothing(name) or (name == UNEMBED.hf and name not in entries):
+            if _carries_nothing(name) or (name == lm_head and name not in entries):
                 continue
             holder, other = (INDEX, shard) if name in (listed or ()) else (shard, INDEX)
             raise SourceError(f"{directory}: tensor {name} is in {holder} but not in {other}")
@@ -242,8 +250,8 @@ def stored_dtype(directory: Path, *, ignore_keys: Sequence[str] = ()) -> np.dtyp
     """
     own = set(stored_names(read_config(directory, ignore_keys=ignore_keys), "hf"))
     dtypes = stored_dtypes(directory)
-    if RULES[0].hf not in dtypes:  # a tied model that stores its unembedding instead
-        own.add(UNEMBED.hf)
+    if tensor_name(EMBEDDING, "hf") not in dtypes:  # a tied model: its unembedding is stored
+        own.add(tensor_name(UNEMBEDDING, "hf"))
     found = {dtype for name, dtype in dtypes.items() if name in own}
     if "float64" in found:
         raise SourceError(f"{directory}: float64 weights; give a dtype, such as float32")

@@ -25,9 +25,10 @@ from jax.typing import DTypeLike
 
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
-from jaxneurons.convert.rules import Place, param_shapes
+from jaxneurons.convert.rules import Place
 from jaxneurons.errors import ConfigError, SourceError, WriteError
 from jaxneurons.model.config import ModelConfig, RopeConfig
+from jaxneurons.model.parameters import param_shapes
 from jaxneurons.storage.hashes import hash_each
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.store import write_json

@@ -83,6 +83,16 @@ def settings_check_themselves():
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
+@pytest.fixture
+def as_users_call():
+    """Without the type checker that tests put around every function: arguments reach our checks."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def samples() -> Path:
     """Small files in the published formats, written for the tests."""

@@ -11,10 +11,9 @@ from jaxneurons.convert.fill import match
 from jaxneurons.convert.gguf import config_of, open_gguf, tensors_of
 from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors
 from jaxneurons.convert.native import MARKER, read_marker, recorded_keys
-from jaxneurons.convert.rules import param_sizes
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.neurons.sets import SITES, site_width
+from jaxneurons.model.parameters import count_parameters, site_widths
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -61,14 +60,14 @@ def describe(
     """
     path, label = locate_source(source, revision=revision, weights=False)
     kind, config, stored = _headers(path, ignore_keys)
-    count = sum(param_sizes(config))
+    count = count_parameters(config)
     return Description(
         source=label,
         kind=kind,
         config=config,
         parameters=count,
         stored=stored,
-        neurons={site: site_width(config, site) for site in SITES},
+        neurons=site_widths(config),
         memory={name: count * width for name, width in BYTES.items()},
         tokenizer=_tokenizer_facts(path),
     )
