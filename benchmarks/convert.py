@@ -24,9 +24,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons.convert.config import config_from_hf
-from jaxneurons.convert.rules import stored_names
-from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
+from jaxneurons.convert import ToWrite, config_from_hf, stored_names, write_safetensors
 from jaxneurons.model import list_parameters
 
 HIDDEN, INNER, VOCAB = 2048, 5632, 32000

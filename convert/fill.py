@@ -237,7 +237,7 @@ def parameter_dtype(dtype: DTypeLike) -> np.dtype:
     """
     try:
         parsed = np.dtype(jnp.dtype(dtype))
-    except TypeError:
+    except (TypeError, ValueError):
         raise ConfigError(f"unknown dtype {dtype!r} (float32, bfloat16 or float16)") from None
     if parsed.name not in ("float32", "bfloat16", "float16"):
         raise ConfigError(

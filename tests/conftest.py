@@ -13,6 +13,7 @@ import pytest
 # rotary angles are written as broadcasts.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 SAMPLES = Path(__file__).with_name("data")
 FORMATS = {"query_file": ("qrneuron", "*.json"), "relation_directory": ("", "lre")}

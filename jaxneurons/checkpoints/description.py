@@ -1,12 +1,13 @@
 """What a checkpoint is, from its headers: no weight is read."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxneurons.checkpoints.fetch import locate_source
-from jaxneurons.checkpoints.loading import read_tokenizer
+from jaxneurons.checkpoints.loading import check_keys, read_tokenizer
 from jaxneurons.convert.fill import match
 from jaxneurons.convert.gguf import config_of, open_gguf, tensors_of
 from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors
@@ -44,7 +45,7 @@ class Description:
 
 
 def describe(
-    source: str, *, revision: str | None = None, ignore_keys: Sequence[str] = ()
+    source: str | os.PathLike[str], *, revision: str | None = None, ignore_keys: Sequence[str] = ()
 ) -> Description:
     """Describe a model without loading it.
 
@@ -58,6 +59,7 @@ def describe(
         and shape, are not those of the configuration.
       ConfigError: the model's configuration is not supported.
     """
+    check_keys(ignore_keys)
     path, label = locate_source(source, revision=revision, weights=False)
     kind, config, stored = _headers(path, ignore_keys)
     count = count_parameters(config)

@@ -188,7 +188,7 @@ def attribute(
         ablated=mean(ablated),
         gap=mean(gap),
         error=mean(error),
-        nodes=jnp.einsum("bal,ba->bl", nodes, real).astype(jnp.int32),
+        nodes=jnp.einsum("bal,ba->bl", nodes, real.astype(jnp.int32)),
     )
 
 
