@@ -1,14 +1,15 @@
-"""Asking a model prompts with sets of neurons off, and judging what it says: kept in a directory.
+"""What a model says after prompts with sets of neurons off, and whether it is right: kept in parts.
 
-How many tokens are generated after a prompt is what its objects need (`RelSpecConfig.steps`). What
-the model said under a set of neurons is a part of the run directory, so that analyses share their
-generations and a stopped run goes on where it was, with identical results.
+How many tokens are generated after a prompt is what its objects need (`RelSpecConfig.steps`). The
+generations under a set of neurons are a part of the run, so that analyses share them and a stopped
+run goes on where it was, with identical results.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from jaxneurons.ablation import Shape, ablated
 from jaxneurons.answers import encode_answer, encode_prompt
@@ -17,72 +18,82 @@ from jaxneurons.load import LM
 from jaxneurons.matching import any_answers
 from jaxneurons.neurons import NeuronSet
 from jaxneurons.relspec import FEWEST_STEPS, Prompt, RelSpecConfig
-from jaxneurons.store import RunDirectory, digest
+from jaxneurons.store import Parts, digest
 from jaxneurons.token_ids import check_ids
 
-NOTHING = -1
+NO_STEP = -1
 """Fills the steps that are not generated after a prompt whose objects need fewer than another's."""
 
-Tell = Callable[[str, int, int], None]
+KEY = "said"
+"""Of the array in a part, and how the names of these parts begin: as format 2 has it."""
+
+StageProgress = Callable[[str, int, int], None]
 """Called with (stage, done, of)."""
 
 
 class Group(NamedTuple):
-    """Prompts of one call that one program generates after: numbers, steps and tokens of each."""
+    """Prompts that one program generates after: their numbers, steps and tokens."""
 
     members: list[int]
     steps: list[int]
     tokens: list[tuple[int, ...]]
 
 
-class Asking:
-    """A model that is asked, and what it has said so far.
+class Generations:
+    """A model's answers to prompts, with sets of neurons off; none is generated twice.
 
     Args:
       lm: the model.
-      run: where what it says is kept.
+      parts: where the generations are kept.
       settings: how many tokens are generated; the sites that are switched off.
-      tell: told how far each stage is.
+      progress: called with how far each stage is.
     """
 
-    def __init__(self, lm: LM, run: RunDirectory, settings: RelSpecConfig, tell: Tell):
-        self.lm, self.run, self.settings, self.tell = lm, run, settings, tell
+    def __init__(
+        self,
+        lm: LM,
+        parts: Parts,
+        settings: RelSpecConfig,
+        progress: StageProgress | None = None,
+    ):
+        self.lm, self.parts, self.settings = lm, parts, settings
+        self.progress: StageProgress = progress or (lambda stage, done, total: None)
         self._texts: dict[bytes, tuple[str, bool]] = {}
         self._steps: dict[tuple[str, tuple[str, ...]], int] = {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         """Token ids; says which prompt is empty or leaves no room in the model's context."""
         most = self.lm.config.max_position
-        found = []
-        for one, steps in zip(prompts, self.steps(prompts), strict=True):
-            ids = encode_prompt(self.lm.tokenizer, one.text)
+        tokens = []
+        for prompt, steps in zip(prompts, self.steps(prompts), strict=True):
+            ids = encode_prompt(self.lm.tokenizer, prompt.text)
             if len(ids) + steps > most:
                 raise DataError(
-                    f"relation {one.relation!r}: the prompt {one.text[:60]!r} has {len(ids)} "
+                    f"relation {prompt.relation!r}: the prompt {prompt.text[:60]!r} has {len(ids)} "
                     f"tokens and {steps} are generated after it, the model's context holds {most}"
                 )
             check_ids(ids, self.lm.config.vocab_size, self.lm.tokenizer)
-            found.append(ids)
-        return found
+            tokens.append(ids)
+        return tokens
 
     def steps(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens that are generated after each prompt; 0 for one that has no objects.
 
-        A function of prompt and objects alone: a prompt is judged alike whatever is asked with it.
+        A function of prompt and objects alone: an answer is judged alike in any company.
         """
-        found = []
-        for one in prompts:
-            key = one.text, one.objects
+        counts = []
+        for prompt in prompts:
+            key = prompt.text, prompt.objects
             if key not in self._steps:
-                self._steps[key] = self._needed(*key) if one.objects else 0
-            found.append(self._steps[key])
-        return found
+                self._steps[key] = self._needed(*key) if prompt.objects else 0
+            counts.append(self._steps[key])
+        return counts
 
     def _needed(self, prompt: str, objects: Sequence[str]) -> int:
         if self.settings.steps is not None:
             return self.settings.steps
         # One more than its tokens shows whether the last word ends there.
-        return max(FEWEST_STEPS, *(self._length(prompt, each) + 1 for each in objects))
+        return max(FEWEST_STEPS, *(self._length(prompt, answer) + 1 for answer in objects))
 
     def _length(self, prompt: str, answer: str) -> int:
         """Tokens of an answer as it follows its prompt; without a boundary there, one for it."""
@@ -92,47 +103,57 @@ class Asking:
         except DataError:
             return 1 + len(tokenizer(answer, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
-    def said(
+    def generate(
         self,
         stage: str,
         sets: Sequence[NeuronSet],
         prompts: Sequence[Prompt],
         *,
         shape: Shape | None = None,
-    ) -> np.ndarray:
-        """What the model says with each set off, [set, prompt, step]; from disk if it is there.
+    ) -> Int[np.ndarray, "set prompt step"]:
+        """What the model says after each prompt with each set off; as kept, if it is there.
 
-        Steps that a prompt does not need are `NOTHING`.
+        Args:
+          stage: what `progress` is called with.
+          sets: neurons to turn off.
+          prompts: to be continued.
+          shape: sets and prompts in a batch; default: what suits the platform.
+
+        Returns:
+          Token ids; steps that a prompt does not need are `NO_STEP`.
         """
         steps = self.steps(prompts)
-        said = np.full((len(sets), len(prompts), max(steps, default=0)), NOTHING, np.int32)
+        tokens = np.full((len(sets), len(prompts), max(steps, default=0)), NO_STEP, np.int32)
         groups = self._groups(prompts, steps)
-        names = [self._names(group, sets) for group in groups]
-        kept = [
-            {name: self._load(name, group) for name in some}
-            for group, some in zip(groups, names, strict=True)
-        ]
+        names = [_part_names(group, sets) for group in groups]
+        kept = [{name: self._load(name) for name in of_group} for of_group in names]
         done = 0
         total = sum(
-            len(group.members) * sum(part is None for part in parts.values())
+            len(group.members) * sum(values is None for values in parts.values())
             for group, parts in zip(groups, kept, strict=True)
         )
 
-        def progress(count: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done
             done += count
-            self.tell(stage, done, total)
+            self.progress(stage, done, total)
 
-        # Of all sets, found or not: a resumed run compiles and groups the same program.
-        sites = dict.fromkeys([*self.settings.sites, *(site for one in sets for site in one.codes)])
-        for group, some, parts in zip(groups, names, kept, strict=True):
-            missing = {n: one for n, one in zip(some, sets, strict=True) if parts[n] is None}
-            parts |= self._generate(group, missing, tuple(sites), shape, progress)
-            for number, name in enumerate(some):
-                values = parts[name]
+        # Of all sets, kept or not: a resumed run compiles and groups the same program.
+        sites = tuple(
+            dict.fromkeys([*self.settings.sites, *(s for neurons in sets for s in neurons.codes)])
+        )
+        for group, of_group, parts in zip(groups, names, kept, strict=True):
+            missing = {
+                name: neurons
+                for name, neurons in zip(of_group, sets, strict=True)
+                if parts[name] is None
+            }
+            made = self._make(group, missing, sites, shape, advance)
+            for number, name in enumerate(of_group):
+                values = made[name] if name in made else parts[name]
                 assert values is not None
-                said[number, group.members, : values.shape[1]] = values
-        return said
+                tokens[number, group.members, : values.shape[1]] = values
+        return tokens
 
     def _groups(self, prompts: Sequence[Prompt], steps: Sequence[int]) -> list[Group]:
         members: dict[int, list[int]] = {}
@@ -140,33 +161,27 @@ class Asking:
             members.setdefault(self._program(count), []).append(i)
         tokens = self.encode(prompts)
         return [
-            Group(some, [steps[i] for i in some], [tokens[i] for i in some])
-            for _, some in sorted(members.items())
+            Group(numbers, [steps[i] for i in numbers], [tokens[i] for i in numbers])
+            for _, numbers in sorted(members.items())
         ]
 
     def _program(self, steps: int) -> int:
         """Steps of the program that generates for a prompt: 2, 4, 8, ...: few are compiled."""
         return steps if self.settings.steps is not None else 1 << (steps - 1).bit_length()
 
-    def _names(self, group: Group, sets: Sequence[NeuronSet]) -> list[str]:
-        where = digest([group.tokens, group.steps])
-        return [f"said-{digest([one.digest, where])[:40]}" for one in sets]
+    def _load(self, name: str) -> np.ndarray | None:
+        part = self.parts.load(name)
+        return None if part is None else part[KEY]
 
-    def _load(self, name: str, group: Group) -> np.ndarray | None:
-        part = self.run.load(name)
-        if part is None or part["said"].shape != (len(group.members), max(group.steps)):
-            return None
-        return part["said"]
-
-    def _generate(
+    def _make(
         self,
         group: Group,
         missing: Mapping[str, NeuronSet],
         sites: Sequence[str],
         shape: Shape | None,
-        progress: Callable[[int], None],
-    ) -> dict[str, np.ndarray]:
-        """What the model says after a group's prompts with each of some sets off."""
+        advance: Callable[[int], None],
+    ) -> dict[str, Int[np.ndarray, "prompt step"]]:
+        """What the model says after a group's prompts with each of some sets off, by part."""
         most = max(group.steps)
         room = self.lm.config.max_position - max(map(len, group.tokens))
         results = ablated(
@@ -177,24 +192,26 @@ class Asking:
             steps=max(most, min(self._program(most), room)),
             shape=shape,
             sites=sites,
-            progress=progress,
+            progress=advance,
         )
         needed = np.arange(most) < np.array(group.steps)[:, None]
-        found = {}
-        for (name, _), (_, values) in zip(missing.items(), results, strict=True):
-            found[name] = np.where(needed, values[:, :most], NOTHING).astype(np.int32)
-            self.run.save(name, {"said": found[name]})
-        return found
 
-    def text(self, tokens: np.ndarray) -> str:
+        def make_next() -> dict[str, np.ndarray]:
+            _, values = next(results)
+            return {KEY: np.where(needed, values[:, :most], NO_STEP).astype(np.int32)}
+
+        # Sets come out in their order.
+        return {name: self.parts.part(name, make_next)[KEY] for name in missing}
+
+    def decode(self, tokens: Int[np.ndarray, " step"]) -> str:
         """Generated tokens as text, up to the end-of-sequence token."""
-        return self._decoded(tokens)[0]
+        return self._decode(tokens)[0]
 
-    def _decoded(self, tokens: np.ndarray) -> tuple[str, bool]:
+    def _decode(self, tokens: np.ndarray) -> tuple[str, bool]:
         """Generated tokens as text, and whether the model ended it."""
         key = tokens.tobytes()
         if key not in self._texts:
-            ids = [token for token in tokens.tolist() if token != NOTHING]
+            ids = [token for token in tokens.tolist() if token != NO_STEP]
             eos = self.lm.tokenizer.eos_token_id
             ended = eos in ids
             if ended:
@@ -202,18 +219,29 @@ class Asking:
             self._texts[key] = str(self.lm.tokenizer.decode(ids)), ended
         return self._texts[key]
 
-    def right(self, said: np.ndarray, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Whether each answer is right, [..., prompt]."""
-        flat = said.reshape(-1, len(prompts), said.shape[-1])
-        judged = [
-            [self._right(one, p.objects) for one, p in zip(row, prompts, strict=True)]
+    def judge(
+        self, generations: Int[np.ndarray, "*sets prompt step"], prompts: Sequence[Prompt]
+    ) -> Bool[np.ndarray, "*sets prompt"]:
+        """Whether each answer is right."""
+        flat = generations.reshape(-1, len(prompts), generations.shape[-1])
+        correct = [
+            [
+                self._is_right(tokens, prompt.objects)
+                for tokens, prompt in zip(row, prompts, strict=True)
+            ]
             for row in flat
         ]
-        return np.array(judged, bool).reshape(said.shape[:-1])
+        return np.array(correct, bool).reshape(generations.shape[:-1])
 
-    def _right(self, tokens: np.ndarray, objects: Sequence[str]) -> bool:
-        text, ended = self._decoded(tokens)
+    def _is_right(self, tokens: np.ndarray, objects: Sequence[str]) -> bool:
+        text, ended = self._decode(tokens)
         return any_answers(text, objects, ended=ended)
+
+
+def _part_names(group: Group, sets: Sequence[NeuronSet]) -> list[str]:
+    """Names of the parts: a function of the tokens, their steps and the neurons."""
+    where = digest([group.tokens, group.steps])
+    return [f"{KEY}-{digest([neurons.digest, where])[:40]}" for neurons in sets]
 
 
 def check_steps(lm: LM, settings: RelSpecConfig) -> None:

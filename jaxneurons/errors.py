@@ -46,10 +46,13 @@ def _reason(error: BaseException) -> str:
     return os.strerror(code) + hint
 
 
+def close_matches(word: str, known: Iterable[str], *, most: int = 3) -> str:
+    """Say which of `known` the user may have meant: a clause of a message; "" if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=most, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
 def near_matches(word: str, known: Iterable[str]) -> str:
-    """Say which of `known` the user may have meant: a clause to end an error message with."""
+    """Say which of `known` the user may have meant, or all: a clause to end a message with."""
     names = list(known)
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(map(repr, close))}?"
-    return "known: " + ", ".join(map(repr, names))
+    return close_matches(word, names) or "known: " + ", ".join(map(repr, names))

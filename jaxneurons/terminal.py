@@ -108,13 +108,13 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, Any] = {}
         last: dict[str, int] = {}
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def update(stage: str, done: int, total: int) -> None:
             if stage not in tasks or done < last[stage]:  # the same stage once more
                 tasks[stage] = progress.add_task(errors.shown(stage), total=total)
             last[stage] = done
             progress.update(tasks[stage], completed=done, total=total)
 
-        yield tell
+        yield update
 
 
 _COUNT = (MofNCompleteColumn(), TimeRemainingColumn())
@@ -285,7 +285,7 @@ def show_demo(result: "Demo", out: Path) -> None:
         if effect.group == "all":
             table.add_section()
         table.add_row(
-            _name(effect.group),
+            shown_name(effect.group),
             f"{effect.facts}",
             f"{effect.neurons:.1f}",
             f"{effect.before:.3f}",
@@ -303,94 +303,6 @@ def show_demo(result: "Demo", out: Path) -> None:
     console.print(f"Written: {out}/neurons.jsonl, effects.json, run.json and {result.figure}")
 
 
-def show_study(out: Path) -> None:
-    """What a study of relation-specific neurons has found so far, from its tables."""
-    from jaxneurons.tables import read_tables
-
-    tables = read_tables(out / "tables")
-    known = [row for row in tables["relations"] if row["known"]]
-    unknown = [row["relation"] for row in tables["relations"] if not row["known"]]
-    own = {r["relation"]: r for r in tables.get("ablation", []) if _is_own(r)}
-    table = Table(
-        title="Answers right, and the share of those held out that is lost",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("relation", no_wrap=True)
-    for name in ("detection", "held out", "own off", "others off", "random off"):
-        table.add_column(name, justify="right")
-    for row in known:
-        name = row["relation"]
-        cells = [f"{row['validated']}/{row['detection']}"]
-        if name in own:
-            cells += [f"{own[name]['right_before']}/{own[name]['prompts']}"]
-            cells += _drops(tables["ablation"], name)
-        table.add_row(_name(name), *cells)
-    summary = [
-        row
-        for row in tables.get("summary", [])
-        if (row["analysis"], row["evaluation"]) == ("ablation", "eva")
-    ]
-    for row in summary:
-        table.add_section()
-        spread = f" ± {row['random_spread']:.0%}" if row["random_spread"] is not None else ""
-        table.add_row(
-            f"mean of {row['relations']}",
-            "",
-            f"{row['right_before']} right",
-            f"{row['diagonal']:.0%}",
-            "" if row["off_diagonal"] is None else f"{row['off_diagonal']:.0%}",
-            f"{row['random']:.0%}{spread}",
-        )
-    console.print(table)
-    if own:
-        console.print("Negative: more answers are right than before.")
-    few = [name for name, row in own.items() if not row["counted"]]
-    if few:
-        console.print(f"Too few right answers to be averaged: {', '.join(few)}.")
-    if unknown:
-        console.print(f"Unknown to the model, left out: {', '.join(unknown)}.")
-    made = sorted(name for name in ("neurons", "tables", "figures") if (out / name).is_dir())
-    console.print(f"Written: {out}/{{{','.join(made)}}}, {len(tables)} tables")
-
-
-def show_comparison(rows: list[dict[str, Any]]) -> None:
-    """Neurons that relations share in two runs."""
-    table = Table(
-        title="Neurons of relations of one name in two runs",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("relation", no_wrap=True)
-    for name in ("neurons", "shared", "with other relations", "wording"):
-        table.add_column(name, justify="right")
-    for row in sorted(rows, key=lambda row: (-row["same_wording"], -row["shared"])):
-        table.add_row(
-            _name(row["relation"]),
-            f"{row['neurons']}, {row['other_neurons']}",
-            str(row["shared"]),
-            _number(row["shared_others"], ".0f"),
-            "the same" if row["same_wording"] else "other",
-        )
-    console.print(table)
-
-
-def _is_own(row: dict[str, Any]) -> bool:
-    return row["off"] == row["relation"] and row["evaluation"] == "eva"
-
-
-def _drops(rows: list[dict[str, Any]], relation: str) -> list[str]:
-    """Own, others' and random: mean drops of one relation's held-out answers."""
-    here = [r for r in rows if r["relation"] == relation and r["evaluation"] == "eva"]
-    groups = (
-        [r["drop"] for r in here if r["off"] == relation],
-        [r["drop"] for r in here if r["off"] not in ("random", "matched", relation)],
-        [r["drop"] for r in here if r["off"] == "random"],
-    )
-    found = [[value for value in group if value is not None] for group in groups]
-    return [f"{sum(group) / len(group):.0%}" if group else "" for group in found]
-
-
 def show_evaluation(rows: list[dict[str, Any]]) -> None:
     """The probability change ratio of every method, all groups together."""
     for change in dict.fromkeys(row["change"] for row in rows):
@@ -406,7 +318,7 @@ def show_evaluation(rows: list[dict[str, Any]]) -> None:
                     _ratio(row["pcr"]),
                     f"{_ratio(row['pcr_low'])} to {_ratio(row['pcr_high'])}",
                     _ratio(row["absolute_pcr"]),
-                    _number(row["share"], ".0%"),
+                    formatted(row["share"], ".0%"),
                     _percent(row["beyond"]),
                 )
         console.print(table)
@@ -433,9 +345,9 @@ def show_editing(rows: list[dict[str, Any]]) -> None:
         for row in here:
             table.add_row(
                 row["method"],
-                _number(row["rate"], ".1%"),
-                f"{_number(row['rate_low'], '.1%')} to {_number(row['rate_high'], '.1%')}",
-                _number(row["unrelated"], ".1%"),
+                formatted(row["rate"], ".1%"),
+                f"{formatted(row['rate_low'], '.1%')} to {formatted(row['rate_high'], '.1%')}",
+                formatted(row["unrelated"], ".1%"),
             )
         console.print(table)
 
@@ -464,7 +376,7 @@ def show_prediction(rows: list[dict[str, Any]]) -> None:
         [f"{r['accuracy']:.0%}" for r in rows if (r["readout"], r["pool"]) == kind]
         for kind in kinds
     ]
-    down, corner = [_name(group) for group in groups], "group"
+    down, corner = [shown_name(group) for group in groups], "group"
     if len(groups) <= GROUPS:
         across, down, corner = down, across, "readout, neurons"
     else:
@@ -480,10 +392,11 @@ def show_prediction(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _name(text: str) -> str:
+def shown_name(text: str) -> str:
     """A name of at most `NAME` columns as the terminal shows it: escapes are wider than letters."""
     return shortened(console.shown(text), NAME)
 
 
-def _number(value: float | None, form: str) -> str:
+def formatted(value: float | None, form: str) -> str:
+    """A number, or nothing where it is missing."""
     return "" if value is None else format(value, form)

@@ -7,8 +7,8 @@ from models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import batches, forward
 from jaxneurons.ablation import generate_ablated, kept
+from jaxneurons.likelihood import sentence_loss
 from jaxneurons.neurons import FFN, NeuronSet, random_neurons
-from jaxneurons.perplexity import sentence_loss
 from jaxneurons.responses import ResponseStore, mean_responses
 
 CONFIG = tiny_config(num_layers=2, max_position=512)
@@ -16,15 +16,20 @@ PARAMS = tiny_params(CONFIG)
 LONG = batches.LENGTH_TOKENS + 22
 
 
+OFF = random_neurons(CONFIG, FFN, 30, np.random.default_rng(0))
+
+
 def masks():
-    off = random_neurons(CONFIG, FFN, 30, np.random.default_rng(0))
-    return kept([NeuronSet(), off], CONFIG, FFN)
+    return kept([NeuronSet(), OFF], CONFIG, FFN)
 
 
 def test_perplexity_of_long_sentences():
     """Never the logits of all positions at once, and the same sum."""
     tokens, lengths = random_tokens(CONFIG, (2, LONG)), np.array([LONG, 90])
-    found = sentence_loss(PARAMS, tokens, jnp.asarray(lengths), masks(), config=CONFIG)
+    found = [
+        sentence_loss(PARAMS, tokens, jnp.asarray(lengths), config=CONFIG, scales=scales)
+        for scales in (None, OFF.scales(CONFIG))
+    ]
     logits = compiled(lambda tokens: forward(PARAMS, tokens, config=CONFIG, at="all").logits)
     expected = [
         -sum(float(row[i, ids[i + 1]]) for i in range(length - 1))

@@ -15,17 +15,27 @@ from known import KINDS, WORDINGS, write_relations
 from models import compiled
 
 import jaxneurons
-from jaxneurons import analyses, relspec_run
+from jaxneurons import analyses, drops, relspec_plots, relspec_run
 from jaxneurons.errors import DataError
 from jaxneurons.matching import any_answers
 from jaxneurons.neurons import FFN, read_neurons
+from jaxneurons.registry import DEFAULT, choose
 from jaxneurons.relations import Triple, read_relations
 from jaxneurons.relspec import RelSpecConfig
-from jaxneurons.relspec_run import choose, run_study
-from jaxneurons.study import Study
+from jaxneurons.study import SkippedWarning, Study
 from jaxneurons.tables import read_tables
 
 SETTINGS = RelSpecConfig(k=24, minimum=5, minimum_right=1, seeds=2, sweep_seeds=2)
+
+
+def run_study(lm, relations, out, *, settings, names=DEFAULT, counts=None, progress=None):
+    """Every stage in a directory, as `relspec run` has them."""
+    study = Study(lm, relations, settings=settings, out=out, progress=progress)
+    study.collect()
+    study.write_neurons()
+    study.analyse(names, counts=counts)
+    relspec_run.plot(out)
+    return study
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +73,7 @@ def whole(lm, relations, tmp_path_factory):
 
 
 def tables(study):
-    return read_tables(study.run.path / "tables")
+    return read_tables(study.out / "tables")
 
 
 def test_everything_is_written(whole):
@@ -73,24 +83,22 @@ def test_everything_is_written(whole):
         *("perplexity", "languages", "concepts", "concept_validation", "sizes", "cumulativity"),
         *("types", "type_layers", "frequency", "frequency_test", "summary"),
     }
-    figures = {path.stem for path in (whole.run.path / "figures").glob("*.png")}
-    drawn = {
-        name for name, (table, _) in relspec_run.relspec_plots.FIGURES.items() if table in found
-    }
+    figures = {path.stem for path in (whole.out / "figures").glob("*.png")}
+    drawn = {name for name, (table, _) in relspec_plots.FIGURES.items() if table in found}
     assert drawn - figures <= {"robustness", "multilingual"}  # nothing is counted there
-    assert all(path.stat().st_size > 8000 for path in (whole.run.path / "figures").glob("*.png"))
-    run = json.loads((whole.run.path / "run.json").read_text())
+    assert all(path.stat().st_size > 8000 for path in (whole.out / "figures").glob("*.png"))
+    run = json.loads((whole.out / "run.json").read_text())
     assert run["relations"]["known"] == sorted(WORDINGS)
     assert run["neurons"] == {"k": 24, "of": 480, "sites": list(FFN)}
     assert found["cumulativity_mean"][-1]["total"] > 0
     for row in found["relations"]:
-        prompts = whole.asked[row["relation"]].detection
+        prompts = whole.prompts[row["relation"]].detection
         assert row["steps"] == max(whole.steps(prompts)) > 2  # words of several tokens
     # "Wien" as bytes: a token for the space, or " W", and the others.
     assert {row["steps"] for row in found["languages"]} <= {5, 6}
     assert set(run["tables"]) == set(found)
     for name, rows in found.items():
-        with (whole.run.path / "tables" / f"{name}.csv").open() as file:
+        with (whole.out / "tables" / f"{name}.csv").open() as file:
             assert len(list(csv.DictReader(file))) == len(rows) > 0
 
 
@@ -117,14 +125,14 @@ def test_accuracies_against_a_plain_loop(whole, lm):
 
     rows = tables(whole)["ablation"]
     for off in whole.known[:2]:
-        neurons = read_neurons(whole.run.path / "neurons" / f"{off}.csv")
+        neurons = read_neurons(whole.out / "neurons" / f"{off}.csv")
         assert len(neurons) == 24
         scales = {
             site: jnp.asarray(values)[:, None, None]
             for site, values in neurons.scales(lm.config, sites=FFN).items()
         }
         for name in whole.known:
-            prompts = whole.asked[name].evaluation
+            prompts = whole.prompts[name].evaluation
             (row,) = (
                 r for r in rows if (r["off"], r["relation"], r["evaluation"]) == (off, name, "eva")
             )
@@ -138,7 +146,7 @@ def test_the_neurons_are_those_of_highest_average_precision(whole):
     from sklearn.metrics import average_precision_score
 
     name = whole.known[1]
-    prompts = [one for asked in whole.asked.values() for one in asked.validated]
+    prompts = [one for of_relation in whole.prompts.values() for one in of_relation.validated]
     positives = np.array([one.relation == name for one in prompts])
     tokens = whole.encode(prompts)
     responses = {site: [] for site in FFN}
@@ -158,7 +166,7 @@ def test_the_neurons_are_those_of_highest_average_precision(whole):
                 score = average_precision_score(positives, values[:, layer, index])
                 best.append((score, site, layer, index))
     scores = {(site, layer, index): score for score, site, layer, index in best}
-    chosen = read_neurons(whole.run.path / "neurons" / f"{name}.csv")
+    chosen = read_neurons(whole.out / "neurons" / f"{name}.csv")
     lowest = min(scores[site, *neuron] for site, neuron in chosen)
     others = [score for key, score in scores.items() if (key[0], key[1:]) not in chosen]
     assert len(chosen) == 24
@@ -202,7 +210,7 @@ def test_perplexity_against_pytorch(whole, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(whole.lm.source, dtype=torch.float32)
     name = whole.known[0]
-    objects = dict.fromkeys(t.object for t in whole.asked[name].split.evaluation)
+    objects = dict.fromkeys(t.object for t in whole.prompts[name].split.evaluation)
     loss, count = 0.0, 0
     for one in objects:
         ids = torch.tensor([whole.lm.tokenizer(f"They talk about {one}")["input_ids"]])
@@ -230,7 +238,7 @@ def test_the_summary_is_what_it_says():
             row("c", "c", 1.0, counted=False),
         ),
     ]
-    (found,) = analyses.summary(rows)
+    (found,) = drops.summary(rows)
     assert (found["relations"], found["right_before"]) == (2, 14)
     assert found["diagonal"] == pytest.approx(0.6)
     assert found["off_diagonal"] == pytest.approx((0.2 + 0.0 + 0.5) / 3)
@@ -265,7 +273,7 @@ def test_stopped_anywhere_it_ends_the_same(whole, lm, relations, tmp_path, after
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run_study(lm, found, tmp_path / "run", settings=SETTINGS, names=names, tell=stop)
+            run_study(lm, found, tmp_path / "run", settings=SETTINGS, names=names, progress=stop)
     told = []
     run_study(
         lm,
@@ -273,17 +281,17 @@ def test_stopped_anywhere_it_ends_the_same(whole, lm, relations, tmp_path, after
         tmp_path / "run",
         settings=SETTINGS,
         names=names,
-        tell=lambda *what: told.append(what),
+        progress=lambda *what: told.append(what),
     )
     assert told  # there was something left to do
-    mine, theirs = contents(tmp_path / "run"), contents(whole.run.path)
+    mine, theirs = contents(tmp_path / "run"), contents(whole.out)
     for path, content in mine.items():
         if path.stem != "summary":
             assert content == theirs[path], path
 
 
 def test_a_finished_study_computes_nothing(whole, lm, relations, tmp_path, monkeypatch):
-    shutil.copytree(whole.run.path, tmp_path / "run")
+    shutil.copytree(whole.out, tmp_path / "run")
     before = contents(tmp_path / "run")
 
     def never(*_, **__):
@@ -292,7 +300,7 @@ def test_a_finished_study_computes_nothing(whole, lm, relations, tmp_path, monke
     monkeypatch.setattr("jaxneurons.ablation.generate_ablated", never)
     monkeypatch.setattr("jaxneurons.responses.mean_responses", never)
     monkeypatch.setattr("jaxneurons.expertise.average_precision", never)
-    monkeypatch.setattr("jaxneurons.perplexity.sentence_loss", never)
+    monkeypatch.setattr("jaxneurons.perplexity._losses", never)
     run_study(
         lm, read_relations(relations), tmp_path / "run", settings=SETTINGS, names=choose("all")
     )
@@ -300,7 +308,7 @@ def test_a_finished_study_computes_nothing(whole, lm, relations, tmp_path, monke
 
 
 def test_spoilt_parts_are_made_again(whole, lm, relations, tmp_path):
-    shutil.copytree(whole.run.path, tmp_path / "run")
+    shutil.copytree(whole.out, tmp_path / "run")
     before = contents(tmp_path / "run")
     spoilt = sorted((tmp_path / "run" / "parts").glob("said-*.npz"))[::7]
     for path in spoilt:
@@ -314,10 +322,10 @@ def test_spoilt_parts_are_made_again(whole, lm, relations, tmp_path):
 def test_another_study_is_refused(whole, lm, relations):
     found = read_relations(relations)
     with pytest.raises(DataError, match="holds a run with another relations"):
-        Study(lm, found[1:], whole.run.path, settings=SETTINGS)
+        Study(lm, found[1:], out=whole.out, settings=SETTINGS)
     other = RelSpecConfig(k=25, minimum=5, minimum_right=1, seeds=2, sweep_seeds=2)
     with pytest.raises(DataError, match="holds a run with another settings"):
-        Study(lm, found, whole.run.path, settings=other)
+        Study(lm, found, out=whole.out, settings=other)
 
 
 # --- what cannot be studied -----------------------------------------------------------------------
@@ -373,18 +381,18 @@ def test_relations_that_make_no_study(lm, relations, tmp_path):
         (found, RelSpecConfig(k=481), "give a number from 1 to 480"),
     ):
         with pytest.raises(DataError, match=message):
-            Study(lm, some, tmp_path / "run", settings=settings)
+            Study(lm, some, out=tmp_path / "run", settings=settings)
         assert not (tmp_path / "run").exists()
 
 
 def test_an_analysis_that_cannot_be_made_is_skipped(whole, lm, relations, tmp_path):
     """Said so; the others are made, and everything is written."""
-    shutil.copytree(whole.run.path, tmp_path / "run")
+    shutil.copytree(whole.out, tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
-    study = Study(lm, read_relations(relations), tmp_path / "run", settings=SETTINGS)
+    study = Study(lm, read_relations(relations), out=tmp_path / "run", settings=SETTINGS)
     counts = {("in", Triple("x", "y")): 1.0}
-    with pytest.warns(relspec_run.SkippedWarning, match="frequency skipped: none of the held-out"):
-        relspec_run.analyse(study, ("layers", "frequency"), counts=counts)
+    with pytest.warns(SkippedWarning, match="frequency skipped: none of the held-out"):
+        study.analyse(("layers", "frequency"), counts=counts)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert list(run["skipped_by_this_call"]) == ["frequency"]
     assert "layers" in run["tables"]
@@ -395,7 +403,7 @@ def test_relations_without_a_second_wording(lm, relations, tmp_path):
         dataclasses.replace(one, templates={"plain": one.templates["plain"]}, translations={})
         for one in read_relations(relations)
     ]
-    with pytest.warns(relspec_run.SkippedWarning, match="skipped: these relations have nothing"):
+    with pytest.warns(SkippedWarning, match="skipped: these relations have nothing"):
         run_study(
             lm,
             found,
@@ -429,7 +437,7 @@ def test_means_of_cumulativity():
 
 
 def test_names_of_analyses():
-    assert choose("default") == relspec_run.DEFAULT
+    assert choose("default") == DEFAULT
     assert choose("layers,ablation") == ("ablation", "layers")
     assert choose("all", counts=True)[-1] == "frequency"
     assert "frequency" not in choose("all")
