@@ -24,7 +24,7 @@ import published
 from jaxneurons import load
 from jaxneurons.ablation import ablated
 from jaxneurons.answers import encode_prompt
-from jaxneurons.load import fetch_smollm2
+from jaxneurons.fetch import fetch_smollm2
 from jaxneurons.neurons import FFN, NeuronSet, random_neurons
 from jaxneurons.relations import bundled_relations, prompt
 

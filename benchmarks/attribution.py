@@ -35,7 +35,7 @@ import numpy as np
 import jaxneurons
 from jaxneurons import Quadrature, batches
 from jaxneurons.answers import TokenPrompt, encode_query
-from jaxneurons.load import SMOLLM2, fetch_smollm2
+from jaxneurons.fetch import SMOLLM2, fetch_smollm2
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qrneuron" / "subject_qa.json"
 LENGTH = 95  # tokens of the prompt that is timed

@@ -18,9 +18,10 @@ from jaxneurons.config import ModelConfig
 from jaxneurons.convert.fill import transpose_into
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
 from jaxneurons.convert.keys import IRRELEVANT
-from jaxneurons.convert.rules import Progress, Rule, stored_names, stored_shape
+from jaxneurons.convert.rules import Rule, stored_names, stored_shape
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
+from jaxneurons.progress import Advance
 from jaxneurons.store import write_json
 
 GENERATION = "generation_config.json"
@@ -170,7 +171,7 @@ def write_hf(
     original: Mapping[str, Any] | None = None,
     dtypes: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> None:
     """Write config.json and the weights, sharded with an index if they are large.
 

@@ -20,8 +20,9 @@ from jax.typing import DTypeLike
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.gguf_config import config_from_gguf
-from jaxneurons.convert.rules import Place, Progress, gguf_biases
+from jaxneurons.convert.rules import Place, gguf_biases
 from jaxneurons.errors import SourceError
+from jaxneurons.progress import Advance
 
 _SCALARS = {
     0: "<B",
@@ -299,7 +300,7 @@ def read_gguf(
     *,
     dtype: DTypeLike = jnp.float32,
     place: Place | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     ignore_keys: Sequence[str] = (),
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Load a GGUF model, de-quantised to `dtype`.

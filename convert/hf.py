@@ -17,9 +17,10 @@ from jax.typing import DTypeLike
 from jaxneurons.config import ModelConfig
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.fill import Stored, fill
-from jaxneurons.convert.rules import DROPPABLE, RULES, UNEMBED, Place, Progress, stored_names
+from jaxneurons.convert.rules import DROPPABLE, RULES, UNEMBED, Place, stored_names
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
+from jaxneurons.progress import Advance
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -136,7 +137,7 @@ def read_hf(
     *,
     dtype: DTypeLike = jnp.float32,
     place: Place | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
     ignore_keys: Sequence[str] = (),
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Load a model from a Hugging Face directory.

@@ -26,9 +26,10 @@ from jax.typing import DTypeLike
 from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
-from jaxneurons.convert.rules import Place, Progress, param_shapes
+from jaxneurons.convert.rules import Place, param_shapes
 from jaxneurons.errors import ConfigError, SourceError, WriteError
-from jaxneurons.provenance import hash_each
+from jaxneurons.hashes import hash_each
+from jaxneurons.progress import Advance
 from jaxneurons.store import write_json
 
 MARKER = "jaxneurons.json"
@@ -208,7 +209,7 @@ def read_native(
     *,
     dtype: DTypeLike | None = None,
     place: Place | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Restore a native directory, each process only what it holds.
 

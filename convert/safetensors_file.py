@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxneurons.errors import SourceError
+from jaxneurons.progress import Advance
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -177,7 +178,7 @@ def write_safetensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, ToWrite],
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> None:
     """Write a file, tensor by tensor; it is on the disk when this returns."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

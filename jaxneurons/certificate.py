@@ -22,8 +22,8 @@ from jaxneurons.config import ModelConfig
 from jaxneurons.convert.native import MARKER
 from jaxneurons.convert.rules import stored_names
 from jaxneurons.errors import SourceError
+from jaxneurons.hashes import hash_files
 from jaxneurons.load import LM, weights_of
-from jaxneurons.provenance import hash_files
 from jaxneurons.token_ids import check_ids
 from jaxneurons.transformer import forward
 

@@ -116,7 +116,8 @@ def verify_command(
 ) -> None:
     """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
     from jaxneurons.certificate import CERTIFICATE, verify
-    from jaxneurons.load import load, locate_source
+    from jaxneurons.fetch import locate_source
+    from jaxneurons.load import load
     from jaxneurons.store import null_for_nan, write_json
 
     if dtype not in (None, *DTYPES):

@@ -15,8 +15,9 @@ from jaxneurons import batches
 from jaxneurons.bundled import bundled_queries
 from jaxneurons.errors import DataError
 from jaxneurons.evaluate import changes, last_position, scaled_answers
+from jaxneurons.fetch import LAB
 from jaxneurons.joining import join
-from jaxneurons.load import LAB, LM
+from jaxneurons.load import LM
 from jaxneurons.locate import Located, Progress, encode_queries, locate
 from jaxneurons.neurons import Neuron, matched_random, site_width
 from jaxneurons.plots import neuron_map

@@ -12,7 +12,8 @@ from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors
 from jaxneurons.convert.native import MARKER, read_marker, recorded_keys
 from jaxneurons.convert.rules import param_sizes
 from jaxneurons.errors import SourceError
-from jaxneurons.load import locate_source, read_tokenizer
+from jaxneurons.fetch import locate_source
+from jaxneurons.load import read_tokenizer
 from jaxneurons.neurons import SITES, site_width
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

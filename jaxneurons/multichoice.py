@@ -9,10 +9,12 @@ what is found; the model is asked for the letter only. Written in the published 
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,91 +26,16 @@ from jaxneurons.json_file import read_values
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "en": (
-        "Choose the right answer to the question. Reply with its letter only, then a period.\n"
-        "Question:\n{question}\n{options}\n\nAnswer:",
-        "Here is a question with several possible answers, one of which is right. Write nothing "
-        "but the letter of that answer, followed by a period.\n{question}\n{options}\n\n"
-        "The letter is:",
-        "Read the question and the options. Give the letter of the correct option and a period; "
-        "do not explain.\n\n{question}\n{options}\n\nResponse:",
-    ),
-    "fr": (
-        "Choisissez la bonne réponse à la question. Répondez seulement par sa lettre, suivie d'un "
-        "point.\nQuestion :\n{question}\n{options}\n\nRéponse :",
-        "Voici une question et plusieurs réponses possibles, dont une seule est juste. N'écrivez "
-        "que la lettre de cette réponse, suivie d'un point.\n{question}\n{options}\n\n"
-        "La lettre est :",
-        "Lisez la question et les options. Donnez la lettre de l'option correcte et un point, sans "
-        "explication.\n\n{question}\n{options}\n\nVotre réponse :",
-    ),
-    "ru": (
-        "Выберите правильный ответ на вопрос. В ответе напишите только его букву и точку.\n"
-        "Вопрос:\n{question}\n{options}\n\nОтвет:",
-        "Перед вами вопрос и несколько вариантов, из которых верен только один. Напишите лишь "
-        "букву этого варианта и поставьте точку.\n{question}\n{options}\n\nБуква ответа:",
-        "Прочитайте вопрос и варианты. Укажите букву верного варианта и точку, без пояснений.\n\n"
-        "{question}\n{options}\n\nВаш ответ:",
-    ),
-    "ar": (
-        "اختر الإجابة الصحيحة عن السؤال. اكتب حرفها فقط متبوعًا بنقطة.\n"
-        "السؤال:\n{question}\n{options}\n\nالإجابة:",
-        "أمامك سؤال وعدة إجابات محتملة، واحدة منها فقط صحيحة. لا تكتب سوى حرف هذه الإجابة "
-        "متبوعًا بنقطة.\n{question}\n{options}\n\nالحرف هو:",
-        "اقرأ السؤال والخيارات، ثم أعط حرف الخيار الصحيح ونقطة دون شرح.\n\n"
-        "{question}\n{options}\n\nإجابتك:",
-    ),
-    "ja": (
-        "質問の正しい答えを選び、その記号だけを書いて句点を付けてください。\n"
-        "質問:\n{question}\n{options}\n\n答え:",
-        "次の質問にはいくつかの選択肢があり、正しいものは一つだけです。その記号だけを句点とともに"
-        "書いてください。\n{question}\n{options}\n\n記号は:",
-        "質問と選択肢を読み、正しい選択肢の記号と句点だけを答えてください。説明は不要です。\n\n"
-        "{question}\n{options}\n\n回答:",
-    ),
-    "zh": (
-        "请选择问题的正确答案,只回答它的字母,并加上句号。\n问题:\n{question}\n{options}\n\n答案:",
-        "下面的问题有几个可能的答案,其中只有一个是对的。请只写出这个答案的字母,后面加句号。\n"
-        "{question}\n{options}\n\n字母是:",
-        "请阅读问题和选项,给出正确选项的字母和句号,不要解释。\n\n{question}\n{options}\n\n回答:",
-    ),
-}
+
+def _bundled_wordings(form: str) -> dict[str, tuple[str, ...]]:
+    text = (resources.files("jaxneurons.data") / "wordings.json").read_text(encoding="utf-8")
+    return {language: tuple(texts) for language, texts in json.loads(text)[form].items()}
+
+
+TEMPLATES = _bundled_wordings("multi_choice")
 """By language, wordings with the question and its options, one to a line."""
 
-
-FREE_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "en": (
-        "Question: {question}\nAnswer:",
-        "Answer in a few words.\n{question}\nAnswer:",
-        "{question}\nThe answer is:",
-    ),
-    "fr": (
-        "Question : {question}\nRéponse :",
-        "Répondez en quelques mots.\n{question}\nRéponse :",
-        "{question}\nLa réponse est :",
-    ),
-    "ru": (
-        "Вопрос: {question}\nОтвет:",
-        "Ответьте в нескольких словах.\n{question}\nОтвет:",
-        "{question}\nПравильный ответ:",
-    ),
-    "ar": (
-        "السؤال: {question}\nالإجابة:",
-        "أجب بكلمات قليلة.\n{question}\nالإجابة:",
-        "{question}\nالجواب هو:",
-    ),
-    "ja": (
-        "質問: {question}\n答え:",
-        "短く答えてください。\n{question}\n答え:",
-        "{question}\n正解は:",
-    ),
-    "zh": (
-        "问题: {question}\n答案:",
-        "请简短回答。\n{question}\n答案:",
-        "{question}\n正确答案是:",
-    ),
-}
+FREE_TEMPLATES = _bundled_wordings("free_form")
 """By language, wordings that the whole answer follows."""
 
 

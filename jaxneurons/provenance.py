@@ -4,8 +4,7 @@ import dataclasses
 import hashlib
 import json
 import weakref
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ import numpy as np
 
 from jaxneurons.config import ModelConfig
 from jaxneurons.errors import SourceError
-
-_THREADS = 4  # that hash files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,34 +95,6 @@ class Loaded:
 
 def _named_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
     return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_each(paths: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of each file, several at a time."""
-    paths = list(paths)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(paths, pool.map(hash_file, paths), strict=True))
-
-
-def hash_files(paths: tuple[Path, ...], digests: Mapping[Path, str] | None = None) -> str:
-    """SHA-256 of a file, or of the list of several files' names and hashes.
-
-    Args:
-      paths: the files.
-      digests: of those that have been hashed already.
-    """
-    known = dict(digests or {})
-    known |= hash_each(path for path in paths if path not in known)
-    if len(paths) == 1:
-        return known[paths[0]]
-    listing = "".join(f"{known[path]}  {path.name}\n" for path in sorted(paths))
-    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def hash_params(config: ModelConfig, params: Mapping[str, Any]) -> str:

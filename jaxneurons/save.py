@@ -19,9 +19,11 @@ from filelock import FileLock, Timeout
 from jaxneurons.convert.export import GENERATION, copy_files, sync, write_hf
 from jaxneurons.convert.hf import CONFIG, read_json, stored_dtypes
 from jaxneurons.convert.native import MARKER, read_marker, write_marker, write_params
-from jaxneurons.convert.rules import Progress, stored_names
+from jaxneurons.convert.rules import stored_names
 from jaxneurons.errors import ConfigError, SourceError, WriteError, near_matches
-from jaxneurons.load import LM, TOKENIZER_FILES, cache_directory
+from jaxneurons.fetch import TOKENIZER_FILES, cache_directory
+from jaxneurons.load import LM
+from jaxneurons.progress import Advance
 from jaxneurons.store import digest, write_json
 
 FORMATS = ("native", "hf")
@@ -32,7 +34,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     to: Literal["native", "hf"] = "native",
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> Path:
     """Write a model with its tokenizer and configuration; `load` reads both formats.
 
@@ -73,7 +75,7 @@ def save(
             if progress is not None:
                 progress(sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params)))
             facts = {
-                "dtype": lm.dtype,
+                "dtype": lm.dtype.name,
                 "stored_dtypes": dtypes,
                 "source": {
                     "name": lm.source,

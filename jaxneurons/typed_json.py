@@ -4,13 +4,13 @@ People edit such files, and other versions write other keys.
 """
 
 import dataclasses
-import functools
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from jaxneurons.errors import DataError, JaxneuronsError
+from jaxneurons.settings import field_kinds, mismatch
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
@@ -29,41 +29,34 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, where)
     if isinstance(kind, dict):
-        found = _mapping(value, where)
-        if missing := [key for key in kind if key not in found]:
+        record = _mapping(value, where)
+        if missing := [key for key in kind if key not in record]:
             raise DataError(f"{where}: no {' or '.join(missing)}")
-        return {key: typed(one, found[key], f"{where}: {key}") for key, one in kind.items()}
+        return {key: typed(inner, record[key], f"{where}: {key}") for key, inner in kind.items()}
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple and isinstance(value, list):
-        return tuple(typed(inner[0], one, f"{where}[{n}]") for n, one in enumerate(value))
+        return tuple(typed(inner[0], entry, f"{where}[{n}]") for n, entry in enumerate(value))
     if origin in (typing.Union, types.UnionType):
-        for one in inner:
+        for choice in inner:
             try:
-                return typed(one, value, where)
+                return typed(choice, value, where)
             except DataError:
                 continue
-    if kind is float and type(value) is int and abs(value) < 1 << 1000:
-        return float(value)
-    if type(value) is kind or (origin is typing.Literal and value in inner):
-        return value
+    elif mismatch(kind, value) is None:
+        return float(value) if kind is float else value
     name = getattr(kind, "__name__", str(kind))
     raise DataError(f"{where}: {value!r:.40} where {name} is needed")
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
-    found, hints = _mapping(value, where), _hints(kind)
+    record, kinds = _mapping(value, where), field_kinds(kind)
     values = {}
     for field in dataclasses.fields(kind):
-        if field.name in found:
+        if field.name in record:
             values[field.name] = typed(
-                hints[field.name], found[field.name], f"{where}: {field.name}"
+                kinds[field.name], record[field.name], f"{where}: {field.name}"
             )
-    if unknown := found.keys() - values.keys():
+    if unknown := record.keys() - values.keys():
         raise DataError(f"{where}: unknown key {min(unknown)!r}")
     try:
         return kind(**values)

@@ -204,3 +204,37 @@ def byte_level_vocabulary() -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 0,
     }
+
+
+KERNELS = {
+    ("attn", "q"): "self_attn.q_proj",
+    ("attn", "k"): "self_attn.k_proj",
+    ("attn", "v"): "self_attn.v_proj",
+    ("attn", "o"): "self_attn.o_proj",
+    ("ffn", "gate"): "mlp.gate_proj",
+    ("ffn", "up"): "mlp.up_proj",
+    ("ffn", "down"): "mlp.down_proj",
+}
+
+
+def assert_same(params, tensors, layers=2):
+    """Compare with the source, written out independently of the rules."""
+    np.testing.assert_array_equal(
+        params["embed"]["embedding"], tensors["model.embed_tokens.weight"]
+    )
+    np.testing.assert_array_equal(params["final_norm"]["scale"], tensors["model.norm.weight"])
+    assert ("unembed" in params) == ("lm_head.weight" in tensors)
+    if "unembed" in params:
+        np.testing.assert_array_equal(params["unembed"]["kernel"], tensors["lm_head.weight"].T)
+    for i in range(layers):
+        at = f"model.layers.{i}"
+        own = params["layers"]
+        for (block, name), theirs in KERNELS.items():
+            np.testing.assert_array_equal(
+                own[block][name]["kernel"][i], tensors[f"{at}.{theirs}.weight"].T, err_msg=theirs
+            )
+        for mine, theirs in (
+            ("attn_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+        ):
+            np.testing.assert_array_equal(own[mine]["scale"][i], tensors[f"{at}.{theirs}.weight"])

@@ -3,6 +3,7 @@
 import gc
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -11,6 +12,46 @@ import pytest
 # rotary angles are written as broadcasts.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+SAMPLES = Path(__file__).with_name("data")
+FORMATS = {"query_file": ("qrneuron", "*.json"), "relation_directory": ("", "lre")}
+"""By fixture, where in a directory of data its files are: one test each."""
+
+
+class Published(NamedTuple):
+    """A file or directory in a published format, and whether it is what was published."""
+
+    path: Path
+    genuine: bool
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="run the checks of published formats on the files in DIR/qrneuron and DIR/lre too",
+    )
+
+
+def pytest_configure(config):
+    given = config.getoption("data")
+    for folder, pattern in FORMATS.values() if given is not None else []:
+        if not any((given / folder).glob(pattern)):
+            raise pytest.UsageError(f"--data: there is no {pattern} in {given / folder}")
+
+
+def pytest_generate_tests(metafunc):
+    given = metafunc.config.getoption("data")
+    for name, (folder, pattern) in FORMATS.items():
+        if name not in metafunc.fixturenames:
+            continue
+        cases = [Published(path, False) for path in sorted((SAMPLES / folder).glob(pattern))]
+        if given is not None:
+            cases += [Published(path, True) for path in sorted((given / folder).glob(pattern))]
+        ids = [f"{'published' if case.genuine else 'sample'}-{case.path.stem}" for case in cases]
+        metafunc.parametrize(name, cases, ids=ids)
+
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 20_000  # of the 65,530 that Linux allows a process by default
@@ -33,9 +74,15 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="session")
+def samples() -> Path:
+    """Small files in the published formats, written for the tests."""
+    return SAMPLES
+
+
+@pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once and cached."""
-    from jaxneurons.load import fetch_smollm2
+    from jaxneurons.fetch import fetch_smollm2
 
     return fetch_smollm2()
 

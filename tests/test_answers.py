@@ -1,7 +1,6 @@
 """From text to tokens, on byte-level and SentencePiece-like tokenizers."""
 
 import json
-from pathlib import Path
 
 import pytest
 from fixtures import transformers_tokenizer
@@ -18,9 +17,6 @@ from jaxneurons.answers import (
     separators,
 )
 from jaxneurons.errors import DataError
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qrneuron"
-PUBLISHED = sorted(DATA.glob("*.json"))
 
 
 @pytest.fixture(params=["bytes", "bytes+bos", "bytes+bos+eos", "sentencepiece"])
@@ -41,7 +37,7 @@ def spaced(tokenizer):
 
 
 def published_prompts(path):
-    for record in json.loads(path.read_text()).values():
+    for record in json.loads(path.read_text(encoding="utf-8")).values():
         yield from zip(record["sentences"], record["obj_label"], strict=True)
 
 
@@ -277,11 +273,9 @@ def unknowing_tokenizer():
 # --- option letters -------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not PUBLISHED, reason="the published data are not in this checkout")
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_option_letters_of_the_published_prompts(path):
-    prompts = list(published_prompts(path))
-    assert len(prompts) >= 54
+def test_option_letters_of_the_published_prompts(query_file):
+    prompts = list(published_prompts(query_file.path))
+    assert len(prompts) >= 18
     for prompt, label in prompts:
         assert option_letters(prompt) == ("A", "B", "C", "D")
         assert label in option_letters(prompt)
@@ -331,12 +325,11 @@ def test_smollm2_says_space_letter(smollm2):
 
 
 @pytest.mark.smollm2
-@pytest.mark.skipif(not PUBLISHED, reason="the published data are not in this checkout")
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_smollm2_on_the_published_prompts(smollm2, path):
+def test_smollm2_on_the_published_prompts(smollm2, query_file):
     """One token for every letter, with a space but after a full-width colon."""
     tokenizer = smollm2.tokenizer
-    for prompt, label in list(published_prompts(path))[::7]:
+    every = 7 if query_file.genuine else 1
+    for prompt, label in list(published_prompts(query_file.path))[::every]:
         query = encode_query(tokenizer, prompt, label, options="ABCD")
         space = "" if prompt.endswith("：") else "Ġ"
         assert pieces(tokenizer, query.answer) == [space + label]

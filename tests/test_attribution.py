@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 from importlib import resources
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -368,19 +367,19 @@ def test_bad_arguments():
 
 # --- SmolLM2 --------------------------------------------------------------------------------------
 
-QUESTIONS = Path(__file__).resolve().parents[2] / "shared/data/qrneuron/subject_qa.json"
 
+def prompts_and_answers(lm, samples, count=20):
+    """Varied prompts with their answer's first token, as (ids, token); half of them questions.
 
-def prompts_and_answers(lm, count=20):
-    """Varied prompts with their answer's first token, as (ids, token); half of them questions."""
+    The questions are the sample's, whatever `--data` says: what is measured stays the same.
+    """
     path = resources.files("jaxneurons.data") / "facts.jsonl"
     facts = [json.loads(line) for line in path.read_text().splitlines()]
     texts = [(fact["prompts"][0], " " + fact["answer"]) for fact in facts[:: len(facts) // count]]
-    if QUESTIONS.is_file():
-        questions = list(json.loads(QUESTIONS.read_text()).values())
-        chosen = questions[:: len(questions) // (count // 2)]
-        asked = [(q["sentences"][0], " " + q["obj_label"][0]) for q in chosen]
-        texts = texts[: 2 * (count // 2) : 2] + asked[: count // 2]
+    questions = list(json.loads((samples / "qrneuron/subject_qa.json").read_text()).values())
+    chosen = questions[:: len(questions) // (count // 2)]
+    multi_choice = [(q["sentences"][0], " " + q["obj_label"][0]) for q in chosen]
+    texts = texts[: 2 * (count // 2) : 2] + multi_choice[: count // 2]
     tokenize = lm.tokenizer
     return [
         (np.asarray(tokenize(text)["input_ids"], np.int32), tokenize(answer)["input_ids"][0])
@@ -427,9 +426,9 @@ FACT = (
 
 
 @pytest.mark.smollm2
-def test_smollm2_adaptive_is_complete_on_varied_prompts(smollm2):
+def test_smollm2_adaptive_is_complete_on_varied_prompts(smollm2, samples):
     of = real_attribution(smollm2, Quadrature())
-    for ids, answer in prompts_and_answers(smollm2):
+    for ids, answer in prompts_and_answers(smollm2, samples):
         out = of(ids, answer)
         assert out.gap.max() < 1e-3
         assert np.median(out.gap) < 1e-5
@@ -444,14 +443,17 @@ def adaptive_against_gauss(lm, prompts):
 
 
 @pytest.mark.smollm2
-def test_smollm2_adaptive_equals_256_nodes(smollm2):
-    prompts = prompts_and_answers(smollm2)
+def test_smollm2_adaptive_equals_256_nodes(smollm2, samples):
+    prompts = prompts_and_answers(smollm2, samples)
     for apart in adaptive_against_gauss(smollm2, [prompts[0], prompts[5]]):
         assert apart.max() < 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_smollm2_adaptive_equals_256_nodes_on_varied_prompts(smollm2):
-    worst = [apart.max() for apart in adaptive_against_gauss(smollm2, prompts_and_answers(smollm2))]
+def test_smollm2_adaptive_equals_256_nodes_on_varied_prompts(smollm2, samples):
+    worst = [
+        apart.max()
+        for apart in adaptive_against_gauss(smollm2, prompts_and_answers(smollm2, samples))
+    ]
     assert max(worst) < 1e-3, worst

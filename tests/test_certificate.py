@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxneurons as jn
 from jaxneurons.certificate import NEW_TOKENS, SHORT, _sequences, verify
-from jaxneurons.load import locate_source
+from jaxneurons.fetch import locate_source
 
 pytest.importorskip("torch")
 

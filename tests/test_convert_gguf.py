@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import gguf_fields, gguf_tensors, hf_tensors, tiny, write_gguf
+from checkpoints import assert_same, gguf_fields, gguf_tensors, hf_tensors, tiny, write_gguf
 from gguf import GGMLQuantizationType as Kind
 
 from jaxneurons.convert.config import config_from_hf
@@ -239,7 +239,6 @@ def test_smollm2_config(smollm2_path):
 @pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 def test_every_smollm2_tensor_equals_transformers_reading(smollm2_path):
     torch = pytest.importorskip("torch")
-    from test_convert_hf import assert_same
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import hf_tensors, tiny, write_hf
+from checkpoints import assert_same, hf_tensors, tiny, write_hf
 from safetensors.numpy import load_file, save_file
 
 from jaxneurons.convert.config import config_from_hf
@@ -18,39 +18,6 @@ from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.hf import read_hf, stored_dtype
 from jaxneurons.convert.rules import param_shapes, permute, unpermute
 from jaxneurons.errors import ConfigError, SourceError
-
-KERNELS = {
-    ("attn", "q"): "self_attn.q_proj",
-    ("attn", "k"): "self_attn.k_proj",
-    ("attn", "v"): "self_attn.v_proj",
-    ("attn", "o"): "self_attn.o_proj",
-    ("ffn", "gate"): "mlp.gate_proj",
-    ("ffn", "up"): "mlp.up_proj",
-    ("ffn", "down"): "mlp.down_proj",
-}
-
-
-def assert_same(params, tensors, layers=2):
-    """Compare with the source, written out independently of the rules."""
-    np.testing.assert_array_equal(
-        params["embed"]["embedding"], tensors["model.embed_tokens.weight"]
-    )
-    np.testing.assert_array_equal(params["final_norm"]["scale"], tensors["model.norm.weight"])
-    assert ("unembed" in params) == ("lm_head.weight" in tensors)
-    if "unembed" in params:
-        np.testing.assert_array_equal(params["unembed"]["kernel"], tensors["lm_head.weight"].T)
-    for i in range(layers):
-        at = f"model.layers.{i}"
-        own = params["layers"]
-        for (block, name), theirs in KERNELS.items():
-            np.testing.assert_array_equal(
-                own[block][name]["kernel"][i], tensors[f"{at}.{theirs}.weight"].T, err_msg=theirs
-            )
-        for mine, theirs in (
-            ("attn_norm", "input_layernorm"),
-            ("ffn_norm", "post_attention_layernorm"),
-        ):
-            np.testing.assert_array_equal(own[mine]["scale"][i], tensors[f"{at}.{theirs}.weight"])
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_families import IDS, make, our_logits
 
 from jaxneurons import ConfigError, SourceError, load
 from jaxneurons.convert.config import config_from_hf
@@ -18,6 +17,8 @@ from jaxneurons.convert.keys import IRRELEVANT
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from families import IDS, make, our_logits  # noqa: E402
 
 
 def words(text: str) -> list[str]:

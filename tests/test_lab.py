@@ -12,6 +12,7 @@ import pytest
 import jaxneurons as jn
 from jaxneurons.bundled import BUNDLED, bundled_queries
 from jaxneurons.errors import DataError, SourceError
+from jaxneurons.fetch import locate_source
 from jaxneurons.lab import VALDIC, choice, cloze, facts, world
 from jaxneurons.lab.corpus import Corpus, split, tokenizer, vocabulary
 from jaxneurons.lab.train import (
@@ -23,7 +24,6 @@ from jaxneurons.lab.train import (
     train,
     write,
 )
-from jaxneurons.load import locate_source
 from jaxneurons.queries import parse_queries
 
 WORLD = facts()

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 from fixtures import cloze, multi_choice, write_queries
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 
 from jaxneurons.errors import DataError
 from jaxneurons.queries import Query, read_queries
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qrneuron"
 
 
 @pytest.fixture
@@ -51,11 +48,22 @@ def test_published_format(read):
         assert query.options == (("A", "B", "C", "D"),) * 3
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the published data are not in this checkout")
-def test_published_files():
-    counts = {path.stem: len(read_queries(path)) for path in sorted(DATA.glob("*.json"))}
-    assert counts["subject_qa"] == 552
-    assert counts["language_qa_sample"] == 60
+def test_published_files(query_file):
+    records = json.loads(query_file.path.read_text(encoding="utf-8"))
+    queries = read_queries(query_file.path)
+    assert [query.id for query in queries] == list(records)
+    for query, record in zip(queries, records.values(), strict=True):
+        assert query.group == record["relation_name"]
+        assert query.prompts == tuple(record["sentences"])
+        assert query.answers == tuple(record["obj_label"])
+        assert query.options == (("A", "B", "C", "D"),) * 3
+    if query_file.genuine:
+        counts = {
+            "subject_qa": 552,
+            "domain_sample_multi_choice_qa": 18,
+            "language_qa_sample": 60,
+        }
+        assert len(queries) == counts[query_file.path.stem]
 
 
 def test_cloze_as_lines_and_as_a_list(read):

@@ -1,7 +1,6 @@
 """Relations: reading, translations, the split, the files of the package."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -20,8 +19,6 @@ from jaxneurons.relations import (
     read_relations,
     split,
 )
-
-LRE = Path(__file__).resolve().parents[2] / "shared/data/lre"
 
 
 def test_a_subject_may_have_several_right_answers():
@@ -135,16 +132,34 @@ def test_directories(tmp_path):
         read_relations(tmp_path)
 
 
-@pytest.mark.skipif(not LRE.is_dir(), reason="the LRE files are not here")
-def test_the_published_relations():
-    found = read_relations(LRE)
-    assert len(found) == 12
-    assert all({"plain", "zero-shot", "answer"} <= set(r.templates) for r in found)
-    by_name = {relation.name: relation for relation in found}
+def test_the_published_format(relation_directory):
+    relations = read_relations(relation_directory.path)
+    files = {
+        path.stem: json.loads(path.read_text())
+        for path in relation_directory.path.iterdir()
+        if path.suffix == ".json"
+    }
+    assert [relation.name for relation in relations] == sorted(files)
+    by_name = {relation.name: relation for relation in relations}
     assert Triple("Sirius", "Canis Major") in by_name["star_constellation"].triples
-    for relation in found:
+    for name, relation in by_name.items():
+        record = files[name]
+        assert {(t.subject, t.object) for t in relation.triples} == {
+            (sample["subject"], sample["object"]) for sample in record["samples"]
+        }
+        assert {"plain", "zero-shot", "answer"} <= set(relation.templates)
+        assert relation.templates["plain"] == tuple(record["prompt_templates"])
+        assert relation.templates["zero-shot"] == tuple(record["prompt_templates_zs"])
+        assert relation.subject_type == record["properties"]["domain_name"]
         parts = split(relation)
-        assert len(parts.evaluation) == 50
+        subjects = {triple.subject for triple in relation.triples}
+        held = {triple.subject for triple in parts.evaluation}
+        assert not held & {triple.subject for triple in parts.detection}
+        if relation_directory.genuine:
+            assert len(parts.evaluation) == 50
+        else:
+            assert len(held) == len(subjects) // 2
+    assert len(relations) == (12 if relation_directory.genuine else 2)
 
 
 def test_further_keys(tmp_path):

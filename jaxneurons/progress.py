@@ -1,0 +1,9 @@
+"""Functions that long work reports its progress to."""
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done (prompts, batches, files, ...) and how much there is to do."""
+
+Advance = Callable[[int], None]
+"""Called with how much has been done since the last call (bytes, generations), no total known."""
