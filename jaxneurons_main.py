@@ -28,7 +28,7 @@ def main() -> None:
         if not stop.code:
             raise
         # What a failure has left in threads would print tracebacks during Python's own shutdown.
-        from jaxneurons.stopping import leave
+        from jaxneurons.terminal.stopping import leave
 
         leave(stop.code if isinstance(stop.code, int) else 1)
 

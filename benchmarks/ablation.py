@@ -22,11 +22,11 @@ import numpy as np
 import published
 
 from jaxneurons import load
-from jaxneurons.ablation import ablated
-from jaxneurons.answers import encode_prompt
-from jaxneurons.fetch import fetch_smollm2
-from jaxneurons.neurons import FFN, NeuronSet, random_neurons
-from jaxneurons.relations import bundled_relations, prompt
+from jaxneurons.checkpoints.fetch import fetch_smollm2
+from jaxneurons.engine.ablation import ablated
+from jaxneurons.neurons.sets import FFN, NeuronSet, random_neurons
+from jaxneurons.prompts.answers import encode_prompt
+from jaxneurons.prompts.relations import bundled_relations, prompt
 
 
 def zero_hooks(model: Any, neurons: NeuronSet) -> list[Any]:

@@ -30,7 +30,7 @@ other, the last one to be completed, located with rule `adaptive`; model `{model
 cores of an AMD EPYC server, a process for each length.
 
 *Peak*: resident memory above that of the process with the model loaded, compiling included.
-*Bound*: `jaxneurons.rows.memory_bound`, which is of arrays (keys and values twice, what a layer
+*Bound*: `jaxneurons.engine.rows.memory_bound`, which is of arrays (keys and values twice, what a layer
 computes of every token, the scores of a block of queries, and 1 GiB for the rows), and 1 GiB for
 compiling. It grows with the number of tokens, not with its square.
 """
@@ -59,8 +59,8 @@ def peak_memory(found: dict[str, float]) -> Iterator[None]:
 
 def prompt_of(lm: Any, count: int) -> Any:
     """`count` tokens of facts, the last of which the answer completes."""
-    from jaxneurons.answers import TokenPrompt, encode_query
-    from jaxneurons.bundled import bundled_queries
+    from jaxneurons.lab.bundled import bundled_queries
+    from jaxneurons.prompts.answers import TokenPrompt, encode_query
 
     facts = [
         encode_query(lm.tokenizer, q.prompts[0], q.answers[0]) for q in bundled_queries("facts")
@@ -76,10 +76,11 @@ def prompt_of(lm: Any, count: int) -> Any:
 def measure(model: str, count: int) -> dict[str, float]:
     """One length, in this process."""
     import jaxneurons as jn
-    from jaxneurons import batches, qrnca
-    from jaxneurons.qrnca import QRNCAConfig
-    from jaxneurons.quadrature import Quadrature
-    from jaxneurons.rows import memory_bound
+    from jaxneurons.engine.quadrature import Quadrature
+    from jaxneurons.engine.rows import memory_bound
+    from jaxneurons.prompts import batches
+    from jaxneurons.qrnca import method as qrnca
+    from jaxneurons.qrnca.method import QRNCAConfig
 
     lm = jn.load(model)
     settings = QRNCAConfig(quadrature=Quadrature())

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jaxneurons as jn
-from jaxneurons.bundled import bundled_queries
-from jaxneurons.prediction import predict
-from jaxneurons.qrnca import QRNCAConfig
-from jaxneurons.qrnca_analyses import against_rows, count_rows, kind_rows
-from jaxneurons.qrnca_effects import change_rows, editing_rows, evaluation_rows
-from jaxneurons.qrnca_run import Run, make_run
-from jaxneurons.quadrature import Quadrature
-from jaxneurons.trials import run_trials
+from jaxneurons.engine.quadrature import Quadrature
+from jaxneurons.lab.bundled import bundled_queries
+from jaxneurons.qrnca.analyses import against_rows, count_rows, kind_rows
+from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
+from jaxneurons.qrnca.method import QRNCAConfig
+from jaxneurons.qrnca.prediction import predict
+from jaxneurons.qrnca.run import Run, make_run
+from jaxneurons.qrnca.trials import run_trials
 
 Row = dict[str, Any]
 SETTINGS = QRNCAConfig(quadrature=Quadrature())
@@ -190,7 +190,7 @@ def section(study: Study, out: Path) -> list[str]:
 
 def prediction(run: Run) -> list[str]:
     return markdown(
-        "**Questions answered from a group's neurons alone** (protocol: `jaxneurons.prediction`)",
+        "**Questions answered from a group's neurons alone** (protocol: `jaxneurons.qrnca.prediction`)",
         ("", "neurons", "right"),
         (
             (

@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxneurons.config import ROPE_TYPES, ModelConfig, RopeConfig
 from jaxneurons.convert.keys import FIXED, IRRELEVANT, MOST, Keys, without_keys
 from jaxneurons.errors import ConfigError
+from jaxneurons.model.config import ROPE_TYPES, ModelConfig, RopeConfig
 
 # What transformers' LlamaConfig, MistralConfig and Qwen2Config fill in for an absent key.
 DEFAULTS: dict[str, dict[str, Any]] = {

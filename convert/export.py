@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxneurons.config import ModelConfig
 from jaxneurons.convert.fill import transpose_into
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
 from jaxneurons.convert.keys import IRRELEVANT
 from jaxneurons.convert.rules import Rule, stored_names, stored_shape
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
-from jaxneurons.progress import Advance
-from jaxneurons.store import write_json
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.storage.progress import Advance
+from jaxneurons.storage.store import write_json
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
@@ -143,7 +143,7 @@ def _llama3_of_divisors(config: ModelConfig) -> dict[str, Any]:
     Raises:
       ConfigError: a table of another origin.
     """
-    from jaxneurons.layers import rope_frequencies
+    from jaxneurons.model.layers import rope_frequencies
 
     wanted = rope_frequencies(config.rope, config.head_dim)
     for factor in (8.0, 32.0):

@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.config import ModelConfig
 from jaxneurons.convert.rules import (
     DROPPABLE,
     RULES,
@@ -30,6 +29,7 @@ from jaxneurons.convert.rules import (
     unpermute,
 )
 from jaxneurons.errors import ConfigError, SourceError
+from jaxneurons.model.config import ModelConfig
 
 _ALIGNMENT = 64  # bytes
 _CHUNK = 1 << 20  # values read at a time

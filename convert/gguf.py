@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.config import ModelConfig
 from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.gguf_config import config_from_gguf
 from jaxneurons.convert.rules import Place, gguf_biases
 from jaxneurons.errors import SourceError
-from jaxneurons.progress import Advance
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.storage.progress import Advance
 
 _SCALARS = {
     0: "<B",

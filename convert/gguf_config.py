@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxneurons.config import PROJECTIONS, ModelConfig, RopeConfig
 from jaxneurons.convert.config import at, yarn_attention_factor
 from jaxneurons.convert.keys import Keys, without_keys
 from jaxneurons.errors import ConfigError, SourceError
+from jaxneurons.model.config import PROJECTIONS, ModelConfig, RopeConfig
 
 # Keys of the architecture that this library has in one form only.
 GGUF_FIXED: dict[str, tuple[Any, ...]] = {

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.config import ModelConfig
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.rules import DROPPABLE, RULES, UNEMBED, Place, stored_names
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
-from jaxneurons.progress import Advance
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.storage.progress import Advance
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

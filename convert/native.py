@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxneurons.config import ModelConfig, RopeConfig
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
 from jaxneurons.convert.rules import Place, param_shapes
 from jaxneurons.errors import ConfigError, SourceError, WriteError
-from jaxneurons.hashes import hash_each
-from jaxneurons.progress import Advance
-from jaxneurons.store import write_json
+from jaxneurons.model.config import ModelConfig, RopeConfig
+from jaxneurons.storage.hashes import hash_each
+from jaxneurons.storage.progress import Advance
+from jaxneurons.storage.store import write_json
 
 MARKER = "jaxneurons.json"
 PARAMS = "params"

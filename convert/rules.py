@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxneurons.config import ModelConfig
+from jaxneurons.model.config import ModelConfig
 
 Naming = Literal["hf", "gguf"]
 Progress = Callable[[int], None]

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxneurons.errors import SourceError
-from jaxneurons.progress import Advance
+from jaxneurons.storage.progress import Advance
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

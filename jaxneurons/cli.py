@@ -8,11 +8,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from jaxneurons import qrnca_cli, relspec_cli
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
-from jaxneurons.options import IgnoreKeys
-from jaxneurons.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
-from jaxneurons.terminal import (
+from jaxneurons.qrnca import cli as qrnca_cli
+from jaxneurons.relspec import cli as relspec_cli
+from jaxneurons.terminal.console import (
     console,
     counting,
     counting_bytes,
@@ -23,6 +22,8 @@ from jaxneurons.terminal import (
     show_demo,
     show_description,
 )
+from jaxneurons.terminal.options import IgnoreKeys
+from jaxneurons.terminal.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 
 app = typer.Typer(
     help="Which neurons of this LLM know that, and what happens if I change them?",
@@ -61,7 +62,7 @@ def demo(
 ) -> None:
     """Locate the neurons of a few dozen facts, turn them off, and see what is lost."""
     lm = load_and_say(model, ignore_keys=ignore_key)
-    from jaxneurons.demo import demo_facts, run_demo
+    from jaxneurons.qrnca.demo import demo_facts, run_demo
 
     facts = demo_facts(lm.source)
     console.print(f"Asking it {len(facts)} facts in 3 wordings each.")
@@ -81,14 +82,14 @@ def convert_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Convert a checkpoint; nothing appears under DESTINATION before it is whole."""
-    from jaxneurons.save import FORMATS, check_free, save
+    from jaxneurons.checkpoints.saving import FORMATS, check_free, save
 
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; {near_matches(to, FORMATS)}")
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
     check_free(destination)
-    from jaxneurons.load import load
+    from jaxneurons.checkpoints.loading import load
 
     with counting_bytes("Reading") as tell:
         lm = load(source, dtype=dtype, progress=tell, ignore_keys=ignore_key or ())
@@ -115,10 +116,10 @@ def verify_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Compare a converted model with PyTorch transformers; writes certificate.json beside it."""
-    from jaxneurons.certificate import CERTIFICATE, verify
-    from jaxneurons.fetch import locate_source
-    from jaxneurons.load import load
-    from jaxneurons.store import null_for_nan, write_json
+    from jaxneurons.checkpoints.certificate import CERTIFICATE, verify
+    from jaxneurons.checkpoints.fetch import locate_source
+    from jaxneurons.checkpoints.loading import load
+    from jaxneurons.storage.store import null_for_nan, write_json
 
     if dtype not in (None, *DTYPES):
         raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
@@ -146,7 +147,7 @@ def inspect_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Family, shapes, neurons, memory and tokenizer of a checkpoint, without loading it."""
-    from jaxneurons.describe import describe
+    from jaxneurons.checkpoints.description import describe
 
     show_description(describe(source, ignore_keys=ignore_key or ()))
 

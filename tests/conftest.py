@@ -82,7 +82,7 @@ def samples() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once and cached."""
-    from jaxneurons.fetch import fetch_smollm2
+    from jaxneurons.checkpoints.fetch import fetch_smollm2
 
     return fetch_smollm2()
 
@@ -122,7 +122,9 @@ def run(monkeypatch, capsys):
 
     from jaxneurons import cli
 
-    monkeypatch.setattr("jaxneurons.stopping.leave", sys.exit)  # not the process of the tests
+    monkeypatch.setattr(
+        "jaxneurons.terminal.stopping.leave", sys.exit
+    )  # not the process of the tests
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["jaxneurons", *map(str, arguments)])

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import (
+from support.checkpoints import (
     byte_level_vocabulary,
     gguf_fields,
     gguf_tensors,
@@ -15,17 +15,17 @@ from checkpoints import (
     tiny,
     write_gguf,
 )
-from fixtures import cloze, multi_choice, write_lm, write_queries
+from support.fixtures import cloze, multi_choice, write_lm, write_queries
 
 import jaxneurons
-from jaxneurons.neurons import Neuron
-from jaxneurons.plots import neuron_map
-from jaxneurons.qrnca import QRNCAConfig
-from jaxneurons.quadrature import Quadrature
-from jaxneurons.queries import read_queries
+from jaxneurons.engine.quadrature import Quadrature
+from jaxneurons.neurons.sets import Neuron
+from jaxneurons.plots.figures import neuron_map
+from jaxneurons.prompts.queries import read_queries
+from jaxneurons.qrnca.method import QRNCAConfig
 
 # A random model says anything rather than the answer.
-pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.caveats.UnlikelyAnswerWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.qrnca.caveats.UnlikelyAnswerWarning")
 
 PROGRAM = (sys.executable, "-m", "jaxneurons.cli")
 
@@ -78,7 +78,7 @@ def test_locate(run, model, facts, tmp_path):
     assert "another settings" in err
 
 
-@pytest.mark.filterwarnings("default::jaxneurons.caveats.LowOptionMassWarning")
+@pytest.mark.filterwarnings("default::jaxneurons.qrnca.caveats.LowOptionMassWarning")
 def test_reference_mode_limit_and_warning(run, model, tmp_path):
     queries = write_queries(tmp_path / "choice.json", multi_choice(6))
     out = tmp_path / "run"
@@ -108,7 +108,7 @@ def test_stop_says_how_to_go_on(run, monkeypatch, model, facts, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxneurons.locate.locate", stop)
+    monkeypatch.setattr("jaxneurons.qrnca.locating.locate", stop)
     code, _, err = locate(run, model, facts, tmp_path / "run")
     assert code == 130
     assert err.splitlines()[-1].startswith("stopped; what was finished is kept")
@@ -256,7 +256,7 @@ def test_gguf_that_claims_too_much(run, facts, tmp_path):
     fails(locate(run, path, facts, tmp_path / "run"), r"big\.gguf")
 
 
-@pytest.mark.filterwarnings("ignore::jaxneurons.caveats.LowOptionMassWarning")
+@pytest.mark.filterwarnings("ignore::jaxneurons.qrnca.caveats.LowOptionMassWarning")
 def test_options_that_begin_with_the_same_token(run, gguf_file, tmp_path):
     """A vocabulary without " A" writes every option as a space and a letter."""
     queries = write_queries(tmp_path / "choice.json", multi_choice(4))
@@ -269,7 +269,7 @@ def test_options_that_begin_with_the_same_token(run, gguf_file, tmp_path):
 
 def test_demo_of_a_model_that_knows_nothing(run, model, tmp_path, facts, monkeypatch):
     few = read_queries(facts)[:1]
-    monkeypatch.setattr("jaxneurons.demo.demo_facts", lambda source: few)
+    monkeypatch.setattr("jaxneurons.qrnca.demo.demo_facts", lambda source: few)
     fails(
         run("demo", "--model", model, "--out", tmp_path / "run"), "the model knows 0 of the facts"
     )
@@ -313,7 +313,7 @@ def test_neuron_map(tmp_path, found):
 def test_demo_needs_no_download(run, tmp_path, monkeypatch):
     """The default: six facts of each domain of the lab model's world."""
     few = QRNCAConfig(quadrature=Quadrature("gauss", 6))  # compiles in half the time
-    monkeypatch.setattr("jaxneurons.demo.SETTINGS", few)
+    monkeypatch.setattr("jaxneurons.qrnca.demo.SETTINGS", few)
     code, out, err = run("demo", "--out", tmp_path / "run")
     assert code == 0, err
     effects = json.loads((tmp_path / "run" / "effects.json").read_text())["effects"]
@@ -331,7 +331,7 @@ def test_demo_needs_no_download(run, tmp_path, monkeypatch):
 @pytest.mark.smollm2
 @pytest.mark.slow
 def test_demo(smollm2, tmp_path):
-    from jaxneurons.demo import bundled_facts, run_demo
+    from jaxneurons.qrnca.demo import bundled_facts, run_demo
 
     facts = [fact for fact in bundled_facts(per_group=6) if fact.group == "capital"]
     assert len(facts) == 6

@@ -5,7 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from checkpoints import (
+from safetensors.numpy import load_file, save_file
+from support.checkpoints import (
     byte_level_vocabulary,
     gguf_fields,
     gguf_tensors,
@@ -13,13 +14,12 @@ from checkpoints import (
     tiny,
     write_gguf,
 )
-from fixtures import write_lm
-from models import tiny_config
-from safetensors.numpy import load_file, save_file
+from support.fixtures import write_lm
+from support.models import tiny_config
 
 import jaxneurons
 from jaxneurons import RopeConfig
-from jaxneurons.certificate import long_enough, verify
+from jaxneurons.checkpoints.certificate import long_enough, verify
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxneurons.answers import encode_query
-from jaxneurons.config import ModelConfig
+from jaxneurons.checkpoints.saving import check_free, published
 from jaxneurons.convert.export import write_hf
 from jaxneurons.lab import world
 from jaxneurons.lab.corpus import Corpus, Rows, tokenizer, vocabulary
-from jaxneurons.queries import Query, parse_queries
-from jaxneurons.save import check_free, published
-from jaxneurons.store import write_json, write_json_lines, write_text
-from jaxneurons.tables import read_json
-from jaxneurons.transformer import Transformer, forward
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.transformer import Transformer, forward
+from jaxneurons.prompts.answers import encode_query
+from jaxneurons.prompts.queries import Query, parse_queries
+from jaxneurons.storage.store import write_json, write_json_lines, write_text
+from jaxneurons.storage.tables import read_json
 
 STEPS = 1000
 BEGINNING = 300

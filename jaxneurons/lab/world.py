@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxneurons.multichoice import TEMPLATES, Question, multi_choice
-from jaxneurons.queries import Query
+from jaxneurons.prompts.multichoice import TEMPLATES, Question, multi_choice
+from jaxneurons.prompts.queries import Query
 
 SEED = 20
 SUBJECTS = 40

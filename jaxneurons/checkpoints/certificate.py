@@ -1,0 +1,339 @@
+"""Is the converted model the model? A comparison with PyTorch transformers, kept beside it.
+
+Compares every weight; logits and every FFN site of every layer, at short and long positions (beyond
+the original context where the rotary embedding is stretched); and greedy continuations. Needs the
+extra `oracle`.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import io
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxneurons.checkpoints.loading import LM, weights_of
+from jaxneurons.convert.native import MARKER
+from jaxneurons.convert.rules import stored_names
+from jaxneurons.errors import SourceError
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.token_ids import check_ids
+from jaxneurons.model.transformer import forward
+from jaxneurons.storage.hashes import hash_files
+
+CERTIFICATE = "certificate.json"
+SITES = ("gate", "up", "act", "down")
+SHORT, LONG = 24, 512
+BEYOND = 64  # tokens past the original context
+WHOLE = 1024  # tokens up to which a sequence is compared at every position, and else at so many:
+LAST = 128
+LLAMA3_CONTEXT = 8192  # before it was stretched; GGUF files keep the result only
+NEW_TOKENS = 20
+TEXTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "def fibonacci(n):\n    if n < 2:",
+    "Once upon a time there was",
+)
+TOLERANCE = {"largest": 1e-2, "mean": 2e-4}
+"""Logit differences allowed, relative to the logits' standard deviation: some ten times what
+float32 leaves on SmolLM2."""
+NEAR = 4e-4
+"""Two first choices whose logits are closer than this (same unit) are one choice: rounding may turn
+them."""
+
+
+def verify(
+    lm: LM,
+    against: Path,
+    *,
+    long: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Compare a model with what transformers makes of the checkpoint it came from.
+
+    Both compute in float32. A model of narrower parameters is held against the source's weights,
+    rounded the same way; what its own arithmetic adds to that is reported beside it.
+
+    Args:
+      lm: the converted model.
+      against: Hugging Face directory or `.gguf` file.
+      long: tokens of the long sequence; default: 512, and more where the rotary embedding is
+        stretched, so that it ends beyond the original context. Beyond 1,024 tokens the last 128
+        positions are compared.
+      progress: told (done, of) sequences and continuations.
+
+    Returns:
+      The certificate: largest differences, absolute and relative to the standard deviation, per
+      sequence, of logits and of each FFN site (worst layer); weights that differ; continuations;
+      dtype, matmul precision, versions; `passed`.
+
+    Raises:
+      SourceError: PyTorch or transformers are missing, or they cannot load the checkpoint.
+    """
+    dtype = lm.params["embed"]["embedding"].dtype
+    torch, model = _torch_model(against, lm)
+    for stored in model.parameters():
+        stored.data = stored.data.to(getattr(torch, dtype.name)).float()
+    weights = _compare_weights(lm, model.state_dict())
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
+    sequences = _sequences(lm, long_enough(lm.config) if long is None else long)
+    steps = len(sequences) + len(TEXTS)
+    results: list[dict[str, Any]] = []
+    continuations: list[dict[str, Any]] = []
+
+    def tell() -> None:
+        if progress is not None:
+            progress(len(results) + len(continuations), steps)
+
+    with jax.default_matmul_precision("highest"):
+        for name, ids in sequences.items():
+            theirs = _torch_forward(torch, model, ids)
+            found = {"sequence": name, **_compare(wide, lm, ids, theirs)}
+            if dtype != jnp.float32:
+                logits, _ = _run(lm.params, lm, ids)
+                found["own_arithmetic"] = _difference(logits, theirs[0])
+            results.append(found)
+            tell()
+        for text in TEXTS:
+            continuations.append(_continue(wide, lm, torch, model, text))
+            tell()
+    worst = {
+        "largest": max(result["logits"]["relative"] for result in results),
+        "mean": max(result["logits"]["mean"] for result in results),
+    }
+    same = sum(c["same"] for c in continuations)
+    packages = ("jaxneurons", "jax", "flax", "transformers", "torch", "numpy")
+    return {
+        "passed": same == len(TEXTS)
+        and not weights["differ"]
+        and all(worst[k] <= most for k, most in TOLERANCE.items()),
+        "tolerance": TOLERANCE,
+        "logits_worst": worst,
+        "weights": weights,
+        "continuations_equal": f"{same} of {len(TEXTS)}",
+        "dtype": dtype.name,
+        "arithmetic": "float32",
+        "matmul_precision": "highest",
+        "source": {"path": str(against), "sha256": _source_hash(against)},
+        "result": {
+            "name": lm.source,
+            "sha256": lm.hash,
+            **({"ignored_keys": list(lm.ignored_keys)} if lm.ignored_keys else {}),
+        },
+        "sequences": results,
+        "continuations": continuations,
+        "versions": {
+            **{name: importlib.metadata.version(name) for name in packages},
+            "python": platform.python_version(),
+            "device": jax.devices()[0].device_kind,
+        },
+    }
+
+
+def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise SourceError(
+            "verification compares with PyTorch, which is not installed: "
+            "pip install torch==2.13.0 'jaxneurons[oracle]'"
+        ) from None
+    if (path / MARKER).is_file():
+        raise SourceError(f"{path}: a native directory; give the checkpoint that it came from")
+    if path.is_file() and lm.config.biases and lm.config.family == "llama":
+        raise SourceError(
+            f"{path}: transformers leaves the biases of a GGUF file of this architecture out; give "
+            "the directory that the file was made from"
+        )
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "attn_implementation": "sdpa",
+        "trust_remote_code": False,
+    }
+    where = path
+    if path.is_file():
+        where, options["gguf_file"] = path.parent, path.name
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            model = AutoModelForCausalLM.from_pretrained(
+                str(where), local_files_only=True, **options
+            )
+    except Exception as error:  # transformers raises whatever it finds
+        text = " ".join(str(error).split())[:200]
+        raise SourceError(f"{path}: transformers cannot load it: {text}") from None
+    sizes = [
+        (model.config.vocab_size, lm.config.vocab_size),
+        (model.config.num_hidden_layers, lm.config.num_layers),
+        (model.config.intermediate_size, lm.config.intermediate_size),
+    ]
+    if any(theirs != ours for theirs, ours in sizes):
+        raise SourceError(
+            f"{path}: (tokens, layers, neurons) are {tuple(t for t, _ in sizes)}, those of the "
+            f"converted model {tuple(o for _, o in sizes)}: not the checkpoint it came from"
+        )
+    return torch, model.eval()
+
+
+def long_enough(config: ModelConfig) -> int:
+    """Tokens of a sequence that ends beyond the original context, if that has been stretched."""
+    rope = config.rope
+    if rope.inv_freq_divisors is not None:
+        original = LLAMA3_CONTEXT
+    elif rope.rope_type == "linear":
+        original = int(config.max_position / rope.factor)
+    elif rope.rope_type == "default":
+        return min(LONG, config.max_position)
+    else:
+        original = rope.original_max_position
+    beyond = max(LONG, original + BEYOND)
+    # `dynamic` begins to stretch where the stated context ends.
+    return beyond if rope.rope_type == "dynamic" else min(beyond, config.max_position)
+
+
+def _sequences(lm: LM, length: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    random = rng.integers(0, lm.config.vocab_size, length)
+    text = lm.tokenizer(" ".join(TEXTS))["input_ids"][:SHORT]
+    check_ids(text, lm.config.vocab_size, lm.tokenizer)
+    return {
+        "text": np.asarray(text, np.int32),
+        f"random, {SHORT} tokens": random[:SHORT].astype(np.int32),
+        f"random, {length} tokens": random.astype(np.int32),
+    }
+
+
+def _kept(ids: np.ndarray) -> int:
+    """Positions, counted from the end, at which a sequence is compared."""
+    return len(ids) if len(ids) <= WHOLE else LAST
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capture"))
+def _forward(
+    params: Any, ids: jax.Array, at: jax.Array, *, config: Any, capture: tuple[str, ...]
+) -> Any:
+    out = forward(params, ids, config=config, at=at, capture=capture)
+    return out.logits, out.activations
+
+
+def _run(
+    params: Any, lm: LM, ids: np.ndarray, capture: tuple[str, ...] = ()
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits and activations of one sequence, at the positions that are compared."""
+    at = jnp.arange(len(ids) - _kept(ids), len(ids))[None]
+    out = _forward(params, jnp.asarray(ids)[None], at, config=lm.config, capture=capture)
+    logits, sites = jax.device_get(out)
+    return logits[0], {site: values[:, 0] for site, values in sites.items()}
+
+
+def _compare(params: Any, lm: LM, ids: np.ndarray, theirs: Any) -> dict[str, Any]:
+    logits, sites = _run(params, lm, ids, SITES)
+    found = {"tokens": len(ids), "logits": _difference(logits, theirs[0])}
+    for site in SITES:
+        per_layer = [
+            _difference(ours, torchs)
+            for ours, torchs in zip(sites[site], theirs[1][site], strict=True)
+        ]
+        worst = int(np.argmax([d["relative"] for d in per_layer]))
+        found[site] = {**per_layer[worst], "layer": worst}
+    return found
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    apart = np.abs(ours.astype(np.float32) - theirs)
+    spread = max(float(np.std(theirs)), 1e-30)
+    return {
+        "absolute": float(apart.max()),
+        "relative": float(apart.max()) / spread,
+        "mean": float(apart.mean()) / spread,
+    }
+
+
+def _torch_forward(
+    torch: Any, model: Any, ids: np.ndarray
+) -> tuple[np.ndarray, Mapping[str, list[np.ndarray]]]:
+    """Logits, and inputs and outputs of the feed-forward's projections in every layer."""
+    seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    kept = _kept(ids)
+    hooks = []
+    for layer in model.model.layers:
+        for site, module in (
+            ("gate", layer.mlp.gate_proj),
+            ("up", layer.mlp.up_proj),
+            ("down", layer.mlp.down_proj),
+        ):
+
+            def keep(_: Any, inputs: Any, output: Any, site: str = site) -> None:
+                if site == "down":
+                    seen["act"].append(inputs[0][0, -kept:].float().numpy())
+                seen[site].append(output[0, -kept:].float().numpy())
+
+            hooks.append(module.register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            batch = torch.tensor(ids[None], dtype=torch.long)
+            logits = model(batch, logits_to_keep=kept).logits[0].float().numpy()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, seen
+
+
+def _continue(params: Any, lm: LM, torch: Any, model: Any, text: str) -> dict[str, Any]:
+    """Greedy continuations, teacher-forced on theirs: where do the first choices part?
+
+    PyTorch's is a plain loop: `generate` follows what the checkpoint says of generation (tokens
+    that end it, are padding, suppressed, forced or penalised), which the model's logits do not.
+    """
+    start = lm.tokenizer(text)["input_ids"]
+    check_ids(start, lm.config.vocab_size, lm.tokenizer)
+    ids, scores = list(start), []
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            out = model(torch.tensor([ids], dtype=torch.long), logits_to_keep=1, use_cache=False)
+            scores.append(out.logits[0, -1].float().numpy())
+            ids.append(int(scores[-1].argmax()))
+    logits, _ = _run(params, lm, np.asarray(ids, np.int32))
+    ours, theirs = logits[len(start) - 1 : -1], np.asarray(ids[len(start) :])
+    short = ours.max(-1) - np.take_along_axis(ours, theirs[:, None], -1)[:, 0]
+    agree = short <= NEAR * np.std(scores, axis=-1)
+    return {
+        "text": text,
+        "continuation": lm.tokenizer.decode(theirs),
+        "same": bool(agree.all()),
+        "tokens_agreeing": int(agree.sum()),
+        "near_ties": int((agree & (short > 0)).sum()),
+        "tokens": len(theirs),
+    }
+
+
+def _compare_weights(lm: LM, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value of every tensor: sequences meet only some rows of an embedding.
+
+    Returns:
+      How many there are, and the largest difference of each that differs (None: it is not there).
+    """
+    differ: dict[str, float | None] = {}
+    names = stored_names(lm.config, "hf")
+    for name, (rule, layer) in names.items():
+        leaf: Any = functools.reduce(lambda tree, key: tree[key], rule.path, lm.params)
+        ours = np.asarray(leaf if layer is None else leaf[layer], np.float32)
+        ours = ours.T if rule.transposed else ours
+        own = theirs[name].numpy() if name in theirs else np.empty(0)
+        if own.shape != ours.shape:
+            differ[name] = None
+        # GGUF: two programs that de-quantise may round otherwise.
+        elif not np.allclose(ours, own, rtol=1e-6, atol=1e-9):
+            differ[name] = float(np.abs(ours - own).max())
+    return {"tensors": len(names), "differ": differ}
+
+
+def _source_hash(path: Path) -> str:
+    return hash_files(weights_of(path))

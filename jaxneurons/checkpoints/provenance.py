@@ -1,0 +1,132 @@
+"""Where a model came from, and whether it still is what was loaded: files, hashes, edits."""
+
+import dataclasses
+import hashlib
+import json
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxneurons.errors import SourceError
+from jaxneurons.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files a model came from, and how they looked when it was loaded.
+
+    Attributes:
+      weights: the files of its weights.
+      tokenizer: the files of its tokenizer.
+      directory: holds config.json and the like; None for a GGUF file.
+      seen: size and time of change of each file.
+      digests: SHA-256 of those files that have been hashed already.
+    """
+
+    weights: tuple[Path, ...]
+    tokenizer: tuple[Path, ...]
+    directory: Path | None
+    seen: tuple[tuple[int, int], ...]
+    digests: Mapping[Path, str] = dataclasses.field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        weights: tuple[Path, ...],
+        tokenizer: tuple[Path, ...],
+        directory: Path | None,
+        digests: Mapping[Path, str] | None = None,
+    ) -> "Files":
+        """The files as they look now."""
+        return cls(weights, tokenizer, directory, _stamps(weights + tokenizer), digests or {})
+
+    def check(self) -> None:
+        """Raise `SourceError` if a file looks otherwise now."""
+        if _stamps(self.weights + self.tokenizer) != self.seen:
+            raise SourceError(
+                f"{self.weights[0].parent}: files have changed since the model was loaded; "
+                "load it again"
+            )
+
+
+def _stamps(paths: tuple[Path, ...]) -> tuple[tuple[int, int], ...]:
+    stats = [path.stat() if path.is_file() else None for path in paths]
+    return tuple((stat.st_size, stat.st_mtime_ns) if stat else (-1, -1) for stat in stats)
+
+
+class Loaded:
+    """What `load` returned, to tell later whether a model still is that; keeps nothing alive.
+
+    Device arrays cannot be changed in place, so a leaf that is the same object has the same values.
+
+    Args:
+      config: the model's shape.
+      params: its parameters.
+      tokenizer: its tokenizer.
+    """
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Any = None):
+        self._config = config
+        leaves = _named_leaves(params)
+        self._fixed = all(isinstance(leaf, jax.Array) for leaf in leaves.values())
+        self._leaves = {n: weakref.ref(leaf) for n, leaf in leaves.items()} if self._fixed else {}
+        self._tokenizer = None if tokenizer is None else weakref.ref(tokenizer)
+        self._tokens = 0 if tokenizer is None else len(tokenizer)
+
+    def is_model(self, config: ModelConfig, params: Mapping[str, Any]) -> bool:
+        """Whether these are the shape and the parameters."""
+        leaves = _named_leaves(params)
+        return (
+            self._fixed
+            and config == self._config
+            and leaves.keys() == self._leaves.keys()
+            and all(self._leaves[name]() is leaf for name, leaf in leaves.items())
+        )
+
+    def is_tokenizer(self, tokenizer: Any) -> bool:
+        """Whether this is the tokenizer, with as many tokens."""
+        same = self._tokenizer is not None and self._tokenizer() is tokenizer
+        return same and len(tokenizer) == self._tokens
+
+
+def _named_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def hash_params(config: ModelConfig, params: Mapping[str, Any]) -> str:
+    """SHA-256 of parameters in memory: names, dtypes, shapes and bytes, and the model's shape.
+
+    Raises:
+      SourceError: some of them are on devices of other processes.
+    """
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for name, leaf in sorted(_named_leaves(params).items()):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            raise SourceError(
+                "the parameters were changed after loading and lie on several processes' devices, "
+                "so they cannot be hashed; save the model and load what was saved"
+            )
+        values = np.ascontiguousarray(leaf)
+        digest.update(f"\n{name} {values.dtype.name} {values.shape}\n".encode())
+        digest.update(values.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 of a tokenizer in memory.
+
+    Raises:
+      SourceError: it cannot be written down.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "to_str"):
+        raise SourceError(
+            "the tokenizer was changed after loading and cannot be hashed; save the model and load "
+            "what was saved"
+        )
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    return hashlib.sha256(f"{special}\n{backend.to_str()}".encode()).hexdigest()

@@ -1,0 +1,237 @@
+"""Integrated gradients of every neuron of a site, exactly, for the price of a few tokens.
+
+The activation of one layer's site at the *last* position is scaled by alpha from 0 to 1 while
+everything else is left alone, and each neuron is credited with its share of the change of the
+answer's probability (QRNCA, arXiv 2406.10868, section 2 of the method). `jax.grad` of the rows'
+answer probabilities with respect to their scales (see `jaxneurons.engine.rows`) gives f * dP/df for every
+neuron; its weighted sum over alpha is the attribution.
+
+`integrated_gradients` is pure and composes with the caller's `jit`, `vmap` and sharding.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from jaxneurons.engine.adaptive import EXTRA, adaptive
+from jaxneurons.engine.quadrature import Quadrature, nodes_and_weights
+from jaxneurons.engine.rows import Prefill, prefill, rows_in_budget, sweep
+from jaxneurons.errors import ConfigError
+from jaxneurons.model import transformer
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.finite import NotFiniteError, explain
+from jaxneurons.model.token_ids import check_ids
+from jaxneurons.neurons.sets import check_site
+
+MANY_ANSWERS = 32
+"""Answer tokens of a batch that are attributed together, whatever the memory budget."""
+
+
+class Attribution(NamedTuple):
+    """Scores of every neuron of a site, with what is known about their error.
+
+    For an answer of several tokens everything is the mean over its steps (`nodes`: the sum).
+
+    Attributes:
+      scores: share of the answer's probability, [batch, layers, width] float32.
+      probability: of the answer token, model untouched, [batch].
+      ablated: the same with the layer's site scaled to 0 at the last position, [batch, layers].
+      gap: |sum of the layer's scores - (probability - ablated)|, [batch, layers], in probability.
+      error: estimate of the scores' L2 error relative to their L2 norm, [batch, layers]; `adaptive`
+        sums the estimates of the panels it accepted, a fixed rule knows only the gap.
+      nodes: quadrature nodes spent, [batch, layers] int32 (without alpha = 1 of `adaptive`, which
+        is one row for all layers).
+    """
+
+    scores: Float[Array, "batch layer width"]
+    probability: Float[Array, " batch"]
+    ablated: Float[Array, "batch layer"]
+    gap: Float[Array, "batch layer"]
+    error: Float[Array, "batch layer"]
+    nodes: Int[Array, "batch layer"]
+
+
+def integrated_gradients(
+    params: transformer.Params,
+    tokens: Int[Array, "batch seq"],
+    targets: Int[Array, "batch *answer"],
+    *,
+    config: ModelConfig,
+    lengths: Int[Array, " batch"] | None = None,
+    answer_lengths: Int[Array, " batch"] | None = None,
+    site: str = "up",
+    quadrature: Quadrature = Quadrature(),
+    chunk_rows: int | None = None,
+    memory_budget: int = 1 << 30,
+) -> Attribution:
+    """Integrated gradients of the answer's probability, per layer, at the last prompt position.
+
+    Args:
+      params: the model's parameters.
+      tokens: prompts, right-padded.
+      targets: the answer: one token [batch], or several [batch, answer], right-padded, attributed
+        by teacher forcing: one attribution at each answer step, averaged.
+      config: the model's shape.
+      lengths: real tokens of each prompt; default: all.
+      answer_lengths: real tokens of each answer; default: all.
+      site: which activation is scaled; one of `neurons.SITES`.
+      quadrature: rule and tolerance.
+      chunk_rows: rows evaluated together; default: what the memory budget allows, up to what
+        keeps the platform busy.
+      memory_budget: bytes that a chunk's activations may take.
+
+    Returns:
+      Scores and their error: see `Attribution`.
+
+    Raises:
+      ConfigError: unknown site or rule, or shapes that do not fit.
+      DataError: a token id that the model's vocabulary does not have (outside of `jit`).
+      NotFiniteError: scores that are not finite, outside of jit and other transformations.
+    """
+    check_site(site)
+    if tokens.ndim != 2 or targets.ndim not in (1, 2) or len(targets) != len(tokens):
+        raise ConfigError(
+            f"tokens [batch, seq] and targets [batch] or [batch, answer] are needed, "
+            f"got {tokens.shape} and {targets.shape}"
+        )
+    for ids in (tokens, targets):
+        check_ids(ids, config.vocab_size)
+    targets = targets if targets.ndim == 2 else targets[:, None]
+    if lengths is None:
+        lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    pre = prefill(params, tokens, targets, config=config, lengths=lengths)
+    found = attribute(
+        params,
+        pre,
+        config=config,
+        answer_lengths=answer_lengths,
+        site=site,
+        quadrature=quadrature,
+        chunk_rows=chunk_rows,
+        memory_budget=memory_budget,
+    )
+    # Of several processes none sees all scores.
+    if not isinstance(found.scores, Tracer) and found.scores.is_fully_addressable:
+        _check_finite(params, tokens, targets, lengths, found, config)
+    return found
+
+
+def _check_finite(
+    params: transformer.Params,
+    tokens: Array,
+    targets: Array,
+    lengths: Array,
+    found: Attribution,
+    config: ModelConfig,
+) -> None:
+    """Raise `NotFiniteError` for the first prompt whose scores or probability are not finite."""
+    lost = ~np.isfinite(found.scores).all((1, 2)) | ~np.isfinite(found.probability)
+    for row in np.flatnonzero(lost)[:1].tolist():
+        ids = np.concatenate([tokens[row, : int(lengths[row])], targets[row, :-1]])
+        raise NotFiniteError(row, explain(params, ids, config=config))
+
+
+def attribute(
+    params: transformer.Params,
+    pre: Prefill,
+    *,
+    config: ModelConfig,
+    answer_lengths: Int[Array, " batch"] | None = None,
+    site: str = "up",
+    quadrature: Quadrature = Quadrature(),
+    chunk_rows: int | None = None,
+    memory_budget: int = 1 << 30,
+) -> Attribution:
+    """`integrated_gradients` of prompts that `prefill` has run, with the same arguments."""
+    check_site(site)
+    batch, answers = pre.targets.shape
+    if answer_lengths is None:
+        answer_lengths = jnp.full((batch,), answers, jnp.int32)
+    rows = chunk_rows or rows_in_budget(config, pre.cache.k.shape[2], memory_budget)
+
+    def integrals(pre: Prefill) -> tuple[Array, Array, Array | None, Array]:
+        each = max(1, rows // pre.targets.size)
+        if quadrature.rule == "adaptive":
+            return adaptive(params, pre, config=config, site=site, quadrature=quadrature, rows=each)
+        x, w = nodes_and_weights(quadrature.rule, quadrature.steps)
+        return _fixed(params, pre, x, w, config=config, site=site, rows=each)
+
+    # A pass has a row for every layer of every answer token at least.
+    fitting = max(1, rows // (batch * (config.num_layers + EXTRA + 1)))
+    if batch * answers > MANY_ANSWERS and fitting < answers:
+        scores, ablated, error, nodes = _some_answers_at_a_time(integrals, pre, fitting)
+    else:
+        scores, ablated, error, nodes = integrals(pre)
+    gap = jnp.abs(scores.sum(-1) - (pre.probability[..., None] - ablated))
+    error = gap if error is None else error
+    error = error / jnp.maximum(jnp.linalg.norm(scores, axis=-1), jnp.finfo(jnp.float32).tiny)
+
+    real = (jnp.arange(answers) < answer_lengths[:, None]).astype(jnp.float32)
+    share = real / jnp.maximum(real.sum(-1, keepdims=True), 1)
+
+    def mean(x: Array) -> Array:
+        return jnp.einsum("ba...,ba->b...", x, share)
+
+    return Attribution(
+        scores=mean(scores),
+        probability=mean(pre.probability),
+        ablated=mean(ablated),
+        gap=mean(gap),
+        error=mean(error),
+        nodes=jnp.einsum("bal,ba->bl", nodes, real).astype(jnp.int32),
+    )
+
+
+def _some_answers_at_a_time(
+    integrals: Callable[[Prefill], Any], pre: Prefill, each: int
+) -> tuple[Array, Array, Array | None, Array]:
+    """`integrals` of `each` answer tokens after the other; their results side by side."""
+    answers = pre.targets.shape[1]
+    parts = -(-answers // each)
+
+    def split(x: Array, axis: int) -> Array:
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, parts * each - answers)
+        x = jnp.pad(x, pad, mode="edge")
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, each, *x.shape[axis + 1 :]), axis, 0)
+
+    by_layer = {"residual": pre.residual, "added": pre.added, "captured": pre.captured}
+    by_prompt = {
+        name: getattr(pre, name) for name in ("positions", "targets", "probability", "logits")
+    }
+    fields = {
+        **jax.tree.map(lambda x: split(x, 2), by_layer),
+        **jax.tree.map(lambda x: split(x, 1), by_prompt),
+    }
+    found = jax.lax.map(lambda own: integrals(pre._replace(**own)), fields)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)  # [batch, part, each, ...]
+        return x.reshape(len(x), parts * each, *x.shape[3:])[:, :answers]
+
+    return jax.tree.map(join, found)
+
+
+def _fixed(
+    params: transformer.Params,
+    pre: Prefill,
+    x: np.ndarray,
+    w: np.ndarray,
+    *,
+    config: ModelConfig,
+    site: str,
+    rows: int,
+) -> tuple[Array, Array, None, Array]:
+    """The same nodes in every layer: scores, P(0), no error estimate, nodes."""
+    # Completeness needs P(0): a node of weight 0, where the rule has none there.
+    extra = np.zeros(0 if 0.0 in x else 1)
+    x, w = np.concatenate([extra, x]), np.concatenate([extra, w])
+    zero = int(np.flatnonzero(x == 0.0)[0])
+    p, integral = sweep(params, pre, x, w, config=config, site=site, rows=rows)
+    nodes = jnp.full((*pre.targets.shape, config.num_layers), len(w) - len(extra), jnp.int32)
+    return integral, p[..., zero], None, nodes

@@ -1,0 +1,95 @@
+"""Quadrature rules on [0, 1] for the attribution path.
+
+A rule is chosen by a frozen `Quadrature`. Fixed rules have the same nodes in every layer:
+
+- `gauss`: Gauss-Legendre, `steps` nodes.
+- `right`: alpha = k / steps for k = 1..steps, each weighted 1 / steps. The formula of the QRNCA
+  paper (arXiv 2406.10868, section 2 of the method).
+- `reference`: alpha = linspace(0, 1, steps), both ends included, each weighted 1 / steps: what
+  the paper's public code does. Its weights sum to 1 over an interval it covers steps / (steps - 1)
+  times, so it does not converge to the integral faster than 1 / steps.
+
+`adaptive` starts with few panels and splits only those that are not resolved yet: see
+`jaxneurons.engine.adaptive`.
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.polynomial import legendre
+
+from jaxneurons.errors import ConfigError, near_matches
+
+Rule = Literal["adaptive", "gauss", "right", "reference"]
+RULES: tuple[str, ...] = get_args(Rule)
+
+PANEL_NODES = 5
+"""Nodes of an adaptive panel: a Gauss-Lobatto rule, exact for polynomials of degree 7."""
+
+MOST_STEPS = 4096
+"""Nodes of a fixed rule: finding Gauss's takes the square of their number in memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadrature:
+    """How the integral over the path is computed.
+
+    Attributes:
+      rule: one of `RULES`.
+      steps: nodes per layer of a fixed rule; `adaptive` ignores it.
+      tolerance: `adaptive`: a panel is split while its estimated error exceeds this share of the L2
+        norm of its layer's attribution (or the noise of float32 probabilities, if larger).
+      max_nodes: `adaptive`: most nodes spent on a prompt, as a mean over its layers; what is
+        still unresolved then is accepted and shows in the reported error.
+    """
+
+    rule: str = "adaptive"
+    steps: int = 16
+    tolerance: float = 5e-4
+    max_nodes: int = 16
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigError(
+                f"unknown quadrature rule {self.rule!r}; {near_matches(self.rule, RULES)}"
+            )
+        least = 2 if self.rule == "reference" else 1
+        if self.steps < least:
+            raise ConfigError(f"rule {self.rule!r} needs steps >= {least}, got {self.steps}")
+        if self.steps > MOST_STEPS:
+            raise ConfigError(
+                f"steps must be at most {MOST_STEPS}, got {self.steps}: `gauss` has converged long "
+                "before, and `adaptive` chooses its nodes itself"
+            )
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise ConfigError(f"tolerance must be a positive number, got {self.tolerance!r}")
+        if self.max_nodes < PANEL_NODES:
+            raise ConfigError(f"max_nodes must be at least {PANEL_NODES}, got {self.max_nodes}")
+
+
+def nodes_and_weights(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes on [0, 1] and weights of a fixed rule, float64 [steps] each."""
+    if rule == "gauss":
+        x, w = legendre.leggauss(steps)
+        return (x + 1) / 2, w / 2
+    if rule == "right":
+        return np.arange(1, steps + 1) / steps, np.full(steps, 1 / steps)
+    if rule == "reference":
+        return np.linspace(0, 1, steps), np.full(steps, 1 / steps)
+    raise ConfigError(f"{rule!r} is not a fixed rule; {near_matches(rule, RULES[1:])}")
+
+
+def lobatto(steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Lobatto nodes on [0, 1], both ends included, and weights; exact to degree 2 steps - 3.
+
+    With its ends as nodes a panel can check its integral against the difference of its end values,
+    and a panel that is cut at its nodes leaves each part with both ends known.
+    """
+    last = np.zeros(steps)
+    last[-1] = 1  # the Legendre polynomial of degree steps - 1, whose extrema are the inner nodes
+    inner = np.sort(legendre.legroots(legendre.legder(last)).real) if steps > 2 else []
+    x = np.concatenate([[-1.0], inner, [1.0]])
+    w = 1 / (steps * (steps - 1) * legendre.legval(x, last) ** 2)
+    return (x + 1) / 2, w

@@ -1,0 +1,317 @@
+"""Rows: one token for each (layer, alpha), run against a prompt's cached keys and values.
+
+A causal model computes the same keys and values before the last position whatever is scaled there.
+So `prefill` runs the prompt once and keeps keys, values and the residual as it enters each layer; a
+row enters at its layer with that residual, its site scaled, and runs through the layers above.
+Rows are sorted by layer and enter in a few groups, so that little work is done below a row's layer.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxneurons.model import layers, transformer
+from jaxneurons.model.blockwise import MOST_SCORES
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.neurons.sets import site_width
+
+
+class Prefill(NamedTuple):
+    """A prompt, run once: all that its rows need.
+
+    Attributes:
+      cache: keys and values of every position.
+      residual: the stream as it enters each layer, at the answer positions.
+      added: what each layer adds to it there: by attention (`o`) and feed-forward (`down`).
+      positions: the position before each answer token.
+      targets: the answer tokens.
+      probability: of each answer token, model untouched.
+      logits: at the answer positions, float32.
+      captured: activations asked for, at the answer positions, by site.
+    """
+
+    cache: transformer.Cache
+    residual: Float[Array, "layer batch answer hidden"]
+    added: dict[str, Float[Array, "layer batch answer hidden"]]
+    positions: Int[Array, "batch answer"]
+    targets: Int[Array, "batch answer"]
+    probability: Float[Array, "batch answer"]
+    logits: Float[Array, "batch answer vocab"]
+    captured: dict[str, Float[Array, "layer batch answer width"]]
+
+
+def prefill(
+    params: transformer.Params,
+    tokens: Int[Array, "batch seq"],
+    targets: Int[Array, "batch answer"],
+    *,
+    config: ModelConfig,
+    lengths: Int[Array, " batch"],
+    capture: tuple[str, ...] = (),
+) -> Prefill:
+    """Run prompts (and all but the last token of their answers) once.
+
+    `capture` names sites whose activations at the answer positions are wanted.
+    """
+    batch, seq = tokens.shape
+    answers = targets.shape[1]
+    positions = lengths[:, None] - 1 + jnp.arange(answers)
+    if answers > 1:
+        tokens = jnp.pad(tokens, ((0, 0), (0, answers - 1)))
+        seq += answers - 1
+        tokens = jax.vmap(
+            lambda row, answer, start: jax.lax.dynamic_update_slice_in_dim(row, answer, start, 0)
+        )(tokens, targets[:, :-1].astype(tokens.dtype), lengths)
+        lengths = lengths + answers - 1
+    dtype = params["embed"]["embedding"].dtype
+    out = transformer.forward(
+        params,
+        tokens,
+        config=config,
+        lengths=lengths,
+        at=positions,
+        cache=transformer.init_cache(config, batch, seq, dtype),
+        capture=tuple(dict.fromkeys(("residual", "o", "down", *capture))),
+    )
+    probability = layers.token_probability(params, out.final, targets, config)
+    assert out.cache is not None
+    seen = out.activations
+    return Prefill(
+        out.cache,
+        seen["residual"],
+        {name: seen[name] for name in ("o", "down")},
+        positions,
+        targets,
+        probability,
+        out.logits,
+        {name: seen[name] for name in capture},
+    )
+
+
+def row_probabilities(
+    params: transformer.Params,
+    pre: Prefill,
+    layer: Int[Array, "batch answer row"],
+    scales: Float[Array, "batch answer row width"],
+    *,
+    config: ModelConfig,
+    site: str,
+    entries: tuple[tuple[int, int], ...] | None = None,
+    everywhere: Float[Array, "layer batch answer width"] | None = None,
+) -> Float[Array, "batch answer all_rows"]:
+    """The answer's probability in each row: its layer's site scaled, all else untouched.
+
+    Differentiate with respect to `scales`: that is the attribution.
+
+    Args:
+      params: the model's parameters.
+      pre: the prompts, run once.
+      layer: where each row enters.
+      scales: multipliers of the row's site, at its own layer.
+      config: the model's shape.
+      site: which activation is scaled.
+      entries: (first layer, rows): from that layer on, so many of the first rows take part. Rows
+        sorted by layer do no work below their group's first layer; default: all from layer 0.
+      everywhere: one more row, which comes first: its site is scaled at every layer. All ones: the
+        untouched model, and the gradient is every layer's at scale 1, for the price of one row.
+
+    Returns:
+      Probability in each row; with `everywhere`, of that row first.
+    """
+    batch, answers, rows = layer.shape
+    entries = ((0, rows),) if entries is None else entries
+    if everywhere is not None:
+        layer = jnp.pad(layer, ((0, 0), (0, 0), (1, 0)))
+        scales = jnp.pad(scales, ((0, 0), (0, 0), (1, 0), (0, 0)), constant_values=1)
+        rows, entries = rows + 1, tuple((first, active + 1) for first, active in entries)
+    # Rows outermost, so that a group of rows is a prefix.
+    layer = layer.swapaxes(1, 2).reshape(batch, rows * answers)
+    scales = scales.swapaxes(1, 2).reshape(batch, rows * answers, -1)
+    positions = jnp.tile(pre.positions, (1, rows))
+    cos, sin = layers.rope_angles(positions, config, pre.cache.length)
+    keys = jnp.broadcast_to(jnp.arange(pre.cache.k.shape[2]), (batch, pre.cache.k.shape[2]))
+    # The row itself is not in the cache: it sees strictly earlier keys, and itself.
+    windows = config.layer_windows
+    mask = layers.visible(positions, keys, None if windows else config.sliding_window)
+    mask &= keys[:, None, :] < positions[..., None]
+
+    # Keep only matmul results for the backward pass: without this policy every layer's weights
+    # would be copied into the list of saved values. The scores of many keys would be most of it, in
+    # every layer: those, the matmuls with batch dimensions, are computed again.
+    keep = jax.checkpoint_policies.dots_saveable
+    if keys.shape[1] > MANY_KEYS:
+        keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
+    def step(x: Array, scales: Array, index: Array, everywhere: Array | None) -> Array:
+        def pick(stack: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+        active = x.shape[1]
+        k, v, stored = pick(pre.cache.k), pick(pre.cache.v), pick(pre.residual)
+        here = (layer[:, :active] == index)[..., None]
+        scales = jnp.where(here, scales, 1)
+        if everywhere is not None:
+            scales = jnp.concatenate([everywhere, scales[:, answers:]], axis=1)
+        seen = mask[:, :active]
+        if windows is not None:
+            own = jnp.asarray(windows, jnp.int32)[index]
+            seen = seen & layers.visible(positions[:, :active], keys, own)
+        y, _ = layers.block(
+            jax.tree.map(pick, params["layers"]),
+            jnp.where(here, jnp.tile(stored, (1, active // answers, 1)), x),
+            config=config,
+            rotate=lambda heads: layers.rotate(heads, cos[:, :active], sin[:, :active]),
+            attend=lambda q, own_k, own_v: layers.row_attention(q, own_k, own_v, k, v, seen),
+            scales={site: scales},
+        )
+        return y
+
+    x = jnp.zeros((batch, 0, config.hidden_size), pre.residual.dtype)
+    ends = [first for first, _ in entries[1:]] + [config.num_layers]
+    for (first, active), end in zip(entries, ends, strict=True):
+        x = jnp.pad(x, ((0, 0), (0, active * answers - x.shape[1]), (0, 0)))
+        inside = scales[:, : active * answers]
+        x, _ = jax.lax.scan(
+            lambda x, per_layer, inside=inside: (step(x, inside, *per_layer), None),
+            x,
+            (jnp.arange(first, end), None if everywhere is None else everywhere[first:end]),
+        )
+    targets = jnp.tile(pre.targets, (1, rows))
+    p = layers.token_probability(params, x, targets, config)
+    return p.reshape(batch, rows, answers).swapaxes(1, 2)
+
+
+def evaluate(
+    params: transformer.Params, pre: Prefill, layer: Array, alpha: Array, **model: Any
+) -> tuple[Array, Array]:
+    """P [batch, answer, row] and dP/dscale [batch, answer, row, width] at each (layer, alpha)."""
+    width = site_width(model["config"], model["site"])
+    scales = jnp.broadcast_to(alpha[..., None].astype(jnp.float32), (*alpha.shape, width))
+
+    def total(scales: Array) -> tuple[Array, Array]:
+        p = row_probabilities(params, pre, layer, scales, **model)
+        return p.sum(), p
+
+    (_, p), gradient = jax.value_and_grad(total, has_aux=True)(scales)
+    return p, gradient
+
+
+def evaluate_with_untouched(
+    params: transformer.Params, pre: Prefill, layer: Array, alpha: Array, **model: Any
+) -> tuple[Array, Array, Array]:
+    """`evaluate`, and dP/dscale of every layer at alpha = 1 [batch, answer, layer, width]."""
+    config, site = model["config"], model["site"]
+    width = site_width(config, site)
+    scales = jnp.broadcast_to(alpha[..., None].astype(jnp.float32), (*alpha.shape, width))
+    ones = jnp.ones((config.num_layers, *pre.targets.shape, width), jnp.float32)
+
+    def total(scales: Array, everywhere: Array) -> tuple[Array, Array]:
+        p = row_probabilities(params, pre, layer, scales, everywhere=everywhere, **model)
+        return p.sum(), p[..., 1:]
+
+    both = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    (_, p), (gradient, untouched) = both(scales, ones)
+    return p, gradient, jnp.moveaxis(untouched, 0, 2)
+
+
+MANY_KEYS = 1024
+"""Cached keys from which on the backward pass computes scores again rather than keep them."""
+
+GROUPS = 6
+"""Groups of layers that rows enter by: more groups skip more work and compile longer."""
+
+
+def grouped(layers: int, each: int, first: int = 0) -> tuple[tuple[int, int], ...]:
+    """`entries` for `each` rows of every layer, sorted by layer, after `first` rows of any."""
+    bounds = np.linspace(0, layers, min(GROUPS, layers) + 1).astype(int).tolist()
+    return tuple((a, first + b * each) for a, b in itertools.pairwise(bounds))
+
+
+def sweep(
+    params: transformer.Params,
+    pre: Prefill,
+    x: np.ndarray,
+    w: np.ndarray,
+    *,
+    config: ModelConfig,
+    site: str,
+    rows: int,
+) -> tuple[Array, Array]:
+    """Every layer at nodes `x`: P [batch, answer, layer, node] and the integral [..., width]."""
+    count, steps, shape = config.num_layers, len(x), pre.targets.shape
+    passes = -(-steps // max(1, rows // count))
+    each = -(-steps // passes)  # nodes of every layer in one pass
+    pad = passes * each - steps
+    alpha = np.concatenate([x, np.zeros(pad)]).reshape(passes, each)
+    weight = np.concatenate([w, np.zeros(pad)]).reshape(passes, each)
+    entries = grouped(count, each)
+    everyone = (*shape, count * each)
+    layer = jnp.broadcast_to(jnp.repeat(jnp.arange(count), each), everyone)
+
+    def one(integral: Array, nodes: tuple[Array, Array]) -> tuple[Array, Array]:
+        alpha, weight = nodes
+        p, gradient = evaluate(
+            params,
+            pre,
+            layer,
+            jnp.broadcast_to(jnp.tile(alpha, count), everyone),
+            config=config,
+            site=site,
+            entries=entries,
+        )
+        gradient = gradient.reshape(*shape, count, each, -1)
+        p = p.reshape(*shape, count, each)
+        return integral + jnp.einsum("balmw,m->balw", gradient, weight), p
+
+    integral = jnp.zeros((*shape, count, site_width(config, site)), jnp.float32)
+    nodes = (jnp.asarray(alpha, jnp.float32), jnp.asarray(weight, jnp.float32))
+    integral, p = jax.lax.scan(one, integral, nodes)
+    p = jnp.moveaxis(p, 0, -2).reshape(*shape, count, passes * each)
+    return p[..., :steps], integral
+
+
+def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
+    """Rows that can be evaluated together within `memory_budget` bytes of activations.
+
+    Counts what the backward pass keeps for each row (the matmul results of every layer and the
+    vocabulary's logits and probabilities), in float32; of more than `MANY_KEYS` keys the scores of
+    one layer, with their weights and gradients. More rows than keep the platform busy bring
+    nothing, and small chunks skip more layers.
+    """
+    per_layer = (
+        2 * config.intermediate_size
+        + 2 * config.hidden_size
+        + 2 * config.query_width
+        + 2 * config.kv_width
+    )
+    scores = config.num_heads * (keys + 1)
+    scores *= config.num_layers if keys <= MANY_KEYS else 6
+    per_row = 4 * (config.num_layers * per_layer + scores + 3 * config.vocab_size)
+    busy = 640 if jax.default_backend() == "cpu" else 1024
+    return max(1, min(memory_budget // per_row, busy))
+
+
+def memory_bound(
+    config: ModelConfig, tokens: int, *, prompts: int = 1, memory_budget: int = 1 << 30
+) -> int:
+    """Bytes above the float32 parameters that locating a batch of prompts needs at most.
+
+    What is compiled and computed with, not what the process itself takes: keys and values, twice;
+    what a layer computes of every token; the scores of a block of queries; the rows.
+
+    Args:
+      config: the model's shape.
+      tokens: of a prompt, padded.
+      prompts: in the batch.
+      memory_budget: bytes that the rows may take.
+    """
+    kept = 2 * config.num_layers * config.kv_width
+    widths = config.hidden_size + config.intermediate_size + config.query_width + config.kv_width
+    scores = config.num_heads * min(tokens**2, MOST_SCORES)
+    return 4 * prompts * (tokens * (2 * kept + 4 * widths) + 4 * scores) + memory_budget

@@ -1,0 +1,284 @@
+"""The Llama/Mistral-family decoder as a Flax Linen module with explicit activation scaling.
+
+`Transformer(config).apply({"params": params}, tokens, scales=...)` is the whole model; `forward`
+is the same call as a plain function. This is the only file that imports Flax.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxneurons.model import layers
+from jaxneurons.model.blockwise import causal_attention
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.token_ids import check_ids
+
+Params = dict[str, Any]
+"""One plain nested dict of arrays; layers are stacked on axis 0, kernels are [layer, in, out]."""
+
+Scales = Mapping[str, Array]
+"""By site, multipliers [layers, ...] whose rest broadcasts to [batch, seq, width]."""
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of the tokens seen so far.
+
+    Attributes:
+      k: [layers, batch, capacity, kv_heads, head_dim]
+      v: [layers, batch, capacity, kv_heads, head_dim]
+      length: [batch] tokens held; what lies beyond is never looked at.
+    """
+
+    k: Float[Array, "layer batch capacity kv_heads dim"]
+    v: Float[Array, "layer batch capacity kv_heads dim"]
+    length: Int[Array, " batch"]
+
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+      logits: float32 [batch, at, vocab] at the positions asked for.
+      cache: the cache with the new tokens in it; None if none was given.
+      activations: by name, [layers, batch, at, width] (`reduce="at"`) or [layers, batch, width]
+        (`reduce="mean"`).
+      final: residual stream as it leaves the last layer, at the positions asked for.
+    """
+
+    logits: Float[Array, "batch at vocab"]
+    cache: Cache | None
+    activations: dict[str, Array]
+    final: Float[Array, "batch at hidden"]
+
+
+def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `batch` sequences of up to `capacity` tokens."""
+    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+
+def layer_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Shapes of one layer's parameters, nested as the parameters are."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+
+    def projection(name: str, inputs: int, outputs: int) -> dict[str, Any]:
+        bias = {"bias": (outputs,)} if name in config.biases else {}
+        return {name: {"kernel": (inputs, outputs), **bias}}
+
+    return {
+        "attn_norm": {"scale": (hidden,)},
+        "attn": {
+            **projection("q", hidden, config.query_width),
+            **projection("k", hidden, config.kv_width),
+            **projection("v", hidden, config.kv_width),
+            **projection("o", config.query_width, hidden),
+        },
+        "ffn_norm": {"scale": (hidden,)},
+        "ffn": {
+            **projection("gate", hidden, inner),
+            **projection("up", hidden, inner),
+            **projection("down", inner, hidden),
+        },
+    }
+
+
+def _initializer(name: str) -> Any:
+    if name == "scale":
+        return nn.initializers.ones
+    if name == "embedding":
+        return nn.initializers.normal(0.02)
+    if name == "bias":
+        return nn.initializers.zeros
+    return nn.initializers.lecun_normal()
+
+
+class Weights(nn.Module):
+    """A nested group of parameters, declared by their shapes and returned as a plain dict."""
+
+    shapes: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        """The parameters, nested as `shapes` is."""
+        return {
+            name: Weights(shape, name=name)()
+            if isinstance(shape, Mapping)
+            else self.param(name, _initializer(name), shape)
+            for name, shape in self.shapes.items()
+        }
+
+
+class Block(nn.Module):
+    """One layer as a step of `nn.scan`; the arithmetic is `layers.block`."""
+
+    config: ModelConfig
+    capture: tuple[str, ...]
+    reduce: str
+
+    @nn.compact
+    def __call__(self, x: Array, per_layer: Any, shared: Any) -> tuple[Array, Any]:
+        """Carry the residual through; emit the layer's new keys, values and activations."""
+        scales, cached, window = per_layer
+        cos, sin, positions, at, real = shared
+        store: tuple[Array, Array] | None = None
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            nonlocal store
+            keys = positions
+            if cached is not None:
+                k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
+                keys = jnp.broadcast_to(jnp.arange(k.shape[1]), (k.shape[0], k.shape[1]))
+                store = (k, v)
+            own = self.config.sliding_window if window is None else window
+            return causal_attention(q, k, v, positions, keys, own)
+
+        params = {
+            name: Weights(shapes, name=name)() for name, shapes in layer_shapes(self.config).items()
+        }
+        y, activations = layers.block(
+            params,
+            x,
+            config=self.config,
+            rotate=lambda heads: layers.rotate(heads, cos, sin),
+            attend=attend,
+            scales=scales,
+        )
+        activations["residual"] = x
+        captured = {
+            name: _take(activations[name], at)
+            if self.reduce == "at"
+            else _mean(activations[name], real)
+            for name in self.capture
+        }
+        return y, (store, captured)
+
+
+def _write(cached: Array, new: Array, positions: Array) -> Array:
+    """Put new keys or values [batch, seq, ...] at their positions in the cache."""
+    return jax.vmap(
+        lambda row, update, start: jax.lax.dynamic_update_slice_in_dim(row, update, start, 0)
+    )(cached, new.astype(cached.dtype), positions[:, 0])
+
+
+def _take(x: Array, at: Array) -> Array:
+    """[batch, seq, width] at [batch, at] -> [batch, at, width]."""
+    return jnp.take_along_axis(x, at[..., None], axis=1)
+
+
+def _mean(x: Array, real: Array) -> Array:
+    """Mean over real tokens, float32: [batch, seq, width] -> [batch, width]."""
+    weights = real.astype(jnp.float32)
+    # 0 times what is not finite is not 0.
+    x = jnp.where(real[..., None], x.astype(jnp.float32), 0)
+    total = jnp.einsum("bsw,bs->bw", x, weights)
+    return total / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
+
+
+class Transformer(nn.Module):
+    """A Llama/Mistral-family decoder: embedding, `nn.scan` over stacked blocks, unembedding."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        at: Int[Array, "batch at"] | Literal["last", "all"] = "last",
+        scales: Scales | None = None,
+        cache: Cache | None = None,
+        capture: tuple[str, ...] = (),
+        reduce: Literal["at", "mean"] = "at",
+    ) -> Output:
+        """Run the model over right-padded tokens; see `forward` for the arguments."""
+        config = self.config
+        batch, seq = tokens.shape
+        if lengths is None:
+            lengths = jnp.full((batch,), seq, jnp.int32)
+        if isinstance(at, str):
+            everywhere = jnp.broadcast_to(jnp.arange(seq), (batch, seq))
+            at = everywhere if at == "all" else lengths[:, None] - 1
+        real = jnp.arange(seq) < lengths[:, None]
+        start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
+        positions = start[:, None] + jnp.arange(seq)
+        cos, sin = layers.rope_angles(positions, config, start + lengths)
+        windows = config.layer_windows
+
+        hidden, vocab = config.hidden_size, config.vocab_size
+        top = {"embed": {"embedding": (vocab, hidden)}, "final_norm": {"scale": (hidden,)}}
+        if not config.tied:
+            top["unembed"] = {"kernel": (hidden, vocab)}
+        params = {name: Weights(shapes, name=name)() for name, shapes in top.items()}
+
+        stack = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=config.num_layers,
+        )(config, capture, reduce, name="layers")
+        x, (store, activations) = stack(
+            params["embed"]["embedding"][tokens],
+            (
+                dict(scales) if scales else None,
+                None if cache is None else (cache.k, cache.v),
+                None if windows is None else jnp.asarray(windows, jnp.int32),
+            ),
+            (cos, sin, positions, at, real),
+        )
+        if cache is not None:
+            cache = Cache(store[0], store[1], cache.length + lengths)
+        final = _take(x, at)
+        return Output(layers.unembed(params, final, config), cache, activations, final)
+
+
+def forward(
+    params: Params,
+    tokens: Int[Array, "batch seq"],
+    *,
+    config: ModelConfig,
+    lengths: Int[Array, " batch"] | None = None,
+    at: Int[Array, "batch at"] | Literal["last", "all"] = "last",
+    scales: Scales | None = None,
+    cache: Cache | None = None,
+    capture: tuple[str, ...] = (),
+    reduce: Literal["at", "mean"] = "at",
+) -> Output:
+    """Run a model over tokens. Pure: composes with jit, vmap, grad and sharding.
+
+    Args:
+      params: the parameters, as `jaxneurons.load` returns them.
+      tokens: ids, right-padded.
+      config: the model's shape.
+      lengths: real tokens in each row; default: all.
+      at: positions (of `tokens`) to return logits for: indices, "last" real one, or "all".
+      scales: multipliers by site; a site or the whole argument absent = untouched.
+      cache: what came before, from `init_cache` or an earlier pass; tokens are appended to it.
+        Its capacity must hold them: nothing checks that inside jit.
+      capture: sites whose activations (after scaling) to return; also "residual", the stream as
+        it enters each layer.
+      reduce: "at" returns activations at the same positions as the logits, "mean" the mean over
+        the real tokens (float32).
+
+    Returns:
+      Logits, the extended cache and the activations: see `Output`.
+
+    Raises:
+      DataError: a token id that the vocabulary does not have (outside of `jit`).
+    """
+    check_ids(tokens, config.vocab_size)
+    return Transformer(config).apply(  # type: ignore[return-value]
+        {"params": params},
+        tokens,
+        lengths=lengths,
+        at=at,
+        scales=scales,
+        cache=cache,
+        capture=capture,
+        reduce=reduce,
+    )

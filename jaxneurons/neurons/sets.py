@@ -1,0 +1,341 @@
+"""The vocabulary: sites, neurons, sets of them."""
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import operator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.storage.csv_file import read_csv
+
+Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
+SITES: tuple[str, ...] = get_args(Site)
+FFN = ("up", "gate", "down")
+"""Outputs of the feed-forward layer's matrices: what arXiv 2502.17355 calls FFN neurons."""
+ATTENTION = ("q", "k", "v", "o")
+
+_INDEX = 32
+"""Bits of a code that hold the index; the layer is above them."""
+_MOST = (1 << 31, 1 << _INDEX)
+"""Layers and indices are below these: a code is an int64."""
+
+
+class Neuron(NamedTuple):
+    """One coordinate of a site: layer and index, both from 0."""
+
+    layer: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+
+
+def check_site(site: str) -> None:
+    """Raise `ConfigError` with near matches unless `site` is one of `SITES`."""
+    if site not in SITES:
+        raise ConfigError(f"unknown site {site!r}; {near_matches(site, SITES)}")
+
+
+def site_width(config: ModelConfig, site: str) -> int:
+    """Neurons of a site in one layer."""
+    check_site(site)
+    return {
+        "up": config.intermediate_size,
+        "gate": config.intermediate_size,
+        "act": config.intermediate_size,
+        "down": config.hidden_size,
+        "q": config.query_width,
+        "k": config.kv_width,
+        "v": config.kv_width,
+        "o": config.hidden_size,
+    }[site]
+
+
+def neuron_count(config: ModelConfig, sites: Iterable[str]) -> int:
+    """Neurons of some sites in the whole model."""
+    return config.num_layers * sum(site_width(config, site) for site in sites)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeuronSet:
+    """A set of neurons of any sites, with the algebra of sets: `|`, `&`, `-`, `<=`, `in`, `len`.
+
+    Attributes:
+      codes: by site, ascending and unique int64: layer * 2**32 + index. Make one with `of`.
+
+    Raises:
+      ConfigError: an unknown site, or codes that are none.
+    """
+
+    codes: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        clean = {}
+        for site in SITES:
+            codes = np.unique(_whole(self.codes.get(site, ())))
+            if len(codes):
+                codes.setflags(write=False)
+                clean[site] = codes
+        for site in self.codes:
+            check_site(site)
+        object.__setattr__(self, "codes", clean)
+
+    @classmethod
+    def of(cls, **sites: Iterable[Any]) -> "NeuronSet":
+        """From (layer, index) pairs by site: `NeuronSet.of(up=[(3, 17)], down=[(0, 5)])`.
+
+        Pairs are of any kind of whole numbers, or the rows of an array.
+
+        Raises:
+          ConfigError: an unknown site, or numbers that are negative, not whole or too large.
+        """
+        return cls({site: _encode(pairs) for site, pairs in sites.items()})
+
+    @classmethod
+    def of_flat(cls, flat: np.ndarray, config: ModelConfig, sites: Iterable[str]) -> "NeuronSet":
+        """From positions in the concatenated, flattened [layer, width] tables of `sites`.
+
+        Raises:
+          ConfigError: positions that are not in these tables.
+        """
+        sites = tuple(sites)
+        flat, codes, start = _whole(flat), {}, 0
+        if len(flat) and flat.max() >= (size := neuron_count(config, sites)):
+            raise ConfigError(f"position {int(flat.max())} is not among {size} neurons")
+        for site in sites:
+            width = site_width(config, site)
+            here = flat[(flat >= start) & (flat < start + config.num_layers * width)] - start
+            codes[site] = (here // width << _INDEX) + here % width
+            start += config.num_layers * width
+        return cls(codes)
+
+    def pairs(self, site: str) -> np.ndarray:
+        """[n, 2]: layer and index of the neurons of a site, ascending."""
+        codes = self.codes.get(site, np.zeros(0, np.int64))
+        return np.stack([codes >> _INDEX, codes & ((1 << _INDEX) - 1)], axis=1)
+
+    def __iter__(self) -> Iterator[tuple[str, Neuron]]:
+        for site in self.codes:
+            for layer, index in self.pairs(site).tolist():
+                yield site, Neuron(layer, index)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.codes.values()))
+
+    def __contains__(self, neuron: object) -> bool:
+        site, pair = neuron  # type: ignore[misc]
+        try:
+            code = _encode([pair])
+        except ConfigError:  # no neuron of any model
+            return False
+        return bool(np.isin(code, self.codes.get(site, ())).all())
+
+    def __or__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._with(other, np.union1d)
+
+    def __and__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._with(other, np.intersect1d)
+
+    def __sub__(self, other: "NeuronSet") -> "NeuronSet":
+        return self._with(other, np.setdiff1d)
+
+    def __le__(self, other: "NeuronSet") -> bool:
+        return not self - other
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NeuronSet) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def _with(
+        self, other: "NeuronSet", operation: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> "NeuronSet":
+        empty = np.zeros(0, np.int64)
+        return NeuronSet(
+            {
+                site: operation(self.codes.get(site, empty), other.codes.get(site, empty))
+                for site in SITES
+            }
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the members: equal sets have equal digests."""
+        found = hashlib.sha256()
+        for site, codes in self.codes.items():
+            found.update(f"{site}:{len(codes)}:".encode())
+            found.update(codes.astype("<i8").tobytes())
+        return found.hexdigest()
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise `DataError` unless every neuron exists in a model of this shape."""
+        for site in self.codes:
+            layers, indices = self.pairs(site).T
+            width = site_width(config, site)
+            for name, values, size in (
+                ("layer", layers, config.num_layers),
+                ("neuron", indices, width),
+            ):
+                if values.min() < 0 or values.max() >= size:
+                    raise DataError(
+                        f"site {site!r}: {name} {int(values.max())} is not in this model, "
+                        f"which has {size}: these neurons belong to another one"
+                    )
+
+    def scales(
+        self, config: ModelConfig, factor: float = 0.0, *, sites: Iterable[str] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Multipliers [layer, width] by site, `factor` at the members and 1 elsewhere, float32.
+
+        Args:
+          config: the model's shape.
+          factor: 0 turns neurons off.
+          sites: sites to return; default: those with members.
+
+        Raises:
+          DataError: a neuron that this model does not have, or of a site that is left out.
+        """
+        self.check(config)
+        chosen = tuple(self.codes if sites is None else sites)
+        if any(site not in chosen for site in self.codes):
+            raise DataError(f"these neurons are of {', '.join(self.codes)}; asked: {chosen}")
+        scales = {}
+        for site in chosen:
+            scales[site] = np.ones((config.num_layers, site_width(config, site)), np.float32)
+            layers, indices = self.pairs(site).T
+            scales[site][layers, indices] = factor
+        return scales
+
+    def layer_counts(self, num_layers: int) -> dict[str, np.ndarray]:
+        """Members in each layer, [layer] by site."""
+        return {
+            site: np.bincount(self.pairs(site)[:, 0], minlength=num_layers) for site in self.codes
+        }
+
+    def random_like(self, config: ModelConfig, rng: np.random.Generator) -> "NeuronSet":
+        """As many random neurons in the same layers of the same sites, none of them a member.
+
+        Raises:
+          DataError: a layer has not enough other neurons.
+        """
+        sites = {}
+        for site in self.codes:
+            own = [neuron for where, neuron in self if where == site]
+            sites[site] = matched_random(own, width=site_width(config, site), rng=rng)
+        return NeuronSet.of(**sites)
+
+
+def _whole(values: Any) -> np.ndarray:
+    """[n] int64 of whole numbers from 0 on."""
+    found = np.asarray(values)
+    if found.size and found.dtype.kind not in "iu":
+        raise ConfigError(f"whole numbers are needed, got {found.reshape(-1)[0]!r}")
+    if found.size and not 0 <= int(found.min()) <= int(found.max()) < 1 << 63:
+        raise ConfigError(f"numbers from 0 to 2**63 - 1 are needed, got {int(found.min())}")
+    return found.astype(np.int64).reshape(-1)
+
+
+def _encode(pairs: Iterable[Any]) -> np.ndarray:
+    """[n] int64: the codes of pairs of layer and index."""
+    rows = pairs if isinstance(pairs, np.ndarray) else list(pairs)
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    first = rows[0]
+    if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "iu":
+        try:
+            rows = np.array([[operator.index(n) for n in pair] for pair in rows], object)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"neurons are pairs of whole numbers, layer and index; got {first!r}"
+            ) from None
+    if rows.ndim != 2 or rows.shape[1] != 2:
+        raise ConfigError(f"neurons are pairs of layer and index, got {first!r}")
+    for name, column, most in zip(("layer", "neuron"), rows.T, _MOST, strict=True):
+        low, high = int(column.min()), int(column.max())
+        if low < 0:
+            raise ConfigError(f"layers and neurons are counted from 0, got {low}")
+        if high >= most:
+            raise ConfigError(f"{name} {high} is in no model: the most is {most - 1}")
+    table = rows.astype(np.int64)
+    return (table[:, 0] << _INDEX) + table[:, 1]
+
+
+def matched_random(
+    neurons: Sequence[Neuron], *, width: int, rng: np.random.Generator
+) -> list[Neuron]:
+    """As many random neurons in the same layers, none of them in `neurons`.
+
+    Raises:
+      DataError: a layer has not enough other neurons, or a neuron is none of `width`.
+    """
+    layers: dict[int, set[int]] = {}
+    for layer, index in neurons:
+        if not 0 <= index < width:
+            raise DataError(f"layer {layer}: neuron {index} is none of {width}")
+        layers.setdefault(layer, set()).add(index)
+    drawn: list[Neuron] = []
+    for layer, indices in sorted(layers.items()):
+        taken = sorted(indices)
+        others = np.setdiff1d(np.arange(width), taken)
+        if len(others) < len(taken):
+            raise DataError(f"layer {layer}: {len(taken)} of {width} neurons leave no control set")
+        picked = rng.choice(others, size=len(taken), replace=False)
+        drawn += [Neuron(layer, int(index)) for index in np.sort(picked)]
+    return drawn
+
+
+def random_neurons(
+    config: ModelConfig, sites: Iterable[str], k: int, rng: np.random.Generator
+) -> NeuronSet:
+    """k neurons drawn at random, without replacement, from some sites of the whole model."""
+    sites = tuple(sites)
+    flat = rng.choice(neuron_count(config, sites), size=k, replace=False)
+    return NeuronSet.of_flat(flat, config, sites)
+
+
+def neuron_table(neurons: NeuronSet, **columns: Mapping[str, np.ndarray]) -> str:
+    """A set as CSV: site, layer, index and, from [layer, width] tables by site, more columns.
+
+    `read_neurons` reads it back.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["site", "layer", "index", *columns])
+    for site, (layer, index) in neurons:
+        values = (f"{table[site][layer, index]:.9g}" for table in columns.values())
+        writer.writerow([site, layer, index, *values])
+    return text.getvalue()
+
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
+
+
+def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
+    """Read a set of neurons from CSV with the columns site, layer and index.
+
+    Raises:
+      DataError: a file that cannot be read or is not of this format; names the line.
+    """
+    path = Path(path)
+    found: dict[str, list[tuple[int, int]]] = {}
+    for line, row in read_csv(path, ("site", "layer", "index")):
+        site, numbers = row["site"].strip(), [row["layer"].strip(), row["index"].strip()]
+        if site not in SITES or not all(_NUMBER.fullmatch(number) for number in numbers):
+            raise DataError(
+                f"{path}: line {line}: needs a site ({', '.join(SITES)}), a layer and an index"
+            )
+        pair = (int(numbers[0]), int(numbers[1]))
+        try:
+            _encode([pair])
+        except ConfigError as error:
+            raise DataError(f"{path}: line {line}: {error}") from None
+        found.setdefault(site, []).append(pair)
+    return NeuronSet.of(**found)

@@ -1,0 +1,183 @@
+"""What changing a query's neurons does: the probability change ratio, editing, faithfulness.
+
+Sections "evaluation" and "applications" of arXiv 2406.10868, as tidy rows from `trials`.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jaxneurons.neurons.sets import Neuron
+from jaxneurons.qrnca import pcr
+from jaxneurons.qrnca.baselines import MATCHED
+from jaxneurons.qrnca.locating import NO_GROUP
+from jaxneurons.qrnca.method import PromptScores
+from jaxneurons.qrnca.pcr import Interval
+from jaxneurons.qrnca.run import Run
+from jaxneurons.qrnca.trials import OWN, Outcomes
+
+Row = dict[str, Any]
+
+
+def change_rows(run: Run, outcomes: Outcomes) -> list[Row]:
+    """A row for each query, method and change.
+
+    `related`: relative change of the answer's probability, mean over the query's prompts;
+    `unrelated`: the same of its unrelated query, `matched`: with random neurons matched to the
+    query's; `before`: the probability, model untouched; `share`: `completeness_share`.
+    """
+    rows = []
+    shares: dict[tuple[str, str], float | None] = {}
+    kinds = list(dict.fromkeys((method, change) for method, change, _ in outcomes.related))
+    for query in run.queries:
+        name = query.id
+        for method, change in kinds:
+            key = (method, change, name)
+            if (method, name) not in shares:
+                shares[method, name] = _share(run, outcomes, method, name)
+            control = outcomes.matched.get(key)
+            rows.append(
+                {
+                    "query": name,
+                    "group": query.group,
+                    "method": method,
+                    "change": change,
+                    "neurons": len(outcomes.sets[OWN if method == MATCHED else method][name]),
+                    "before": float(outcomes.related[key].before.mean()),
+                    "related": outcomes.related[key].change,
+                    "unrelated": outcomes.unrelated[key].change,
+                    "matched": None if control is None else control.change,
+                    "share": shares[method, name],
+                }
+            )
+    return rows
+
+
+def evaluation_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:
+    """The table of the paper, with intervals: a row for each group (and all), method and change.
+
+    Args:
+      rows: `change_rows`.
+      seed: of the bootstrap.
+
+    Returns:
+      `related`, `unrelated`, `pcr` and `absolute_pcr` (see `pcr.Ratio`), each with `_low` and
+      `_high` (95 %, bootstrap over queries); and how faithful the sets are: `share`, what they hold
+      of the sum of all attributions, and `beyond`, their related change less that of random neurons
+      matched to them in layer and activation.
+    """
+    keys = list(dict.fromkeys((row["method"], row["change"]) for row in rows))
+    table: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        for group in dict.fromkeys((NO_GROUP, row["group"])):
+            table.setdefault((group, row["method"], row["change"]), []).append(row)
+    found = []
+    for group in dict.fromkeys((NO_GROUP, *(row["group"] for row in rows))):
+        for method, change in keys:
+            members = table[group, method, change]
+            related = _column(members, "related")
+            ratio = pcr.ratio(related, _column(members, "unrelated"), seed=seed)
+            share = [row["share"] for row in members if row["share"] is not None]
+            if members[0]["matched"] is None:
+                beyond = Interval(float("nan"), float("nan"), float("nan"))
+            else:
+                beyond = pcr.mean(related - _column(members, "matched"), seed=seed)
+            found.append(
+                {
+                    "group": group,
+                    "method": method,
+                    "change": change,
+                    "queries": len(members),
+                    "neurons": float(_column(members, "neurons").mean()),
+                    **_spread("related", ratio.related),
+                    **_spread("unrelated", ratio.unrelated),
+                    **_spread("pcr", ratio.pcr),
+                    **_spread("absolute_pcr", ratio.absolute),
+                    "share": float(np.mean(share)) if share else None,
+                    **_spread("beyond", beyond),
+                }
+            )
+    return found
+
+
+def editing_rows(run: Run, outcomes: Outcomes, *, seed: int = 0) -> list[Row]:
+    """Share of prompts whose answer turns: right by boosting, wrong by suppressing.
+
+    A row for each group (and all), method and change: `prompts` that could turn, `turned` of them,
+    `rate` with its interval (bootstrap over queries), and `unrelated`, the rate among the prompts
+    of unrelated queries under the same neurons. The change "boost" is to turn wrong answers
+    right, every other one the reverse.
+    """
+    keys = list(dict.fromkeys((method, change) for method, change, _ in outcomes.related))
+    found = []
+    for group, members in {NO_GROUP: [query.id for query in run.queries], **run.groups}.items():
+        for method, change in keys:
+            up = change == "boost"
+            own = np.array([_turned(outcomes.related[method, change, q], up) for q in members])
+            other = np.array([_turned(outcomes.unrelated[method, change, q], up) for q in members])
+            index = pcr.resamples(len(members), seed=seed)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                draws = own[index, 0].sum(1) / own[index, 1].sum(1)
+            found.append(
+                {
+                    "group": group,
+                    "method": method,
+                    "change": change,
+                    "turns": "wrong to right" if up else "right to wrong",
+                    "prompts": int(own[:, 1].sum()),
+                    "turned": int(own[:, 0].sum()),
+                    **_spread("rate", pcr.interval(_divide(*own.sum(0)), draws)),
+                    "unrelated": _none(_divide(*other.sum(0))),
+                }
+            )
+    return found
+
+
+def completeness_share(
+    prompts: Iterable[PromptScores], neurons: Iterable[Neuron], width: int
+) -> float:
+    """Share of all attribution (sum over every layer) that some neurons hold in a query's prompts.
+
+    Scores that a prompt did not keep, below its threshold, count 0: a lower bound for neurons that
+    are not QRNCA's. NaN where the sum is not positive.
+    """
+    flat = [neuron.layer * width + neuron.index for neuron in neurons]
+    held = whole = 0.0
+    for prompt in prompts:
+        held += float(prompt.scores[np.isin(prompt.neurons, flat)].sum(dtype=np.float64))
+        whole += prompt.total
+    return held / whole if whole > 0 else float("nan")
+
+
+def _share(run: Run, outcomes: Outcomes, method: str, query: str) -> float | None:
+    if method == MATCHED:
+        return None  # they differ by prompt
+    neurons = outcomes.sets[method][query]
+    return _none(completeness_share(run.located.prompts[query], neurons, run.width))
+
+
+def _turned(outcome: Any, up: bool) -> tuple[int, int]:
+    """Prompts whose answer turned, and that could."""
+    can = ~outcome.right_before if up else outcome.right_before
+    return int((can & (outcome.right_after != outcome.right_before)).sum()), int(can.sum())
+
+
+def _divide(a: Any, b: Any) -> float:
+    return float(a / b) if b else float("nan")
+
+
+def _column(rows: list[Row], name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows], np.float64)
+
+
+def _none(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _spread(name: str, found: Interval) -> dict[str, float | None]:
+    return {
+        name: _none(found.value),
+        f"{name}_low": _none(found.low),
+        f"{name}_high": _none(found.high),
+    }

@@ -1,0 +1,127 @@
+"""The probability change ratio, and how sure it is: bootstrap over queries.
+
+Section "evaluation" of arXiv 2406.10868: PCR = |mean related change| / |mean unrelated change| of
+the right answer's probability, relative to what it was, when neurons are boosted or suppressed.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxneurons.errors import DataError
+from jaxneurons.prompts.queries import Query
+
+FACTORS = {"boost": 2.0, "suppress": 0.0}
+DRAWS = 2000
+"""Bootstrap resamples."""
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % percentile bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Ratio(NamedTuple):
+    """A probability change ratio and what it is made of.
+
+    Attributes:
+      related: mean relative change of the answer's probability, a query's own neurons changed.
+      unrelated: the same with the neurons of a query of another group.
+      pcr: |related| / |unrelated|; infinite where nothing unrelated changes, NaN if nothing does.
+      absolute: mean |related change| / mean |unrelated change|: unrelated changes of both signs do
+        not cancel here, so that neurons which disturb other queries cannot look specific.
+    """
+
+    related: Interval
+    unrelated: Interval
+    pcr: Interval
+    absolute: Interval
+
+
+def resamples(count: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Indices of the queries of each bootstrap sample, [draw, query]."""
+    return np.random.default_rng(seed).integers(count, size=(draws, count))
+
+
+def interval(value: float, draws: np.ndarray) -> Interval:
+    """The 95 % percentile interval of bootstrap values; NaNs among them are left out."""
+    kept = np.sort(draws[~np.isnan(draws)])
+    if not len(kept):
+        return Interval(value, float("nan"), float("nan"))
+    ends = (float(kept[round(share * (len(kept) - 1))]) for share in (0.025, 0.975))
+    return Interval(value, *ends)
+
+
+def mean(values: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+    """The mean over queries with its interval."""
+    index = resamples(len(values), draws=draws, seed=seed)
+    return interval(float(values.mean()), values[index].mean(1))
+
+
+def ratio(
+    related: np.ndarray, unrelated: np.ndarray, *, draws: int = DRAWS, seed: int = 0
+) -> Ratio:
+    """PCR of changes per query, both [query]; the same resample of queries in both means."""
+    if len(related) != len(unrelated) or not len(related):
+        raise DataError(f"{len(related)} related and {len(unrelated)} unrelated changes")
+    index = resamples(len(related), draws=draws, seed=seed)
+    own, other = related[index].mean(1), unrelated[index].mean(1)
+    sizes, others = np.abs(related), np.abs(unrelated)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(np.abs(np.divide(related.mean(), unrelated.mean())))
+        values = np.abs(own / other)
+        absolute = float(np.divide(sizes.mean(), others.mean()))
+        absolutes = sizes[index].mean(1) / others[index].mean(1)
+    return Ratio(
+        interval(float(related.mean()), own),
+        interval(float(unrelated.mean()), other),
+        interval(value, values),
+        interval(absolute, absolutes),
+    )
+
+
+def unrelated_queries(queries: Sequence[Query], seed: int = 0) -> dict[str, str]:
+    """For each query one of another group, at random, each used once if that is possible.
+
+    It is not where one group holds more than half of the queries: the others are then used again,
+    as evenly as can be.
+
+    Raises:
+      DataError: one group only.
+    """
+    groups: dict[str, list[str]] = {}
+    for query in queries:
+        groups.setdefault(query.group, []).append(query.id)
+    if len(groups) < 2:
+        raise DataError(
+            f"one group only ({', '.join(map(repr, groups)) or 'no query'}): unrelated queries "
+            "come from other groups; give queries of at least two"
+        )
+    rng = np.random.default_rng(seed)
+    shuffled = [[own[i] for i in rng.permutation(len(own))] for own in groups.values()]
+    shuffled.sort(key=len, reverse=True)
+    order = [name for own in shuffled for name in own]
+    group_of = {query.id: query.group for query in queries}
+    most, count = len(shuffled[0]), len(order)
+    if 2 * most > count:
+        rest = order[most:]
+        found = {name: rest[i % len(rest)] for i, name in enumerate(order[:most])}
+        found.update(zip(rest, order[:most], strict=False))
+        return {query.id: found[query.id] for query in queries}
+    # At random, and where that meets the own group, swapped with one that mends it.
+    target = [order[i] for i in rng.permutation(count)]
+    group = [group_of[name] for name in order]
+    for a in range(count):
+        for b in rng.permutation(count).tolist() if group_of[target[a]] == group[a] else ():
+            if group_of[target[b]] != group[a] and group_of[target[a]] != group[b]:
+                target[a], target[b] = target[b], target[a]
+                break
+    if any(group_of[name] == own for name, own in zip(target, group, strict=True)):
+        # A shift by the largest group meets no group twice.
+        target = [order[(i + most) % count] for i in range(count)]
+    found = dict(zip(order, target, strict=True))
+    return {query.id: found[query.id] for query in queries}

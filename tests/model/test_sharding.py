@@ -1,0 +1,133 @@
+"""Sharded equals unsharded, on a mesh of two CPU devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from support.models import compiled, random_tokens, tiny_config, tiny_params
+
+from jaxneurons import ConfigError, Quadrature, forward, integrated_gradients
+from jaxneurons.model.sharding import (
+    ShardingRules,
+    batch_sharding,
+    logical_axes,
+    param_shardings,
+    shard_params,
+)
+
+TUPLE = {"is_leaf": lambda x: isinstance(x, tuple)}
+
+
+def mesh_of(data, model):
+    return Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_has_logical_axes(tied):
+    config = tiny_config(tied=tied)
+    params, axes = tiny_params(config), logical_axes(config)
+    assert jax.tree.structure(params) == jax.tree.structure(axes, **TUPLE)
+    names = {name for tuple_ in jax.tree.leaves(axes, **TUPLE) for name in tuple_}
+    assert names <= {*ShardingRules.__dataclass_fields__} - {"batch"}
+    sizes = {
+        "vocab": config.vocab_size,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "heads": config.query_width,
+        "kv_heads": config.kv_width,
+        "layers": config.num_layers,
+    }
+    jax.tree.map(
+        lambda names, x: np.testing.assert_equal(tuple(sizes[n] for n in names), x.shape),
+        axes,
+        params,
+        **TUPLE,
+    )
+
+
+def test_layout():
+    config = tiny_config(tied=False)
+    shardings = param_shardings(config, mesh_of(1, 2))
+    layer = shardings["layers"]
+    assert layer["ffn"]["up"]["kernel"].spec == PartitionSpec(None, None, "model")
+    assert layer["ffn"]["down"]["kernel"].spec == PartitionSpec(None, "model", None)
+    assert layer["attn"]["o"]["kernel"].spec == PartitionSpec(None, "model", None)
+    assert shardings["embed"]["embedding"].spec == PartitionSpec("model", None)
+    params = shard_params(tiny_params(config), config, mesh_of(1, 2))
+    up = params["layers"]["ffn"]["up"]["kernel"]
+    assert {shard.data.shape for shard in up.addressable_shards} == {(3, 32, 20)}
+
+
+def test_heads_are_never_cut():
+    # kv_width (24) is even, but three heads of 8 do not go on two devices.
+    config = tiny_config(num_heads=6, num_kv_heads=3)
+    attn = param_shardings(config, mesh_of(1, 2))["layers"]["attn"]
+    assert attn["q"]["kernel"].spec == PartitionSpec(None, None, "model")
+    assert attn["k"]["kernel"].spec == PartitionSpec(None, None, None)
+
+
+def test_rules_that_cannot_be():
+    config, mesh = tiny_config(), mesh_of(1, 2)
+    with pytest.raises(ConfigError, match=r"vocab='modle'.*did you mean 'model'"):
+        param_shardings(config, mesh, ShardingRules(vocab="modle"))
+    with pytest.raises(ConfigError, match=r"batch='dat'.*did you mean 'data'"):
+        batch_sharding(mesh, ShardingRules(batch="dat"))
+    with pytest.raises(ConfigError, match="same mesh axis twice"):
+        param_shardings(config, mesh, ShardingRules(hidden="model"))
+
+
+LAYOUTS = {
+    "data": ((2, 1), ShardingRules()),
+    "model": ((1, 2), ShardingRules()),
+    "hidden": (
+        (1, 2),
+        ShardingRules(
+            vocab=None, hidden="model", intermediate=None, heads=None, kv_heads=None, layers=None
+        ),
+    ),
+    "weights-over-data": ((2, 1), ShardingRules(hidden="data", vocab=None)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_forward_is_the_same(name, kv_heads):
+    shape, rules = LAYOUTS[name]
+    config, mesh = tiny_config(num_kv_heads=kv_heads), mesh_of(*shape)
+    params, tokens = tiny_params(config), random_tokens(config, (2, 9))
+    lengths = jnp.array([9, 6])
+    run = compiled(functools.partial(forward, config=config, at="all", capture=("act",)))
+    expected = run(params, tokens, lengths=lengths)
+    split = jax.device_put((tokens, lengths), batch_sharding(mesh, rules))
+    out = run(shard_params(params, config, mesh, rules), split[0], lengths=split[1])
+    np.testing.assert_allclose(out.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(
+        out.activations["act"], expected.activations["act"], atol=1e-5, rtol=1e-5
+    )
+    assert len(out.logits.sharding.device_set) == 2
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "gauss"])
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_attribution_is_the_same(name, rule):
+    shape, rules = LAYOUTS[name]
+    config, mesh = tiny_config(num_layers=2), mesh_of(*shape)
+    params, tokens = tiny_params(config), random_tokens(config, (4, 7))
+    targets, lengths = jnp.array([3, 5, 7, 9]), jnp.array([7, 5, 6, 7])
+    run = compiled(
+        functools.partial(
+            integrated_gradients, config=config, quadrature=Quadrature(rule=rule, steps=4)
+        )
+    )
+    expected = run(params, tokens, targets, lengths=lengths)
+    split = jax.device_put((tokens, targets, lengths), batch_sharding(mesh, rules))
+    # A mesh made with jax.make_mesh has explicit axes: that must do as well.
+    made = jax.make_mesh(shape, ("data", "model"))
+    out = run(shard_params(params, config, made, rules), *split[:2], lengths=split[2])
+    size = np.linalg.norm(expected.scores)
+    assert np.linalg.norm(np.asarray(out.scores) - np.asarray(expected.scores)) < 1e-5 * size
+    np.testing.assert_allclose(out.ablated, expected.ablated, atol=1e-6)
+    np.testing.assert_array_equal(out.nodes, expected.nodes)
