@@ -30,7 +30,7 @@ other, the last one to be completed, located with rule `adaptive`; model `{model
 cores of an AMD EPYC server, a process for each length.
 
 *Peak*: resident memory above that of the process with the model loaded, compiling included.
-*Bound*: `jaxneurons.engine.rows.memory_bound`, which is of arrays (keys and values twice, what a layer
+*Bound*: `jaxneurons.engine.memory_bound`, which is of arrays (keys and values twice, what a layer
 computes of every token, the scores of a block of queries, and 1 GiB for the rows), and 1 GiB for
 compiling. It grows with the number of tokens, not with its square.
 """

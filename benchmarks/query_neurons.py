@@ -190,7 +190,7 @@ def section(study: Study, out: Path) -> list[str]:
 
 def prediction(run: Run) -> list[str]:
     return markdown(
-        "**Questions answered from a group's neurons alone** (protocol: `jaxneurons.qrnca.prediction`)",
+        "**Questions answered from a group's neurons alone** (protocol: `jn.qrnca.predict`)",
         ("", "neurons", "right"),
         (
             (

@@ -1,16 +1,42 @@
 """Which neurons of this LLM know that, and what happens if I change them?"""
 
-from jaxneurons.attribution import Attribution, integrated_gradients
-from jaxneurons.config import ModelConfig, RopeConfig
-from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
-from jaxneurons.load import LM, load
-from jaxneurons.neurons import SITES, Neuron, NeuronSet
-from jaxneurons.quadrature import Quadrature
-from jaxneurons.save import save
-from jaxneurons.sharding import ShardingRules
-from jaxneurons.transformer import Cache, Output, Transformer, forward, init_cache
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from jaxneurons.lazy import face
+
+if TYPE_CHECKING:
+    from jaxneurons import (
+        checkpoints,
+        convert,
+        engine,
+        errors,
+        lab,
+        model,
+        neurons,
+        plots,
+        prompts,
+        qrnca,
+        relspec,
+        storage,
+    )
+    from jaxneurons.checkpoints import LM, load, save
+    from jaxneurons.engine import Attribution, Quadrature, integrated_gradients
+    from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
+    from jaxneurons.model import (
+        Cache,
+        ModelConfig,
+        Output,
+        RopeConfig,
+        ShardingRules,
+        Transformer,
+        forward,
+        init_cache,
+    )
+    from jaxneurons.neurons import SITES, Neuron, NeuronSet
+
+    __version__: str
+
+__getattr__, __dir__ = face(__name__, __file__)
 
 __all__ = [
     "LM",
@@ -30,9 +56,21 @@ __all__ = [
     "SourceError",
     "Transformer",
     "__version__",
+    "checkpoints",
+    "convert",
+    "engine",
+    "errors",
     "forward",
     "init_cache",
     "integrated_gradients",
+    "lab",
     "load",
+    "model",
+    "neurons",
+    "plots",
+    "prompts",
+    "qrnca",
+    "relspec",
     "save",
+    "storage",
 ]

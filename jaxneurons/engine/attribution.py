@@ -3,8 +3,8 @@
 The activation of one layer's site at the *last* position is scaled by alpha from 0 to 1 while
 everything else is left alone, and each neuron is credited with its share of the change of the
 answer's probability (QRNCA, arXiv 2406.10868, section 2 of the method). `jax.grad` of the rows'
-answer probabilities with respect to their scales (see `jaxneurons.engine.rows`) gives f * dP/df for every
-neuron; its weighted sum over alpha is the attribution.
+answer probabilities with respect to their scales (see `jaxneurons.engine.rows`) gives f * dP/df for
+every neuron; its weighted sum over alpha is the attribution.
 
 `integrated_gradients` is pure and composes with the caller's `jit`, `vmap` and sharding.
 """

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from importlib import resources
 
-from jaxneurons import lab
+from jaxneurons.lab import world as lab
 from jaxneurons.prompts.queries import Query, parse_queries, read_queries
 
 

@@ -4,8 +4,8 @@ A model that reads "Response:" says " A", not "A": on a byte-level tokenizer the
 tokens, and attributing the one it would never say is a silent error (QRNCA's public code does).
 What stands between the two is therefore stated by the query, or follows from where the prompt ends
 (`separators`), or, where that leaves two forms, is the one that the model gives the higher
-probability (`jaxneurons.qrnca.joining`). The tokens are the tokenizer's in that context; how likely they
-are beside what the model would rather say is told by `option_mass` and `odds` of the results.
+probability (`jaxneurons.qrnca.joining`). The tokens are the tokenizer's in that context; how likely
+they are beside what the model would rather say is told by `option_mass` and `odds` of the results.
 """
 
 import itertools

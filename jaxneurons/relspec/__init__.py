@@ -1,0 +1,14 @@
+"""Relation-specific neurons (arXiv 2502.17355): the neurons that serve a relation."""
+
+from typing import TYPE_CHECKING
+
+from jaxneurons.lazy import face
+
+if TYPE_CHECKING:
+    from jaxneurons.relspec.method import RelSpecConfig
+    from jaxneurons.relspec.stages import compare
+    from jaxneurons.relspec.study import Study
+
+__getattr__, __dir__ = face(__name__, __file__)
+
+__all__ = ["RelSpecConfig", "Study", "compare"]
