@@ -2,7 +2,7 @@
 
 Each function takes a study's `Collection` and gives rows of tables by name, one row per thing
 measured. A relation that the model does not know is in no table but `relations`.
-`jaxneurons.relspec.wordings`, `jaxneurons.relspec.concepts` and `jaxneurons.relspec.perplexity` hold the others.
+`wordings`, `concepts` and `perplexity` hold the others.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from jaxneurons.errors import DataError
 from jaxneurons.neurons.sets import ATTENTION, FFN, NeuronSet, neuron_count
 from jaxneurons.prompts.matching import ERRORS, error_class, words
 from jaxneurons.prompts.relations import Triple
-from jaxneurons.relspec import method as relspec
+from jaxneurons.relspec import method
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows, control_sets, measure, relation_sets
 from jaxneurons.relspec.method import Prompt
@@ -92,7 +92,7 @@ def overlap(study: Collection) -> TableRows:
 
 
 def _sizes(study: Collection) -> tuple[int, ...]:
-    return relspec.sweep_sizes(neuron_count(study.lm.config, study.settings.sites))
+    return method.sweep_sizes(neuron_count(study.lm.config, study.settings.sites))
 
 
 def sizes(study: Collection) -> TableRows:
@@ -120,7 +120,7 @@ def cumulativity(study: Collection) -> TableRows:
         correct = study.judge(study.generate("cumulativity", sets, evaluation)[:, index], prompts)
         alone = study.judge(study.generate("cumulativity", additions, prompts), prompts)
         for i, (a, b) in enumerate(itertools.pairwise(steps)):
-            counts = relspec.cumulativity(correct[i], correct[i + 1], alone[i])
+            counts = method.cumulativity(correct[i], correct[i + 1], alone[i])
             rows.append({"relation": name, "a": a, "b": b, **finite(counts._asdict())})
     return {"cumulativity": rows, "cumulativity_mean": cumulativity_means(rows)}
 
@@ -224,7 +224,7 @@ def errors(study: Collection) -> TableRows:
 
 
 def _error_class(study: Collection, tokens: np.ndarray, prompt: Prompt) -> str:
-    brief = study.decode(tokens[: relspec.FEWEST_STEPS])
+    brief = study.decode(tokens[: method.FEWEST_STEPS])
     return error_class(brief if words(brief) else study.decode(tokens), prompt.text)
 
 
@@ -256,7 +256,7 @@ def frequency(study: Collection, counts: Counts) -> TableRows:
         raise DataError("none of the held-out facts that the model answers has a count")
     return {
         "frequency": facts,
-        "frequency_test": [finite(relspec.frequency_test(pairs)._asdict())],
+        "frequency_test": [finite(method.frequency_test(pairs)._asdict())],
     }
 
 

@@ -21,8 +21,8 @@ from jaxneurons.engine.responses import ResponseStore
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.neurons.sets import SITES, NeuronSet, random_neurons
 from jaxneurons.prompts.relations import Relation, Split, Triple, split
-from jaxneurons.relspec import method as relspec
-from jaxneurons.relspec.asking import Generations, StageProgress, check_steps
+from jaxneurons.relspec import method
+from jaxneurons.relspec.generations import Generations, StageProgress, check_steps
 from jaxneurons.relspec.method import Prompt, RelSpecConfig
 from jaxneurons.storage.store import Memory, RunDirectory, digest
 
@@ -105,7 +105,7 @@ class Collection(Generations):
         """Every relation's prompts: the model answers those of every template of the set once."""
         splits = {name: self._split(relation) for name, relation in self.relations.items()}
         detection = {
-            (name, number): relspec.relation_prompts(
+            (name, number): method.relation_prompts(
                 relation, splits[name].detection, template, evaluation="det"
             )
             for name, relation in self.relations.items()
@@ -115,7 +115,7 @@ class Collection(Generations):
         prompts = {}
         for name, relation in self.relations.items():
             of_templates = [answers for (owner, _), answers in correct.items() if owner == name]
-            best = relspec.best_template(of_templates)
+            best = method.best_template(of_templates)
             validated = [
                 prompt
                 for prompt, is_right in zip(detection[name, best], of_templates[best], strict=True)
@@ -127,13 +127,13 @@ class Collection(Generations):
                 accuracies=tuple(float(answers.mean()) for answers in of_templates),
                 detection=detection[name, best],
                 validated=validated,
-                evaluation=relspec.relation_prompts(
+                evaluation=method.relation_prompts(
                     relation,
                     splits[name].evaluation,
                     relation.wordings(self.settings.templates)[best],
                     evaluation="eva",
                 ),
-                unknown=relspec.too_few(len(validated), len(detection[name, best]), self.settings),
+                unknown=method.too_few(len(validated), len(detection[name, best]), self.settings),
             )
         return prompts
 
@@ -260,7 +260,7 @@ class Collection(Generations):
         prompts = [prompt for of_one in self.prompts.values() for prompt in of_one.validated]
         names = [prompt.relation for prompt in prompts]
         examples = {
-            name: relspec.examples(names, name, settings=self.settings) for name in self.known
+            name: method.examples(names, name, settings=self.settings) for name in self.known
         }
         return self.expertise("relations", prompts, examples, sites or self.settings.sites)
 

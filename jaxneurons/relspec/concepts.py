@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxneurons.engine.experts import Examples
 from jaxneurons.neurons.sets import NeuronSet, neuron_count, random_neurons
-from jaxneurons.relspec import method as relspec
+from jaxneurons.relspec import method
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows, measure, relation_sets
 from jaxneurons.relspec.method import Prompt
@@ -100,7 +100,7 @@ def _concept_prompts(
     part: str, subjects: Subjects, kinds: Sequence[str], count: int, seed: int
 ) -> list[Prompt]:
     names = {kind: list(subjects[kind]) for kind in kinds}
-    prompts = relspec.concept_prompts(names, words=WORDS, count=count, seed=seed)
+    prompts = method.concept_prompts(names, words=WORDS, count=count, seed=seed)
     return [
         Prompt(kind, part, "", subject, (), text)
         for kind, of_kind in prompts.items()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.neurons.sets import NeuronSet
-from jaxneurons.relspec import method as relspec
+from jaxneurons.relspec import method
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.method import Prompt
 from jaxneurons.storage.tables import Row
@@ -44,7 +44,7 @@ def measure(
     for (label, neurons), with_set_off in zip(sets, correct[1:], strict=True):
         for (evaluation, language, relation), index in groups.items():
             before, after = correct[0][index], with_set_off[index]
-            drop = relspec.drop(float(before.mean()), float(after.mean()))
+            drop = method.drop(float(before.mean()), float(after.mean()))
             rows.append(
                 {
                     "analysis": analysis,

@@ -34,7 +34,7 @@ def draw(tables: Mapping[str, Sequence[Row]], directory: Path, *, source: str = 
     return draw_tables(FIGURES, tables, directory, source=source)
 
 
-def figures(tables: Mapping[str, Sequence[Row]], *, source: str = "") -> dict[str, Any]:
+def make_figures(tables: Mapping[str, Sequence[Row]], *, source: str = "") -> dict[str, Any]:
     """Every figure whose table is there, by the names of `FIGURES`."""
     drawn = {
         name: function(rows, source)

@@ -52,3 +52,7 @@ def choose(names: str | Sequence[str], *, counts: bool = False) -> tuple[str, ..
     if "frequency" in chosen and not counts:
         raise DataError("the analysis 'frequency' needs counts of the facts: give a file of them")
     return tuple(name for name in known if name in chosen)
+
+
+class SkippedWarning(UserWarning):
+    """An analysis could not be made; the others were."""

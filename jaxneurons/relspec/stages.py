@@ -12,16 +12,21 @@ from pathlib import Path
 
 from jaxneurons.errors import DataError
 from jaxneurons.neurons.sets import NeuronSet, read_neurons
-from jaxneurons.prompts.relations import Relation, read_relations
-from jaxneurons.relspec import figures as relspec_plots
+from jaxneurons.prompts.relations import Relation, bundled_relations, read_relations
+from jaxneurons.relspec.figures import draw
 from jaxneurons.relspec.method import RelSpecConfig
-from jaxneurons.relspec.study import bundled, short_source
+from jaxneurons.relspec.study import short_source
 from jaxneurons.storage.store import write_json
 from jaxneurons.storage.tables import Table, as_table, read_json, read_tables
 from jaxneurons.storage.typed_json import typed
 
 STUDY = "study.json"
 BUNDLED = "bundled"
+
+
+def bundled() -> list[Relation]:
+    """The relations that ship with the package."""
+    return bundled_relations()
 
 
 def gather(sources: Sequence[str | os.PathLike[str]]) -> list[Relation]:
@@ -91,7 +96,7 @@ def plot(out: str | os.PathLike[str]) -> list[Path]:
     if not tables:
         raise DataError(f"{directory}: no tables here; run the analyses first")
     source = short_source(_source(directory / "run.json"))
-    return relspec_plots.draw(tables, directory / "figures", source=source)
+    return draw(tables, directory / "figures", source=source)
 
 
 def _source(path: Path) -> str:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons.sets import neuron_count, neuron_table
-from jaxneurons.prompts.relations import Relation, bundled_relations
+from jaxneurons.prompts.relations import Relation
 from jaxneurons.relspec import analyses, wordings
-from jaxneurons.relspec import figures as relspec_plots
 from jaxneurons.relspec.analyses import Counts
-from jaxneurons.relspec.asking import StageProgress
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows, summary
+from jaxneurons.relspec.figures import make_figures
+from jaxneurons.relspec.generations import StageProgress
 from jaxneurons.relspec.method import RelSpecConfig
-from jaxneurons.relspec.registry import ANALYSES, DROPS, choose
+from jaxneurons.relspec.registry import ANALYSES, DROPS, SkippedWarning, choose
 from jaxneurons.storage.settings import check_argument
 from jaxneurons.storage.store import make_directory, null_for_nan, write_json, write_text
 from jaxneurons.storage.tables import Table, Tables, as_table, read_tables, write_table
@@ -33,15 +33,6 @@ else:  # imported where figures are drawn
     Figure = Any
 
 NOTHING = "these relations have nothing to measure"
-
-
-class SkippedWarning(UserWarning):
-    """An analysis could not be made; the others were."""
-
-
-def bundled() -> list[Relation]:
-    """The relations that ship with the package."""
-    return bundled_relations()
 
 
 class Study(Collection):
@@ -243,7 +234,7 @@ class Study(Collection):
 
     def figures(self) -> dict[str, Figure]:
         """A figure of every table made so far that has one."""
-        return relspec_plots.figures(self._all_rows(), source=short_source(self.lm.source))
+        return make_figures(self._all_rows(), source=short_source(self.lm.source))
 
     def __repr__(self) -> str:
         title, rows = self._overview()

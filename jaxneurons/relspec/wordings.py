@@ -4,7 +4,7 @@ arXiv 2502.17355, section 5. Each function takes a study's `Collection` and give
 """
 
 from jaxneurons.prompts.relations import objects, wordings
-from jaxneurons.relspec import method as relspec
+from jaxneurons.relspec import method
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows, control_sets, measure, relation_sets
 from jaxneurons.relspec.method import Prompt
@@ -68,7 +68,7 @@ def multilingual(study: Collection) -> TableRows:
             templates = wordings(translation.templates, study.settings.templates)
             texts[name, language] = templates
             for number, template in enumerate(templates):
-                detection[name, language, number] = relspec.relation_prompts(
+                detection[name, language, number] = method.relation_prompts(
                     relation, split.detection, template, evaluation="det", language=language
                 )
     if not detection:
@@ -78,9 +78,9 @@ def multilingual(study: Collection) -> TableRows:
     prompts: list[Prompt] = []
     for name, language in dict.fromkeys(key[:2] for key in detection):
         of_templates = [right for key, right in correct.items() if key[:2] == (name, language)]
-        best = relspec.best_template(of_templates)
+        best = method.best_template(of_templates)
         answered = int(of_templates[best].sum())
-        known = not relspec.too_few(answered, len(of_templates[best]), study.settings)
+        known = not method.too_few(answered, len(of_templates[best]), study.settings)
         template = texts[name, language][best]
         languages.append(
             {
@@ -95,7 +95,7 @@ def multilingual(study: Collection) -> TableRows:
         )
         if known:
             evaluation = study.prompts[name].split.evaluation
-            prompts += relspec.relation_prompts(
+            prompts += method.relation_prompts(
                 study.relations[name], evaluation, template, evaluation="eva", language=language
             )
     rows = []
@@ -123,13 +123,13 @@ def templates(study: Collection) -> TableRows:
         )
         some = prompts.split.detection[: study.settings.evaluation]
         for text in others or [text for text in every if text != main]:
-            detection[name, text] = relspec.relation_prompts(relation, some, text, evaluation="det")
+            detection[name, text] = method.relation_prompts(relation, some, text, evaluation="det")
     correct = study.answered("templates", detection)
     evaluation = []
     for name in dict.fromkeys(name for name, _ in detection):
         of_texts = {text: right for (owner, text), right in correct.items() if owner == name}
-        best = list(of_texts)[relspec.best_template(list(of_texts.values()))]
-        evaluation += relspec.relation_prompts(
+        best = list(of_texts)[method.best_template(list(of_texts.values()))]
+        evaluation += method.relation_prompts(
             study.relations[name],
             study.prompts[name].split.evaluation,
             best,

@@ -19,12 +19,10 @@ from jaxneurons.errors import DataError
 from jaxneurons.neurons.sets import FFN, read_neurons
 from jaxneurons.prompts.matching import any_answers
 from jaxneurons.prompts.relations import Triple, read_relations
-from jaxneurons.relspec import analyses, drops
-from jaxneurons.relspec import figures as relspec_plots
-from jaxneurons.relspec import stages as relspec_run
+from jaxneurons.relspec import analyses, drops, figures, stages
 from jaxneurons.relspec.method import RelSpecConfig
-from jaxneurons.relspec.registry import DEFAULT, choose
-from jaxneurons.relspec.study import SkippedWarning, Study
+from jaxneurons.relspec.registry import DEFAULT, SkippedWarning, choose
+from jaxneurons.relspec.study import Study
 from jaxneurons.storage.tables import read_tables
 
 SETTINGS = RelSpecConfig(k=24, minimum=5, minimum_right=1, seeds=2, sweep_seeds=2)
@@ -36,7 +34,7 @@ def run_study(lm, relations, out, *, settings, names=DEFAULT, counts=None, progr
     study.collect()
     study.write_neurons()
     study.analyse(names, counts=counts)
-    relspec_run.plot(out)
+    stages.plot(out)
     return study
 
 
@@ -85,9 +83,9 @@ def test_everything_is_written(whole):
         *("perplexity", "languages", "concepts", "concept_validation", "sizes", "cumulativity"),
         *("types", "type_layers", "frequency", "frequency_test", "summary"),
     }
-    figures = {path.stem for path in (whole.out / "figures").glob("*.png")}
-    drawn = {name for name, (table, _) in relspec_plots.FIGURES.items() if table in found}
-    assert drawn - figures <= {"robustness", "multilingual"}  # nothing is counted there
+    written = {path.stem for path in (whole.out / "figures").glob("*.png")}
+    drawn = {name for name, (table, _) in figures.FIGURES.items() if table in found}
+    assert drawn - written <= {"robustness", "multilingual"}  # nothing is counted there
     assert all(path.stat().st_size > 8000 for path in (whole.out / "figures").glob("*.png"))
     run = json.loads((whole.out / "run.json").read_text())
     assert run["relations"]["known"] == sorted(WORDINGS)

@@ -13,7 +13,7 @@ import jaxneurons
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.prompts.relations import Relation, Triple, bundled_relations, read_relations
-from jaxneurons.relspec.asking import NO_STEP, Generations
+from jaxneurons.relspec.generations import NO_STEP, Generations
 from jaxneurons.relspec.method import Prompt, RelSpecConfig, relation_prompts
 from jaxneurons.relspec.study import Study
 from jaxneurons.storage.store import Memory, RunDirectory
@@ -269,7 +269,7 @@ def test_room_for_just_the_answer(lm, tmp_path, monkeypatch):
         generated.append(steps)
         return jaxneurons.engine.ablation.ablated(*arguments, steps=steps, **options)
 
-    monkeypatch.setattr("jaxneurons.relspec.asking.ablated", ablated)
+    monkeypatch.setattr("jaxneurons.relspec.generations.ablated", ablated)
     tokenizer = lm.tokenizer
     answer = " ".join("b" * 5)
     need = len(tokenizer(f"x {answer}")["input_ids"]) - len(tokenizer("x")["input_ids"]) + 1
