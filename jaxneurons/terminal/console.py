@@ -29,7 +29,6 @@ from rich.text import Text
 from jaxneurons.storage.printable import encodable, printable, shortened
 
 if TYPE_CHECKING:
-    from jaxneurons.checkpoints.description import Description
     from jaxneurons.checkpoints.loading import LM
     from jaxneurons.qrnca.demo import Demo
     from jaxneurons.qrnca.locating import Located
@@ -143,77 +142,6 @@ def _progress(*columns: ProgressColumn) -> Progress:
 def gib(count: int) -> str:
     """A size for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
-
-
-def show_certificate(found: dict[str, Any]) -> None:
-    """What `verify` found."""
-    table = Table(
-        title="Largest difference from PyTorch, in standard deviations (FFN sites: worst layer)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for name in ("sequence", "logits", "gate", "up", "act", "down"):
-        table.add_column(name, justify="left" if name == "sequence" else "right")
-    for result in found["sequences"]:
-        sites = (f"{result[site]['relative']:.1e}" for site in ("gate", "up", "act", "down"))
-        table.add_row(result["sequence"], f"{result['logits']['relative']:.1e}", *sites)
-    console.print(table)
-    console.print(
-        f"Greedy continuations equal: {found['continuations_equal']}. Weights that differ: "
-        f"{len(found['weights']['differ'])} of {found['weights']['tensors']} tensors. "
-        f"{'Passed' if found['passed'] else 'FAILED'} ({found['dtype']} weights; logits may differ "
-        f"by {found['tolerance']['largest']:g}, and by {found['tolerance']['mean']:g} on average)."
-    )
-    own = [r["own_arithmetic"]["mean"] for r in found["sequences"] if "own_arithmetic" in r]
-    if own:
-        console.print(
-            f"Computed in {found['dtype']} itself, logits differ by {max(own):.1e} on average."
-        )
-
-
-def show_description(found: "Description") -> None:
-    """What `inspect` found."""
-    config, rope = found.config, found.config.rope
-    window = f"{config.sliding_window} positions" if config.sliding_window else "none"
-    if config.sliding_layers:
-        window += f", {sum(config.sliding_layers)} of {config.num_layers} layers"
-    kind = rope.rope_type + (f" x {rope.factor:g}" if rope.factor != 1 else "")
-    tokens = found.tokenizer
-    table = Table(box=None, show_header=False, title=found.source, title_justify="left")
-    rows = [
-        ("family", f"{config.family}, {found.kind}"),
-        ("layers", f"{config.num_layers}"),
-        ("hidden size", f"{config.hidden_size}"),
-        (
-            "attention",
-            f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} key/value heads",
-        ),
-        ("sliding window", window),
-        ("rotary embedding", f"{kind}, theta {rope.theta:g}"),
-        ("context", f"{config.max_position} tokens"),
-        ("biases", ", ".join(config.biases) or "none"),
-        ("unembedding", "tied to the embedding" if config.tied else "its own"),
-        ("parameters", f"{found.parameters:,}"),
-        (
-            "neurons per layer",
-            ", ".join(f"{site} {width:,}" for site, width in found.neurons.items()),
-        ),
-        ("FFN neurons", f"{config.num_layers * config.intermediate_size:,}"),
-        (
-            "on disk",
-            ", ".join(f"{name} {gib(size)}" for name, size in found.stored.items()) or "not here",
-        ),
-        ("in memory", ", ".join(f"{name} {gib(size)}" for name, size in found.memory.items())),
-        (
-            "tokenizer",
-            f"{tokens['tokens']:,} tokens, BOS {tokens['bos']!r} "
-            f"({'put first' if tokens['bos put first'] else 'not put first'}), "
-            f"EOS {tokens['eos']!r}, {'a' if tokens['chat template'] else 'no'} chat template",
-        ),
-    ]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 def show_located(located: "Located", out: Path) -> None:

@@ -1,6 +1,7 @@
 """How many tokens answers are judged on: perfect ones are right, in every script and tokenizer."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -243,6 +244,23 @@ def test_what_was_said_is_read_again(lm, relations, tmp_path, monkeypatch):
     assert 0 < told[-1][1] == told[-1][2] < len(prompts)
     monkeypatch.setattr("jaxneurons.engine.ablation.generate_ablated", None)
     np.testing.assert_array_equal(again.generate("", [NeuronSet()], prompts), said)
+
+
+def test_parts_keep_their_names(lm, tmp_path):
+    """Directories of before are opened: names are hashes of tokens, steps and neurons."""
+    prompt = Prompt("r", "det", "", "s", ("b",), "The answer is")
+    neurons = NeuronSet.of(up=[(1, 2)])
+    generator = generations(lm, tmp_path / "run", steps=2)
+    tokens = generator.generate("", [neurons], [prompt])
+
+    def sha256(value):
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    ids = [list(map(int, lm.tokenizer(prompt.text)["input_ids"]))]
+    codes = hashlib.sha256(b"up:1:" + (1 << 32 | 2).to_bytes(8, "little")).hexdigest()
+    (part,) = (tmp_path / "run" / "parts").glob("*.npz")
+    assert part.name == f"said-{sha256([codes, sha256([ids, [2]])])[:40]}.npz"
+    np.testing.assert_array_equal(generator.parts.load(part.stem)["said"], tokens[0])
 
 
 def test_no_room_in_the_context(lm, relations, tmp_path):

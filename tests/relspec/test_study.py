@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import inspect
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from support.known import KINDS, WORDINGS, write_relations
 from support.models import compiled
 
 import jaxneurons
-from jaxneurons.errors import DataError
+from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons.sets import FFN, read_neurons
 from jaxneurons.prompts.matching import any_answers
 from jaxneurons.prompts.relations import Triple, read_relations
@@ -23,6 +24,8 @@ from jaxneurons.relspec import analyses, drops, figures, stages
 from jaxneurons.relspec.method import RelSpecConfig
 from jaxneurons.relspec.registry import DEFAULT, SkippedWarning, choose
 from jaxneurons.relspec.study import Study
+from jaxneurons.storage import store
+from jaxneurons.storage import tables as tables_module
 from jaxneurons.storage.tables import read_tables
 
 SETTINGS = RelSpecConfig(k=24, minimum=5, minimum_right=1, seeds=2, sweep_seeds=2)
@@ -245,6 +248,116 @@ def test_the_summary_is_what_it_says():
     assert found["random"] == pytest.approx(0.1)
     assert found["random_spread"] == pytest.approx(np.std([0.2, 0.0], ddof=1))
     assert found["matched"] is None
+
+
+# --- in memory ------------------------------------------------------------------------------------
+
+SOME = ("ablation", "layers", "overlap", "errors", "perplexity", "concepts")
+
+
+@pytest.fixture(scope="module")
+def in_memory(lm, relations):
+    """A study without a directory, and how far it said that it was."""
+    reports = []
+    study = Study(
+        lm,
+        read_relations(relations),
+        settings=SETTINGS,
+        progress=lambda *report: reports.append(report),
+    )
+    return study, reports
+
+
+def test_before_anything_is_computed(in_memory):
+    study, reports = in_memory
+    head, columns, *lines = repr(study).splitlines()
+    assert head.endswith("4 relations, 24 of 480 neurons each (up, gate, down)")
+    assert columns.split()[:2] == ["relation", "facts"]
+    assert [line.split() for line in lines] == [[name, "24"] for name in sorted(WORDINGS)]
+    assert not study.tables
+    assert not study.figures()
+    assert not reports
+
+
+def test_in_memory_it_is_the_same_and_nothing_is_written(whole, in_memory, tmp_path, monkeypatch):
+    import pyarrow as pa
+
+    study, reports = in_memory
+    monkeypatch.chdir(tmp_path)
+    for module in (store, tables_module):
+        monkeypatch.setattr(module, "write_bytes", None)
+    on_disk = tables(whole)
+    assert study.collect().to_pylist() == on_disk["relations"]
+    for name in SOME:
+        table = getattr(study, name)()
+        assert isinstance(table, pa.Table)
+        assert table.to_pylist() == on_disk[name]
+    for name in ("templates", "answers", "concept_validation", "concept_ablation"):
+        assert study.tables[name].to_pylist() == on_disk[name]
+    for name, neurons in study.neurons().items():
+        assert neurons == read_neurons(whole.out / "neurons" / f"{name}.csv")
+    means = {(r["analysis"], r["evaluation"]): r for r in study.summary().to_pylist()}
+    for row in on_disk["summary"]:
+        if row["analysis"] == "ablation":
+            assert means["ablation", row["evaluation"]] == row
+    assert set(study.figures()) >= {"inter_relation", "layers", "overlap", "errors", "perplexity"}
+    assert not list(tmp_path.iterdir())
+    for stage in {stage for stage, *_ in reports}:
+        done, total = [report[1:] for report in reports if report[0] == stage][-1]
+        assert done == total > 0, stage
+
+
+def test_what_a_study_shows(whole, in_memory):
+    """The numbers of its tables, without and with a directory."""
+    ablation = tables(whole)["ablation"]
+    for study in (in_memory[0], whole):
+        for line, name in zip(repr(study).splitlines()[2:], sorted(WORDINGS), strict=True):
+            (row,) = (
+                r
+                for r in ablation
+                if r["off"] == r["relation"] == name and r["evaluation"] == "eva"
+            )
+            lost = f"{row['drop']:.0%}"
+            assert line.split() == [name, "24", "12/12", "12/12", lost, "yes"]
+            cells = "".join(f"<td>{c}</td>" for c in (name, "24", "12/12", "12/12", lost, "yes"))
+            assert f"<tr>{cells}</tr>" in study._repr_html_()
+
+
+def test_neurons_are_written_where_they_are_wanted(whole, in_memory, tmp_path):
+    study, _ = in_memory
+    with pytest.raises(ConfigError, match="no directory to write neurons to"):
+        study.write_neurons()
+    written = study.write_neurons(tmp_path / "neurons")
+    assert [path.name for path in written] == [f"{name}.csv" for name in study.known]
+    for path in written:
+        assert path.read_bytes() == (whole.out / "neurons" / path.name).read_bytes()
+
+
+def test_an_analysis_with_nothing_to_measure(lm, relations):
+    alike = [
+        dataclasses.replace(relation, translations={}, subject_type="")
+        for relation in read_relations(relations)
+    ]
+    study = Study(lm, alike, settings=SETTINGS)
+    for name in ("multilingual", "concepts"):
+        with pytest.raises(DataError, match=f"{name}: these relations have nothing to measure"):
+            getattr(study, name)()
+
+
+def test_arguments_of_another_kind(lm, relations):
+    """At once, before anything is hashed or generated."""
+    make, known = inspect.unwrap(Study.__init__), read_relations(relations)
+    for arguments, message in (
+        ({"lm": "lab"}, "lm must be an LM; got 'lab'"),
+        ({"relations": "bundled"}, "relations must be a sequence of Relation"),
+        ({"relations": [known[0], "speak"]}, r"relations\[1\] must be a Relation; got 'speak'"),
+        ({"settings": {"k": 24}}, "settings must be a RelSpecConfig"),
+        ({"out": 7}, "out must be"),
+        ({"progress": True}, "progress must be"),
+    ):
+        good = {"lm": lm, "relations": known}
+        with pytest.raises(ConfigError, match=message):
+            make(Study.__new__(Study), **{**good, **arguments})
 
 
 # --- stops and resumes ----------------------------------------------------------------------------
