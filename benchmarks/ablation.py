@@ -24,7 +24,8 @@ import published
 from jaxneurons import load
 from jaxneurons.checkpoints.fetch import fetch_smollm2
 from jaxneurons.engine.ablation import ablated
-from jaxneurons.neurons.sets import FFN, NeuronSet, random_neurons
+from jaxneurons.neurons.controls import random_neurons
+from jaxneurons.neurons.sets import FFN, NeuronSet
 from jaxneurons.prompts.answers import encode_prompt
 from jaxneurons.prompts.relations import bundled_relations, prompt
 

@@ -1,6 +1,7 @@
 """Two CPU devices and full float32 matmuls for every test; the real model, loaded once."""
 
 import gc
+import inspect
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +69,15 @@ def few_programs(request):
         if count > MOST_MAPS:
             jax.clear_caches()
             gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def settings_check_themselves():
+    """Wrong fields are refused with errors of the settings' own, where beartype would be first."""
+    from jaxneurons.qrnca.method import QRNCAConfig
+
+    for settings in (QRNCAConfig,):
+        settings.__init__ = inspect.unwrap(settings.__init__)
 
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

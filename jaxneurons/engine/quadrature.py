@@ -37,7 +37,7 @@ class Quadrature:
     """How the integral over the path is computed.
 
     Attributes:
-      rule: one of `RULES`.
+      rule: adaptive (converges), gauss, right (the QRNCA paper's) or reference (its public code's).
       steps: nodes per layer of a fixed rule; `adaptive` ignores it.
       tolerance: `adaptive`: a panel is split while its estimated error exceeds this share of the L2
         norm of its layer's attribution (or the noise of float32 probabilities, if larger).

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers
@@ -20,8 +21,9 @@ from jaxneurons.model.token_ids import check_ids
 Params = dict[str, Any]
 """One plain nested dict of arrays; layers are stacked on axis 0, kernels are [layer, in, out]."""
 
-Scales = Mapping[str, Array]
-"""By site, multipliers [layers, ...] whose rest broadcasts to [batch, seq, width]."""
+Scales = Mapping[str, Array | np.ndarray]
+"""By site, multipliers: [layer, width], as `NeuronSet.scales` gives them; [batch, layer, width],
+one set for each row; or [layer, batch, seq, width], where batch and seq may be 1."""
 
 
 class Cache(NamedTuple):
@@ -164,6 +166,14 @@ def _write(cached: Array, new: Array, positions: Array) -> Array:
     )(cached, new.astype(cached.dtype), positions[:, 0])
 
 
+def _by_layer(scales: Scales) -> Scales:
+    """Multipliers with the layers in front, whose rest broadcasts to [batch, seq, width]."""
+    return {
+        site: jnp.swapaxes(values, 0, 1)[:, :, None] if jnp.ndim(values) == 3 else values
+        for site, values in scales.items()
+    }
+
+
 def _take(x: Array, at: Array) -> Array:
     """[batch, seq, width] at [batch, at] -> [batch, at, width]."""
     return jnp.take_along_axis(x, at[..., None], axis=1)
@@ -225,7 +235,7 @@ class Transformer(nn.Module):
         x, (store, activations) = stack(
             params["embed"]["embedding"][tokens],
             (
-                dict(scales) if scales else None,
+                _by_layer(scales) if scales else None,
                 None if cache is None else (cache.k, cache.v),
                 None if windows is None else jnp.asarray(windows, jnp.int32),
             ),
@@ -257,7 +267,8 @@ def forward(
       config: the model's shape.
       lengths: real tokens in each row; default: all.
       at: positions (of `tokens`) to return logits for: indices, "last" real one, or "all".
-      scales: multipliers by site; a site or the whole argument absent = untouched.
+      scales: multipliers by site: [layer, width], or [batch, layer, width] for one set a row, or
+        [layer, batch, seq, width]; a site or the whole argument absent = untouched.
       cache: what came before, from `init_cache` or an earlier pass; tokens are appended to it.
         Its capacity must hold them: nothing checks that inside jit.
       capture: sites whose activations (after scaling) to return; also "residual", the stream as

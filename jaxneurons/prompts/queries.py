@@ -24,6 +24,7 @@ from typing import Any
 from jaxneurons.errors import DataError
 from jaxneurons.prompts.answers import option_letters, option_lines
 from jaxneurons.storage.json_file import read_values
+from jaxneurons.storage.typed_json import typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,8 @@ def _query(path: Path | str, name: str, record: Any) -> Query:
         raise DataError(f"{where}: an object is needed, got {type(record).__name__}")
     if "sentences" in record:
         return _multi_choice(where, name, record)
+    if "answers" in record:  # as a run keeps its queries
+        return typed(Query, record, where)
     if not {"prompt", "prompts"} & record.keys():
         raise DataError(
             f"{where}: neither 'sentences' (multi-choice) nor 'prompts' (cloze) is there; "

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxneurons.errors import DataError
+from jaxneurons.neurons.controls import layer_matched_sets
 from jaxneurons.neurons.sets import ATTENTION, FFN, NeuronSet, neuron_count
 from jaxneurons.prompts.matching import ERRORS, error_class, words
 from jaxneurons.prompts.relations import Triple
@@ -46,12 +47,14 @@ def ablation(study: Collection) -> TableRows:
     sets = relation_sets(neurons) + control_sets(study.random(study.settings.seeds))
     rows = measure(study, "ablation", sets, [*study.evaluation, *study.detection])
     for name, of_relation in neurons.items():
-        rng = np.random.default_rng([study.settings.seed, 3, *name.encode()])
         try:
-            matched = [
-                of_relation.random_like(study.lm.config, rng)
-                for _ in range(study.settings.sweep_seeds)
-            ]
+            matched = layer_matched_sets(
+                of_relation,
+                study.lm.config,
+                seed=study.settings.seed,
+                name=name,
+                count=study.settings.sweep_seeds,
+            )
         except DataError:  # more than half of a layer: no such control
             continue
         evaluation = study.prompts[name].evaluation

@@ -19,7 +19,8 @@ from jaxneurons.engine.ablation import Shape, default_shape
 from jaxneurons.engine.experts import Examples, Expertise, expertise, resolve_k
 from jaxneurons.engine.responses import ResponseStore
 from jaxneurons.errors import DataError, near_matches
-from jaxneurons.neurons.sets import SITES, NeuronSet, random_neurons
+from jaxneurons.neurons.controls import random_sets
+from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.prompts.relations import Relation, Split, Triple, split
 from jaxneurons.relspec import method
 from jaxneurons.relspec.generations import Generations, StageProgress, check_steps
@@ -284,16 +285,7 @@ class Collection(Generations):
     ) -> list[NeuronSet]:
         """As many sets of random neurons."""
         sites, k = tuple(sites or self.settings.sites), self.k if k is None else k
-        numbers = [SITES.index(site) for site in sites]
-        return [
-            random_neurons(
-                self.lm.config,
-                sites,
-                k,
-                np.random.default_rng([self.settings.seed, 2, number, k, *numbers]),
-            )
-            for number in range(seeds)
-        ]
+        return random_sets(self.lm.config, sites, k, seed=self.settings.seed, count=seeds)
 
 
 _TABLES = ("scores", "separations", "medians")

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxneurons.engine.experts import Examples
-from jaxneurons.neurons.sets import NeuronSet, neuron_count, random_neurons
+from jaxneurons.neurons.controls import CONCEPTS, generator, random_neurons
+from jaxneurons.neurons.sets import NeuronSet, neuron_count
 from jaxneurons.relspec import method
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows, measure, relation_sets
@@ -84,7 +85,7 @@ def _validation(study: Collection, fresh: Subjects, sets: Mapping[str, NeuronSet
         return []
     prompts = _concept_prompts("validation", fresh, kinds, VALIDATION_PROMPTS // 2, seed)
     examples = _examples(prompts, kinds, 1, seed)
-    random = random_neurons(study.lm.config, sites, study.k, np.random.default_rng([seed, 4]))
+    random = random_neurons(study.lm.config, sites, study.k, generator(seed, CONCEPTS))
     return [
         {
             "concept": kind,

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxneurons.engine.ablation import default_shape, kept
+from jaxneurons.engine.ablation import default_shape
 from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.errors import DataError
 from jaxneurons.model import finite
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params, Scales
-from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.neurons.sets import NeuronSet, stack_scales
 from jaxneurons.prompts import batches
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows
@@ -66,16 +66,16 @@ def _losses(
 ) -> dict[str, Float[np.ndarray, "set sentence"]]:
     """`sentence_loss` with each set off; raises `DataError` for one that is not finite."""
     config, params = study.lm.config, study.lm.params
-    keep = kept(sets, config, study.settings.sites)
+    stacked = stack_scales(sets, config, sites=study.settings.sites)
     losses = np.zeros((len(sets), len(sentences)))
     for batch in batches.by_length(sentences, default_shape().prompts):
-        values = _losses_with_sets(params, batch.tokens, batch.lengths, keep, config=config)
+        values = _losses_with_sets(params, batch.tokens, batch.lengths, stacked, config=config)
         losses[:, batch.index] = np.asarray(values)[:, : len(batch.index)]
         for row, index in enumerate(batch.index.tolist()):
             overflown = np.flatnonzero(~np.isfinite(losses[:, index]))
             if len(overflown):
                 tokens = batch.tokens[row, : batch.lengths[row]]
-                scales = {site: mask[int(overflown[0])] for site, mask in keep.items()}
+                scales = {site: mask[int(overflown[0])] for site, mask in stacked.items()}
                 where = finite.explain(params, tokens, config=config, scales=scales)
                 raise DataError(f"{relation!r}, sentence {texts[index]!r}: {where}")
     return {"loss": losses}
@@ -86,11 +86,11 @@ def _losses_with_sets(
     params: Params,
     tokens: Int[Array, "sentence seq"],
     lengths: Int[Array, " sentence"],
-    keep: Scales,
+    stacked: Scales,
     *,
     config: ModelConfig,
 ) -> Float[Array, "set sentence"]:
     """`sentence_loss` under each of some multipliers, [set, layer, width] by site."""
     return jax.lax.map(
-        lambda scales: sentence_loss(params, tokens, lengths, config=config, scales=scales), keep
+        lambda scales: sentence_loss(params, tokens, lengths, config=config, scales=scales), stacked
     )

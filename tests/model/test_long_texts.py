@@ -6,10 +6,11 @@ import numpy as np
 from support.models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import forward
-from jaxneurons.engine.ablation import generate_ablated, kept
+from jaxneurons.engine.ablation import generate_ablated
 from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.engine.responses import ResponseStore, mean_responses
-from jaxneurons.neurons.sets import FFN, NeuronSet, random_neurons
+from jaxneurons.neurons.controls import random_neurons
+from jaxneurons.neurons.sets import FFN, NeuronSet, stack_scales
 from jaxneurons.prompts import batches
 
 CONFIG = tiny_config(num_layers=2, max_position=512)
@@ -21,7 +22,7 @@ OFF = random_neurons(CONFIG, FFN, 30, np.random.default_rng(0))
 
 
 def masks():
-    return kept([NeuronSet(), OFF], CONFIG, FFN)
+    return stack_scales([NeuronSet(), OFF], CONFIG, sites=FFN)
 
 
 def test_perplexity_of_long_sentences():
