@@ -7,7 +7,7 @@ One forward pass per prompt; the mean is taken inside the scan over layers. On d
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.sets import check_site, site_width
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.batches import PromptBatch
+from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import digest, make_directory, write_json
 from jaxneurons.storage.tables import read_json
 from jaxneurons.storage.typed_json import typed
@@ -131,7 +132,7 @@ class ResponseStore:
         params: Params,
         sites: Sequence[str],
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Take and write the responses at `sites` that are not there yet.
 

@@ -23,8 +23,9 @@ from jaxneurons.neurons.controls import random_sets
 from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.prompts.relations import Relation, Split, Triple, split
 from jaxneurons.relspec import method
-from jaxneurons.relspec.generations import Generations, StageProgress, check_steps
+from jaxneurons.relspec.continuations import Continuations, check_steps
 from jaxneurons.relspec.method import Prompt, RelSpecConfig
+from jaxneurons.storage.progress import StageProgress
 from jaxneurons.storage.store import Memory, RunDirectory, digest
 
 RESERVED = ("none", "random", "matched", "own")
@@ -59,7 +60,7 @@ class RelationPrompts:
     unknown: str
 
 
-class Collection(Generations):
+class Collection(Continuations):
     """A model, relations and settings, and what the analyses of `Study` rest on.
 
     Args:

@@ -20,9 +20,9 @@ from jaxneurons.relspec.analyses import Counts
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows, summary
 from jaxneurons.relspec.figures import make_figures
-from jaxneurons.relspec.generations import StageProgress
 from jaxneurons.relspec.method import RelSpecConfig
 from jaxneurons.relspec.registry import ANALYSES, DROPS, SkippedWarning, choose
+from jaxneurons.storage.progress import StageProgress
 from jaxneurons.storage.settings import check_argument
 from jaxneurons.storage.store import make_directory, null_for_nan, write_json, write_text
 from jaxneurons.storage.tables import Table, Tables, as_table, read_tables, write_table

@@ -4,7 +4,7 @@ Names come from files and people: they are shown as they are, on one line, in ch
 terminal has (see `Plain`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
+from jaxneurons.storage import progress as reports
 from jaxneurons.storage.printable import encodable, printable, shortened
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ NAME = 32
 
 
 @contextmanager
-def counting(what: str, unit: str = "prompts") -> Iterator[Callable[[int, int], None]]:
+def counting(what: str, unit: str = "prompts") -> Iterator[reports.Progress]:
     """A bar over things that are counted: call what it gives with (done, of)."""
     columns = (MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
     with _progress(*columns) as progress:
@@ -86,7 +87,7 @@ def counting(what: str, unit: str = "prompts") -> Iterator[Callable[[int, int], 
 
 
 @contextmanager
-def counting_bytes(what: str) -> Iterator[Callable[[int], None]]:
+def counting_bytes(what: str) -> Iterator[reports.Advance]:
     """A bar over bytes: call what it gives with those that have just passed."""
     with _progress(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
         task = progress.add_task(errors.shown(what), total=None)
@@ -94,7 +95,7 @@ def counting_bytes(what: str) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
+def stages() -> Iterator[reports.StageProgress]:
     """A bar for each stage of a long run: call what it gives with (stage, done, of)."""
     with _progress(*_COUNT) as progress:
         tasks: dict[str, Any] = {}

@@ -14,7 +14,7 @@ import jaxneurons
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.prompts.relations import Relation, Triple, bundled_relations, read_relations
-from jaxneurons.relspec.generations import NO_STEP, Generations
+from jaxneurons.relspec.continuations import NO_STEP, Continuations
 from jaxneurons.relspec.method import Prompt, RelSpecConfig, relation_prompts
 from jaxneurons.relspec.study import Study
 from jaxneurons.storage.store import Memory, RunDirectory
@@ -49,10 +49,10 @@ def splits_digits():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
 
 
-def generations(lm, path=None, tokenizer=None, **settings):
+def continuations(lm, path=None, tokenizer=None, **settings):
     lm = dataclasses.replace(lm, tokenizer=tokenizer or lm.tokenizer)
     parts = Memory() if path is None else RunDirectory(path, {})
-    return Generations(lm, parts, RelSpecConfig(**settings))
+    return Continuations(lm, parts, RelSpecConfig(**settings))
 
 
 def of_language(language):
@@ -99,10 +99,10 @@ def space(prompt):
 @pytest.mark.parametrize("language", ["", *LANGUAGES])
 def test_perfect_answers_are_right_with_smollm2(smollm2, tmp_path, language):
     prompts = of_language(language)
-    right, total = share_right(generations(smollm2, tmp_path / "run"), prompts, space)
+    right, total = share_right(continuations(smollm2, tmp_path / "run"), prompts, space)
     assert right == total >= 370
     # The paper's two tokens: why the number is not fixed.
-    two, _ = share_right(generations(smollm2, tmp_path / "two", steps=2), prompts, space)
+    two, _ = share_right(continuations(smollm2, tmp_path / "two", steps=2), prompts, space)
     assert two < total
     assert two / total < {"zh": 0.8, "ja": 0.4}.get(language, 1)
 
@@ -116,7 +116,7 @@ def test_what_begins_like_the_object_is_seen_to_end_otherwise(smollm2, tmp_path,
     """Two tokens, or as many as the object has, would not tell: SmolLM2 says each of these."""
     prompt = Prompt("r", "det", "", "s", (wanted,), 'The word for it is "')
     for steps, right in ((None, False), (2, True)):
-        asks = generations(smollm2, tmp_path / str(steps), steps=steps)
+        asks = continuations(smollm2, tmp_path / str(steps), steps=steps)
         ids = perfect(smollm2.tokenizer, prompt, said, "")
         ids = ids[: asks.steps([prompt])[0]]
         assert asks.judge(np.array([ids], np.int32), [prompt])[0] == right, asks.decode(
@@ -126,7 +126,7 @@ def test_what_begins_like_the_object_is_seen_to_end_otherwise(smollm2, tmp_path,
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_perfect_answers_are_right_with_digits_and_bytes(lm, tmp_path, language):
-    asks = generations(lm, tmp_path / "run", splits_digits())
+    asks = continuations(lm, tmp_path / "run", splits_digits())
     prompts = of_language(language)[::3]
     right, total = share_right(asks, prompts, space)
     assert right == total > 100
@@ -150,7 +150,7 @@ TEXTS = (
 @pytest.mark.parametrize("answer", [*YEARS, *TEXTS])
 def test_answers_of_every_kind(lm, tmp_path, answer):
     """Years, signs, scripts of many bytes; and what is another answer is wrong."""
-    asks = generations(lm, tmp_path / "run", splits_digits())
+    asks = continuations(lm, tmp_path / "run", splits_digits())
     prompt = Prompt("r", "det", "", "s", (answer,), "The answer is")
     assert share_right(asks, [prompt], space) == (1, 1)
     longer = {"7": "73", "12": "128", "1945": "19450", "b": "bz", "C++": "C#", "-40": "40"}
@@ -162,7 +162,7 @@ def test_answers_of_every_kind(lm, tmp_path, answer):
 
 def test_steps_are_what_the_objects_need(lm, tmp_path):
     tokenizer = splits_digits()
-    asks = generations(lm, tmp_path / "run", tokenizer)
+    asks = continuations(lm, tmp_path / "run", tokenizer)
     text = "The answer is"
     for objects in (("1945",), ("7", "1945"), ("b",)):
         (found,) = asks.steps([Prompt("r", "det", "", "s", objects, text)])
@@ -172,14 +172,14 @@ def test_steps_are_what_the_objects_need(lm, tmp_path):
     # No boundary between prompt and answer: at least as many as the answer has alone.
     (odd,) = asks.steps([Prompt("r", "det", "", "s", ("1945",), "Italia")])
     assert odd >= 5
-    (two,) = generations(lm, tmp_path / "two", tokenizer, steps=2).steps(
+    (two,) = continuations(lm, tmp_path / "two", tokenizer, steps=2).steps(
         [Prompt("r", "det", "", "s", ("1945",), text)]
     )
     assert two == 2
 
 
 def test_an_ended_answer_is_whole(lm, tmp_path):
-    asks = generations(lm, tmp_path / "run")
+    asks = continuations(lm, tmp_path / "run")
     tokenizer = lm.tokenizer
     prompt = Prompt("r", "det", "", "s", ("New York",), "x")
     ids = tokenizer(" New")["input_ids"]
@@ -210,7 +210,7 @@ def questions(relations):
 
 def test_more_steps_begin_alike_and_company_changes_nothing(lm, relations, tmp_path):
     """Each prompt gets its own number of steps, whatever it is asked with; longer is longer."""
-    asks = generations(lm, tmp_path / "run")
+    asks = continuations(lm, tmp_path / "run")
     prompts = questions(relations)
     steps = asks.steps(prompts)
     assert len(set(steps)) > 2
@@ -220,9 +220,9 @@ def test_more_steps_begin_alike_and_company_changes_nothing(lm, relations, tmp_p
     for row, count in zip(said[0], steps, strict=True):
         assert (row[:count] != NO_STEP).all()
         assert (row[count:] == NO_STEP).all()
-    two = generations(lm, tmp_path / "two", steps=2)
+    two = continuations(lm, tmp_path / "two", steps=2)
     np.testing.assert_array_equal(two.generate("", sets, prompts), said[..., :2])
-    some = generations(lm, tmp_path / "some").generate("", sets[1:], prompts[3:9])
+    some = continuations(lm, tmp_path / "some").generate("", sets[1:], prompts[3:9])
     np.testing.assert_array_equal(some[0], said[1, 3:9, : some.shape[-1]])
     assert asks.judge(said[:1], prompts).all()  # objects are made of what it says
 
@@ -230,14 +230,14 @@ def test_more_steps_begin_alike_and_company_changes_nothing(lm, relations, tmp_p
 def test_what_was_said_is_read_again(lm, relations, tmp_path, monkeypatch):
     """Each group is kept as it is done; a spoilt one is made again, and no other."""
     prompts = questions(relations)
-    first = generations(lm, tmp_path / "run")
+    first = continuations(lm, tmp_path / "run")
     said = first.generate("", [NeuronSet()], prompts)
     parts = sorted((tmp_path / "run" / "parts").glob("said-*.npz"))
     assert len(parts) == len({1 << (n - 1).bit_length() for n in first.steps(prompts)}) > 1
     before = {path: path.read_bytes() for path in parts}
     parts[0].write_bytes(b"x")
     told = []
-    again = generations(lm, tmp_path / "run")
+    again = continuations(lm, tmp_path / "run")
     again.progress = lambda *what: told.append(what)
     np.testing.assert_array_equal(again.generate("asked", [NeuronSet()], prompts), said)
     assert {path: path.read_bytes() for path in parts} == before
@@ -250,7 +250,7 @@ def test_parts_keep_their_names(lm, tmp_path):
     """Directories of before are opened: names are hashes of tokens, steps and neurons."""
     prompt = Prompt("r", "det", "", "s", ("b",), "The answer is")
     neurons = NeuronSet.of(up=[(1, 2)])
-    generator = generations(lm, tmp_path / "run", steps=2)
+    generator = continuations(lm, tmp_path / "run", steps=2)
     tokens = generator.generate("", [neurons], [prompt])
 
     def sha256(value):
@@ -271,12 +271,12 @@ def test_no_room_in_the_context(lm, relations, tmp_path):
         assert not (tmp_path / "run").exists()
     long = Prompt("r", "det", "", "s", ("b",), "The answer is")
     with pytest.raises(DataError, match=f"tokens and {most - 1} are generated after it"):
-        generations(lm, tmp_path / "a", steps=most - 1).encode([long])
+        continuations(lm, tmp_path / "a", steps=most - 1).encode([long])
     wordy = Prompt("r", "det", "", "s", (" ".join("b" * most),), "The answer is")
     with pytest.raises(
         DataError, match=f"are generated after it, the model's context holds {most}"
     ):
-        generations(lm, tmp_path / "b").encode([wordy])
+        continuations(lm, tmp_path / "b").encode([wordy])
 
 
 def test_room_for_just_the_answer(lm, tmp_path, monkeypatch):
@@ -287,7 +287,7 @@ def test_room_for_just_the_answer(lm, tmp_path, monkeypatch):
         generated.append(steps)
         return jaxneurons.engine.ablation.ablated(*arguments, steps=steps, **options)
 
-    monkeypatch.setattr("jaxneurons.relspec.generations.ablated", ablated)
+    monkeypatch.setattr("jaxneurons.relspec.continuations.ablated", ablated)
     tokenizer = lm.tokenizer
     answer = " ".join("b" * 5)
     need = len(tokenizer(f"x {answer}")["input_ids"]) - len(tokenizer("x")["input_ids"]) + 1
@@ -297,7 +297,7 @@ def test_room_for_just_the_answer(lm, tmp_path, monkeypatch):
         text = text[:-1]
     prompt = Prompt("r", "det", "", "s", (answer,), text)
     assert len(tokenizer(text)["input_ids"]) + need == lm.config.max_position
-    said = generations(lm, tmp_path / "run").generate("", [NeuronSet()], [prompt])
+    said = continuations(lm, tmp_path / "run").generate("", [NeuronSet()], [prompt])
     assert said.shape == (1, 1, need)
     assert generated == [need]
 
@@ -318,6 +318,6 @@ def test_a_translation_is_judged_in_its_own_words(lm, tmp_path):
     triple = Triple("Rom", "Italien")
     relation = Relation("r", (triple,), {"plain": ("{} ist in",)})
     (prompt,) = relation_prompts(relation, [triple], "{} ist in", evaluation="det")
-    asks = generations(lm, tmp_path / "run")
+    asks = continuations(lm, tmp_path / "run")
     ids = lm.tokenizer(" Italien")["input_ids"]
     assert asks.judge(np.array([ids], np.int32), [prompt])[0]

@@ -5,7 +5,7 @@ generations under a set of neurons are a part of the run, so that analyses share
 run goes on where it was, with identical results.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.prompts.answers import encode_answer, encode_prompt
 from jaxneurons.prompts.matching import any_answers
 from jaxneurons.relspec.method import FEWEST_STEPS, Prompt, RelSpecConfig
+from jaxneurons.storage.progress import Advance, StageProgress
 from jaxneurons.storage.store import Parts, digest
 
 NO_STEP = -1
@@ -26,9 +27,6 @@ NO_STEP = -1
 
 KEY = "said"
 """Of the array in a part, and how the names of these parts begin: as format 2 has it."""
-
-StageProgress = Callable[[str, int, int], None]
-"""Called with (stage, done, of)."""
 
 
 class Group(NamedTuple):
@@ -39,7 +37,7 @@ class Group(NamedTuple):
     tokens: list[tuple[int, ...]]
 
 
-class Generations:
+class Continuations:
     """A model's answers to prompts, with sets of neurons off; none is generated twice.
 
     Args:
@@ -179,7 +177,7 @@ class Generations:
         missing: Mapping[str, NeuronSet],
         sites: Sequence[str],
         shape: Shape | None,
-        advance: Callable[[int], None],
+        advance: Advance,
     ) -> dict[str, Int[np.ndarray, "prompt step"]]:
         """What the model says after a group's prompts with each of some sets off, by part."""
         most = max(group.steps)
