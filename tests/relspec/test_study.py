@@ -348,7 +348,7 @@ def test_arguments_of_another_kind(lm, relations):
     """At once, before anything is hashed or generated."""
     make, known = inspect.unwrap(Study.__init__), read_relations(relations)
     for arguments, message in (
-        ({"lm": "lab"}, "lm must be an LM; got 'lab'"),
+        ({"lm": "lab"}, "lm must be an? LM; got 'lab'"),
         ({"relations": "bundled"}, "relations must be a sequence of Relation"),
         ({"relations": [known[0], "speak"]}, r"relations\[1\] must be a Relation; got 'speak'"),
         ({"settings": {"k": 24}}, "settings must be a RelSpecConfig"),
