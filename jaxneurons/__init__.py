@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         storage,
     )
     from jaxneurons.checkpoints import LM, load, save
+    from jaxneurons.citations import citation
     from jaxneurons.engine import (
         Attribution,
         Generations,
@@ -66,6 +67,7 @@ __all__ = [
     "__version__",
     "ablate",
     "checkpoints",
+    "citation",
     "convert",
     "engine",
     "errors",

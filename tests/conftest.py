@@ -13,6 +13,7 @@ import pytest
 # rotary angles are written as broadcasts.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 SAMPLES = Path(__file__).with_name("data")
 FORMATS = {"query_file": ("qrneuron", "*.json"), "relation_directory": ("", "lre")}
@@ -81,6 +82,16 @@ def settings_check_themselves():
 
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def as_users_call():
+    """Without the type checker that tests put around every function: arguments reach our checks."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

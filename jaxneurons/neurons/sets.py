@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import site_widths
 from jaxneurons.storage.csv_file import read_csv
 
 Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
@@ -48,16 +49,7 @@ def check_site(site: str) -> None:
 def site_width(config: ModelConfig, site: str) -> int:
     """Neurons of a site in one layer."""
     check_site(site)
-    return {
-        "up": config.intermediate_size,
-        "gate": config.intermediate_size,
-        "act": config.intermediate_size,
-        "down": config.hidden_size,
-        "q": config.query_width,
-        "k": config.kv_width,
-        "v": config.kv_width,
-        "o": config.hidden_size,
-    }[site]
+    return site_widths(config)[site]
 
 
 def neuron_count(config: ModelConfig, sites: Iterable[str]) -> int:

@@ -254,10 +254,10 @@ def listens(process):
 def test_a_failure_ends_without_a_shutdown_of_what_it_left_in_threads(tmp_path):
     """Threads of a writer that failed print tracebacks then."""
     program = (
-        "import atexit, sys, jaxneurons_main\n"
+        "import atexit, sys, jaxneurons.__main__\n"
         "atexit.register(print, 'a traceback', file=sys.stderr)\n"
         "sys.argv[1:] = ['inspect', 'nothing']\n"
-        "jaxneurons_main.main()\n"
+        "jaxneurons.__main__.main()\n"
     )
     found = subprocess.run(
         [sys.executable, "-c", program],
@@ -276,7 +276,7 @@ def test_a_failure_ends_without_a_shutdown_of_what_it_left_in_threads(tmp_path):
 def test_a_signal_while_libraries_are_loaded(after):
     """No traceback, and the command ends instead of going on."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxneurons_main", "qrnca", "locate", "--help"],
+        [sys.executable, "-m", "jaxneurons", "qrnca", "locate", "--help"],
         cwd=Path(__file__).parents[2],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
