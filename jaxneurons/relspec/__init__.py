@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         read_relation,
         read_relations,
     )
+    from jaxneurons.relspec.drops import mean_drops
     from jaxneurons.relspec.method import RelSpecConfig
     from jaxneurons.relspec.registry import SkippedWarning
     from jaxneurons.relspec.stages import bundled, compare
@@ -27,6 +28,7 @@ __all__ = [
     "Triple",
     "bundled",
     "compare",
+    "mean_drops",
     "read_counts",
     "read_relation",
     "read_relations",

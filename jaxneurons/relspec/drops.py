@@ -4,7 +4,7 @@ They share their columns (`measure`), so that they can be read, joined and drawn
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def control_sets(
     return [({"off": control, "seed": seed, **label}, neurons) for seed, neurons in enumerate(sets)]
 
 
-def summary(rows: Sequence[Row]) -> list[Row]:
+def mean_drops(rows: Iterable[Row]) -> list[Row]:
     """Mean drops over relations: own neurons off, other relations' off, random ones off.
 
     One row per (analysis, type, k, evaluation, language). Over relations with enough right answers

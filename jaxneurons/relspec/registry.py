@@ -26,7 +26,7 @@ ANALYSES: dict[str, Callable[[Collection], TableRows]] = {
 
 DEFAULT = ("ablation", "layers", "overlap", "errors")
 DROPS = ("ablation", "robustness", "multilingual", "sizes", "types")
-"""Tables with the columns of `drops.measure`, which `summary` is made of."""
+"""Tables with the columns of `drops.measure`, which `mean_drops` averages."""
 
 
 def choose(names: str | Sequence[str], *, counts: bool = False) -> tuple[str, ...]:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.neurons.sets import neuron_count, neuron_table
+from jaxneurons.neurons.sets import NeuronSet, neuron_count, neuron_table
 from jaxneurons.prompts.relations import Relation
-from jaxneurons.relspec import analyses, wordings
+from jaxneurons.relspec import analyses, drops, wordings
 from jaxneurons.relspec.analyses import Counts
 from jaxneurons.relspec.collection import Collection
-from jaxneurons.relspec.drops import TableRows, summary
+from jaxneurons.relspec.drops import TableRows, mean_drops, relation_sets
 from jaxneurons.relspec.figures import make_figures
 from jaxneurons.relspec.method import RelSpecConfig
 from jaxneurons.relspec.registry import ANALYSES, DROPS, SkippedWarning, choose
@@ -220,6 +220,19 @@ class Study(Collection):
         """
         return self._table("frequency", counts=counts)
 
+    def measure(self, sets: Mapping[str, NeuronSet]) -> Table:
+        """Accuracy on the held-out facts of every known relation with sets of your own off.
+
+        Args:
+          sets: neurons, by the names that the column `off` gets.
+
+        Returns:
+          The columns of `ablation`; `mean_drops` averages its rows. The table is not kept.
+        """
+        for neurons in sets.values():
+            neurons.check(self.lm.config)
+        return as_table(drops.measure(self, "measure", relation_sets(sets), self.evaluation))
+
     # --- what has been found ----------------------------------------------------------------------
 
     @property
@@ -228,9 +241,9 @@ class Study(Collection):
         return Tables(self._all_rows(), path=self.out)
 
     def summary(self) -> Table:
-        """Mean drops over relations of every analysis made so far: see `drops.summary`."""
+        """Mean drops over relations of every analysis made so far: see `mean_drops`."""
         rows = self._all_rows()
-        return as_table(summary([row for name in DROPS for row in rows.get(name, [])]))
+        return as_table(mean_drops([row for name in DROPS for row in rows.get(name, [])]))
 
     def figures(self) -> dict[str, Figure]:
         """A figure of every table made so far that has one."""
@@ -314,7 +327,7 @@ class Study(Collection):
     def _finish(self, seconds: Mapping[str, float], skipped: Mapping[str, str]) -> None:
         """The summary over all tables that are there, and run.json."""
         tables = self._all_rows()
-        means = summary([row for name in DROPS for row in tables.get(name, [])])
+        means = mean_drops([row for name in DROPS for row in tables.get(name, [])])
         self._keep({"summary": means})
         if self.out is None:
             return

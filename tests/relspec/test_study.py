@@ -241,7 +241,7 @@ def test_the_summary_is_what_it_says():
             row("c", "c", 1.0, counted=False),
         ),
     ]
-    (found,) = drops.summary(rows)
+    (found,) = drops.mean_drops(rows)
     assert (found["relations"], found["right_before"]) == (2, 14)
     assert found["diagonal"] == pytest.approx(0.6)
     assert found["off_diagonal"] == pytest.approx((0.2 + 0.0 + 0.5) / 3)
