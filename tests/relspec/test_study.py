@@ -4,11 +4,13 @@ import csv
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import shutil
 
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import pytest
 from support.fixtures import write_lm
@@ -17,7 +19,7 @@ from support.models import compiled
 
 import jaxneurons
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.neurons.sets import FFN, read_neurons
+from jaxneurons.neurons.sets import FFN, NeuronSet, read_neurons
 from jaxneurons.prompts.matching import any_answers
 from jaxneurons.prompts.relations import Triple, read_relations
 from jaxneurons.relspec import analyses, drops, figures, stages
@@ -321,6 +323,35 @@ def test_what_a_study_shows(whole, in_memory):
             assert line.split() == [name, "24", "12/12", "12/12", lost, "yes"]
             cells = "".join(f"<td>{c}</td>" for c in (name, "24", "12/12", "12/12", lost, "yes"))
             assert f"<tr>{cells}</tr>" in study._repr_html_()
+
+
+def test_sets_of_ones_own(whole, in_memory):
+    """A relation's neurons by another name: its drops; under its own, the means' diagonal."""
+    study, _ = in_memory
+    neurons = study.neurons()
+    rows = study.measure({"mine": neurons["speak"]}).to_pylist()
+    expected = [
+        {**row, "analysis": "measure", "off": "mine"}
+        for row in tables(whole)["ablation"]
+        if row["off"] == "speak" and row["evaluation"] == "eva"
+    ]
+    assert rows == expected
+    (line,) = drops.mean_drops(study.measure(neurons).to_pylist())
+    (same,) = (
+        row
+        for row in tables(whole)["summary"]
+        if (row["analysis"], row["evaluation"]) == ("ablation", "eva")
+    )
+    for key in ("diagonal", "off_diagonal", "right_before"):
+        assert line[key] == same[key]
+    with pytest.raises(DataError, match="layer 99 is not in this model"):
+        study.measure({"far": NeuronSet.of(up=[(99, 0)])})
+
+
+def test_figures_show_themselves(in_memory):
+    for figure in in_memory[0].figures().values():
+        image = matplotlib.image.imread(io.BytesIO(figure._repr_png_()))
+        assert image.std() > 0.05  # not one colour
 
 
 def test_neurons_are_written_where_they_are_wanted(whole, in_memory, tmp_path):
