@@ -11,6 +11,7 @@ import typer
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.qrnca import cli as qrnca_cli
 from jaxneurons.relspec import cli as relspec_cli
+from jaxneurons.terminal.checkpoint_views import show_certificate, show_description
 from jaxneurons.terminal.console import (
     console,
     counting,
@@ -18,8 +19,6 @@ from jaxneurons.terminal.console import (
     errors,
     gib,
     load_and_say,
-    show_certificate,
-    show_description,
 )
 from jaxneurons.terminal.options import IgnoreKeys
 from jaxneurons.terminal.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
