@@ -12,7 +12,10 @@ import pytest
 # rotary angles are written as broadcasts.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
+# Types are mixed on purpose or not at all.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tiny models: compiling takes most of the time. Tests of the real one compile as users do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 SAMPLES = Path(__file__).with_name("data")
 FORMATS = {"query_file": ("qrneuron", "*.json"), "relation_directory": ("", "lre")}

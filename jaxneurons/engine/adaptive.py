@@ -190,7 +190,8 @@ def adaptive(
 
 def _per_layer(layer: Array, valid: Array, count: int) -> Array:
     """Nodes of first-pass panels [..., panel], added up by layer."""
-    return (INNER + 1) * (jax.nn.one_hot(layer, count) * valid[..., None]).sum(-2)
+    where = jax.nn.one_hot(layer, count)
+    return (INNER + 1) * jnp.where(valid[..., None], where, 0).sum(-2)
 
 
 def _nodes(panels: Panels) -> Array:
@@ -350,7 +351,7 @@ def settle(
     most = quadrature.max_nodes * count
     fits = (waiting <= CAPACITY) & (search.nodes.sum() + INNER * waiting <= most)
     split = (pieces > 0) & fits
-    keep = where * (valid & ~split)[:, None]
+    keep = jnp.where((valid & ~split)[:, None], where, 0)
 
     part = jnp.arange(steps)
     in_two = (pieces == 2)[:, None]
@@ -370,7 +371,9 @@ def settle(
     )
     real = (split[:, None] & (part < pieces[:, None])).reshape(-1)
     place = jnp.where(real, search.size + jnp.cumsum(real) - 1, CAPACITY)
-    inner = INNER * (where * split[:, None] * pieces[:, None]).sum(0)
+    inner = INNER * (jnp.where(split[:, None], where, 0) * pieces[:, None].astype(jnp.float32)).sum(
+        0
+    )
     return _Search(
         total=search.total + keep.T @ integral,
         error=search.error + keep.T @ error,
