@@ -22,11 +22,10 @@ import numpy as np
 import published
 
 from jaxneurons import load
-from jaxneurons.checkpoints.fetch import fetch_smollm2
-from jaxneurons.engine.ablation import ablated
-from jaxneurons.neurons.sets import FFN, NeuronSet, random_neurons
-from jaxneurons.prompts.answers import encode_prompt
-from jaxneurons.prompts.relations import bundled_relations, prompt
+from jaxneurons.checkpoints import fetch_smollm2
+from jaxneurons.engine import ablated
+from jaxneurons.neurons import FFN, NeuronSet, random_neurons
+from jaxneurons.prompts import bundled_relations, encode_prompt, prompt
 
 
 def zero_hooks(model: Any, neurons: NeuronSet) -> list[Any]:

@@ -34,9 +34,9 @@ import numpy as np
 
 import jaxneurons
 from jaxneurons import Quadrature
-from jaxneurons.checkpoints.fetch import SMOLLM2, fetch_smollm2
-from jaxneurons.prompts import batches
-from jaxneurons.prompts.answers import TokenPrompt, encode_query
+from jaxneurons.checkpoints import fetch_smollm2
+from jaxneurons.checkpoints.fetch import SMOLLM2
+from jaxneurons.prompts import TokenPrompt, batches, encode_query
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qrneuron" / "subject_qa.json"
 LENGTH = 95  # tokens of the prompt that is timed

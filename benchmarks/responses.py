@@ -23,9 +23,9 @@ import numpy as np
 import psutil
 
 from jaxneurons import ModelConfig, RopeConfig, Transformer
-from jaxneurons.engine.experts import Examples, expertise
-from jaxneurons.engine.responses import ROWS, ResponseStore, mean_responses
-from jaxneurons.neurons.sets import FFN, neuron_count, site_width
+from jaxneurons.engine import Examples, ResponseStore, expertise, mean_responses
+from jaxneurons.engine.responses import ROWS
+from jaxneurons.neurons import FFN, neuron_count, site_width
 
 LLAMA_2_7B = ModelConfig(
     vocab_size=32_000,
