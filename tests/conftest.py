@@ -84,6 +84,17 @@ def settings_check_themselves():
         settings.__init__ = inspect.unwrap(settings.__init__)
 
 
+@pytest.fixture(autouse=True)
+def compiled_as_for_users(request):
+    """Tests of the real model, which is run for longer than it is compiled."""
+    real = request.node.get_closest_marker("smollm2") is not None
+    if real:
+        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    if real:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 

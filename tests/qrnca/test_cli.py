@@ -24,7 +24,7 @@ STAGES = ("evaluate", "edit", "predict", "analyse")
 def located(tmp_path_factory):
     """Questions of every domain, located in the lab model."""
     out = tmp_path_factory.mktemp("lab") / "run"
-    locate(jn.load("lab"), balanced(bundled_queries("lab"), 32), out, settings=SETTINGS)
+    locate(jn.load("lab"), balanced(bundled_queries("lab"), 32), out=out, settings=SETTINGS)
     return out
 
 
