@@ -16,6 +16,7 @@ import pytest
 from support.fixtures import write_lm
 from support.known import KINDS, WORDINGS, write_relations
 from support.models import compiled
+from support.pictures import ink
 
 import jaxneurons
 from jaxneurons.errors import ConfigError, DataError
@@ -91,7 +92,8 @@ def test_everything_is_written(whole):
     written = {path.stem for path in (whole.out / "figures").glob("*.png")}
     drawn = {name for name, (table, _) in figures.FIGURES.items() if table in found}
     assert drawn - written <= {"robustness", "multilingual"}  # nothing is counted there
-    assert all(path.stat().st_size > 8000 for path in (whole.out / "figures").glob("*.png"))
+    for path in (whole.out / "figures").glob("*.png"):
+        assert ink(path) > 0.005, path.name
     run = json.loads((whole.out / "run.json").read_text())
     assert run["relations"]["known"] == sorted(WORDINGS)
     assert run["neurons"] == {"k": 24, "of": 480, "sites": list(FFN)}
@@ -184,12 +186,22 @@ def test_tables_agree_with_each_other(whole):
         assert sum(r["neurons"] for r in found["layers"] if r["relation"] == name) == 24
         (own,) = (r for r in found["overlap"] if r["relation"] == r["other"] == name)
         assert own["shared"] == 24
-        for condition in ("none", "own", "random"):
+        rows = [r for r in found["ablation"] if (r["relation"], r["evaluation"]) == (name, "eva")]
+        (off,) = (r for r in rows if r["off"] == name)
+        wrong = {
+            "none": off["prompts"] - off["right_before"],
+            "own": off["prompts"] - off["right"],
+            "random": sum(r["prompts"] - r["right"] for r in rows if r["off"] == "random"),
+        }
+        for condition, count in wrong.items():
             shares = [r for r in found["errors"] if (r["relation"], r["off"]) == (name, condition)]
-            assert sum(r["answers"] for r in shares) in range(25)
-        for one in (r for r in found["perplexity"] if r["relation"] == name):
-            assert one["perplexity"] > 1
-            assert (one["ratio"] == 1) == (one["off"] == "none")
+            assert sum(r["answers"] for r in shares) == count
+            assert sum(r["share"] for r in shares) == pytest.approx(bool(count))
+        perplexity = {r["off"]: r for r in found["perplexity"] if r["relation"] == name}
+        for row in perplexity.values():
+            ratio = row["perplexity"] / perplexity["none"]["perplexity"]
+            assert row["ratio"] == pytest.approx(ratio)
+            assert (row["ratio"] == 1) == (row["off"] == "none")
     right = {
         r["relation"]: r["right"]
         for r in found["ablation"]
