@@ -24,9 +24,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons.convert import config_from_hf, write_safetensors
-from jaxneurons.convert.rules import param_sizes, stored_names, stored_shape
-from jaxneurons.convert.safetensors_file import ToWrite
+from jaxneurons.convert import ToWrite, config_from_hf, stored_names, write_safetensors
+from jaxneurons.model import list_parameters
 
 HIDDEN, INNER, VOCAB = 2048, 5632, 32000
 
@@ -64,8 +63,7 @@ def synthetic(directory: Path, gib: float, dtype: str) -> Path:
         return ToWrite(kind, shape, pieces)
 
     tensors = {
-        name: tensor(stored_shape(rule, config))
-        for name, (rule, _) in stored_names(config, "hf").items()
+        name: tensor(rule.stored_shape) for name, (rule, _) in stored_names(config, "hf").items()
     }
     write_safetensors(directory / "model.safetensors", tensors)
     _tokenizer(directory)
@@ -131,7 +129,8 @@ def main() -> None:
         values = json.loads((source / "config.json").read_text())
         config = config_from_hf(values, where="synthetic")
         width = 4 if options.dtype == "float32" else 2
-        params, largest = (width * f(param_sizes(config)) for f in (sum, max))
+        sizes = [parameter.size for parameter in list_parameters(config)]
+        params, largest = width * sum(sizes), width * max(sizes)
         copies: list[float] = []
         runs: dict[str, list[dict[str, float]]] = {"native": [], "hf": []}
         for _ in range(options.repeats):

@@ -14,21 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jaxneurons as jn
-from jaxneurons.engine import Quadrature
-from jaxneurons.lab import bundled_queries
-from jaxneurons.qrnca import (
-    QRNCAConfig,
-    Run,
-    against_rows,
-    change_rows,
-    count_rows,
-    editing_rows,
-    evaluation_rows,
-    kind_rows,
-    make_run,
-    predict,
-    run_trials,
-)
+from jaxneurons.engine.quadrature import Quadrature
+from jaxneurons.lab.bundled import bundled_queries
+from jaxneurons.qrnca.analyses import against_rows, count_rows, kind_rows
+from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
+from jaxneurons.qrnca.locating import locate
+from jaxneurons.qrnca.method import QRNCAConfig
+from jaxneurons.qrnca.prediction import predict
+from jaxneurons.qrnca.run import Run, open_run
+from jaxneurons.qrnca.trials import run_trials
 
 Row = dict[str, Any]
 SETTINGS = QRNCAConfig(quadrature=Quadrature())
@@ -105,17 +99,17 @@ def section(study: Study, out: Path) -> list[str]:
     """All tables of a study."""
     lm = jn.load(study.model)
     queries = bundled_queries(study.queries)
-    run = make_run(out / study.name, lm, queries, SETTINGS)
+    run = locate(lm, queries, out=out / study.name, settings=SETTINGS)
     outcomes = run_trials(run)
     table = evaluation_rows(change_rows(run, outcomes))
     edited = editing_rows(run, outcomes)
-    facts = run.located.run
+    facts = run.facts
     answers, seconds = facts["answers"], facts["seconds"]["attribution"]
     text = [
         f"## `{study.name}`: {len(queries)} {study.about}, model `{study.model}`\n",
         f"{facts['prompts']} prompts, {share(answers['accuracy'])} answered right; "
         f"{facts['neurons_per_query']['mean']:.1f} neurons a query, "
-        f"{len(run.located.common)} common ones left out. Attribution {seconds:.0f} s, trials "
+        f"{len(run.common)} common ones left out. Attribution {seconds:.0f} s, trials "
         f"{outcomes.seconds:.1f} s ({outcomes.seconds / seconds:.0%}). Largest completeness gap "
         f"{facts['completeness']['gap_max']:.1e} in probability.\n",
     ]
@@ -185,7 +179,7 @@ def section(study: Study, out: Path) -> list[str]:
     if study.kinds:
         text += kinds(run, study.kinds)
     if study.against:
-        agreed = against_rows(run, out / study.against)[0]
+        agreed = against_rows(run, open_run(out / study.against, lm), study.against)[0]
         other = f"with another fact's there: {agreed['jaccard_other_query']:.3f}"
         text.append(
             f"Neurons shared with those of the same {agreed['queries']} facts in "

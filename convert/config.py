@@ -11,6 +11,7 @@ from typing import Any
 from jaxneurons.convert.keys import FIXED, IRRELEVANT, MOST, Keys, without_keys
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ROPE_TYPES, ModelConfig, RopeConfig
+from jaxneurons.storage.settings import check_argument
 
 # What transformers' LlamaConfig, MistralConfig and Qwen2Config fill in for an absent key.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -65,17 +66,7 @@ def _rope_dict(
     if not isinstance(values, dict):
         raise keys.error(key, values, "a dictionary is needed")
     rope = Keys(values, keys.where, prefix=f"{key}.")
-    kinds = [rope.left.pop(name) for name in ("rope_type", "type") if name in rope.left]
-    if any(kind != kinds[0] for kind in kinds):
-        raise ConfigError(
-            f"{keys.where}: {key} names several rope types: {sorted(map(str, kinds))}"
-        )
-    kind = kinds[0] if kinds else "default"
-    if kind not in ROPE_TYPES:
-        raise ConfigError(
-            f"{keys.where}: {key}: rope type {kind!r} is not supported "
-            f"(supported: {', '.join(ROPE_TYPES)})"
-        )
+    kind = _rope_kind(rope, key)
     inner = rope.number("rope_theta")
     if inner is not None and theta is not None and inner != theta:
         raise rope.error("rope_theta", inner, f"contradicts rope_theta = {theta} beside it")
@@ -85,66 +76,101 @@ def _rope_dict(
         raise rope.error("partial_rotary_factor", partial, "only full rotary heads are supported")
     outer = keys.integer("original_max_position_embeddings")
     rope.left.pop("finetuned", None)  # whether the model has been trained so
-    if kind in ("default", "linear"):  # neither looks at the original context
-        rope.integer("original_max_position_embeddings")
     if kind == "default":
-        factor = rope.number("factor", 1.0)
-        if factor not in (1.0, None):
-            raise rope.error("factor", factor, "the rope type 'default' has no factor")
-        parsed = RopeConfig(theta=base)
-    elif kind in ("linear", "dynamic"):
-        # `dynamic` starts to stretch at max_position_embeddings, whatever the original context was.
-        factor = rope.need("factor", rope.number("factor"))
-        if kind == "dynamic":
-            stated = rope.integer("original_max_position_embeddings", max_position)
-            if stated not in (None, max_position):
-                raise rope.error(
-                    "original_max_position_embeddings",
-                    stated,
-                    f"readers of 'dynamic' disagree unless it is max_position_embeddings = "
-                    f"{max_position}",
-                )
-        parsed = RopeConfig(
-            theta=base,
-            rope_type=str(kind),
-            factor=factor,
-            original_max_position=max_position if kind == "dynamic" else 8192,
-        )
+        parsed = _default_rope(rope, base)
+    elif kind == "linear":
+        parsed = _linear_rope(rope, base)
+    elif kind == "dynamic":
+        parsed = _dynamic_rope(rope, base, max_position)
     else:
-        original = rope.integer("original_max_position_embeddings")
-        if None not in (original, outer) and original != outer:
-            raise rope.error(
-                "original_max_position_embeddings", original, f"contradicts {outer} beside it"
-            )
-        length = original if original is not None else outer if outer is not None else max_position
-        if length <= 0:
-            raise rope.error("original_max_position_embeddings", length, "must be positive")
+        original = _original_context(rope, outer, max_position)
         if kind == "yarn":
-            parsed = _yarn(rope, base, length, max_position)
+            parsed = _yarn_rope(rope, base, original, max_position)
         else:
-            parsed = RopeConfig(
-                theta=base,
-                rope_type="llama3",
-                factor=rope.need("factor", rope.number("factor")),
-                low_freq_factor=rope.need("low_freq_factor", rope.number("low_freq_factor")),
-                high_freq_factor=rope.need("high_freq_factor", rope.number("high_freq_factor")),
-                original_max_position=length,
-            )
+            parsed = _llama3_rope(rope, base, original)
     rope.done(f"not a key of rope type {kind!r} that this library handles")
     return parsed
 
 
-def _yarn(rope: Keys, theta: float, original: int, max_position: int) -> RopeConfig:
+def _rope_kind(rope: Keys, key: str) -> str:
+    kinds = [rope.left.pop(name) for name in ("rope_type", "type") if name in rope.left]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ConfigError(
+            f"{rope.where}: {key} names several rope types: {sorted(map(str, kinds))}"
+        )
+    kind = kinds[0] if kinds else "default"
+    if kind not in ROPE_TYPES:
+        raise ConfigError(
+            f"{rope.where}: {key}: rope type {kind!r} is not supported "
+            f"(supported: {', '.join(ROPE_TYPES)})"
+        )
+    return str(kind)
+
+
+def _original_context(rope: Keys, outer: int | None, max_position: int) -> int:
+    """Tokens of the context before it was extended, as stated inside, beside it, or not at all."""
+    inner = rope.integer("original_max_position_embeddings")
+    if None not in (inner, outer) and inner != outer:
+        raise rope.error(
+            "original_max_position_embeddings", inner, f"contradicts {outer} beside it"
+        )
+    length = inner if inner is not None else outer if outer is not None else max_position
+    if length <= 0:
+        raise rope.error("original_max_position_embeddings", length, "must be positive")
+    return length
+
+
+def _default_rope(rope: Keys, theta: float) -> RopeConfig:
+    rope.integer("original_max_position_embeddings")  # not looked at
+    factor = rope.number("factor", 1.0)
+    if factor not in (1.0, None):
+        raise rope.error("factor", factor, "the rope type 'default' has no factor")
+    return RopeConfig(theta=theta)
+
+
+def _linear_rope(rope: Keys, theta: float) -> RopeConfig:
+    rope.integer("original_max_position_embeddings")  # not looked at
+    factor = rope.need("factor", rope.number("factor"))
+    return RopeConfig(theta=theta, rope_type="linear", factor=factor)
+
+
+def _dynamic_rope(rope: Keys, theta: float, max_position: int) -> RopeConfig:
+    """It starts to stretch at max_position_embeddings, whatever the original context was."""
+    factor = rope.need("factor", rope.number("factor"))
+    stated = rope.integer("original_max_position_embeddings", max_position)
+    if stated not in (None, max_position):
+        raise rope.error(
+            "original_max_position_embeddings",
+            stated,
+            f"readers of 'dynamic' disagree unless it is max_position_embeddings = {max_position}",
+        )
+    return RopeConfig(
+        theta=theta, rope_type="dynamic", factor=factor, original_max_position=max_position
+    )
+
+
+def _llama3_rope(rope: Keys, theta: float, original: int) -> RopeConfig:
+    return RopeConfig(
+        theta=theta,
+        rope_type="llama3",
+        factor=rope.need("factor", rope.number("factor")),
+        low_freq_factor=rope.need("low_freq_factor", rope.number("low_freq_factor")),
+        high_freq_factor=rope.need("high_freq_factor", rope.number("high_freq_factor")),
+        original_max_position=original,
+    )
+
+
+def _yarn_rope(rope: Keys, theta: float, original: int, max_position: int) -> RopeConfig:
     factor = rope.number("factor")
     if factor is None:
         factor = max_position / original
-    factor_of = rope.number("attention_factor")
+    attention = rope.number("attention_factor")
     scale, scale_all = rope.number("mscale"), rope.number("mscale_all_dim")
-    if factor_of is None:
-        factor_of = yarn_attention_factor(factor)
+    if attention is None:
+        attention = yarn_attention_factor(factor)
         if scale and scale_all:
-            factor_of = yarn_attention_factor(factor, scale)
-            factor_of /= yarn_attention_factor(factor, scale_all)
+            attention = yarn_attention_factor(factor, scale)
+            attention /= yarn_attention_factor(factor, scale_all)
     truncate = rope.left.pop("truncate", True)
     if not isinstance(truncate, bool):
         raise rope.error("truncate", truncate, "true or false is needed")
@@ -156,7 +182,7 @@ def _yarn(rope: Keys, theta: float, original: int, max_position: int) -> RopeCon
         beta_fast=rope.number("beta_fast") or 32.0,
         beta_slow=rope.number("beta_slow") or 1.0,
         truncate=truncate,
-        attention_factor=factor_of,
+        attention_factor=attention,
     )
 
 
@@ -169,21 +195,21 @@ def _hf_rope(keys: Keys, max_position: int, default: float) -> RopeConfig:
     """Rotary embedding in the spelling of transformers 4 or 5, or both if they agree."""
     theta = keys.number("rope_theta")
     outer = keys.left.get("original_max_position_embeddings")
-    found: dict[str, RopeConfig] = {}
+    parsed: dict[str, RopeConfig] = {}
     for key in ("rope_parameters", "rope_scaling"):
         values = keys.left.pop(key, None)
         if values is None or values == {}:
             continue
         if outer is not None:
             keys.left["original_max_position_embeddings"] = outer
-        found[key] = _rope_dict(
+        parsed[key] = _rope_dict(
             values, key, theta=theta, keys=keys, max_position=max_position, default=default
         )
     keys.left.pop("original_max_position_embeddings", None)
-    if len(set(found.values())) > 1:
+    if len(set(parsed.values())) > 1:
         raise ConfigError(f"{keys.where}: rope_parameters and rope_scaling contradict each other")
-    if found:
-        return next(iter(found.values()))
+    if parsed:
+        return next(iter(parsed.values()))
     return RopeConfig(theta=default if theta is None else theta)
 
 
@@ -219,10 +245,10 @@ def _hf_window(keys: Keys, family: str, layers: int) -> tuple[int | None, tuple[
             f"sliding_window = {window} of model_type {family!r} goes with {expected[0]!r}"
             + ("" if len(set(expected)) > 1 else " in every layer"),
         )
-    own = tuple(kind == sliding for kind in expected)
-    if not any(own):
+    windowed = tuple(kind == sliding for kind in expected)
+    if not any(windowed):
         return None, None
-    return window, None if all(own) else own
+    return window, None if all(windowed) else windowed
 
 
 def _hf_biases(keys: Keys, family: str) -> tuple[str, ...]:
@@ -241,6 +267,54 @@ def _hf_biases(keys: Keys, family: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _refuse_quantised(keys: Keys) -> None:
+    method = keys.left.pop("quantization_config", None)
+    if method is None:
+        return
+    method = method.get("quant_method", method) if isinstance(method, dict) else method
+    raise ConfigError(
+        f"{keys.where}: quantization_config ({method}): quantised Hugging Face weights are not "
+        "read; use the unquantised repository, or a GGUF file"
+    )
+
+
+def _check_fixed(keys: Keys) -> None:
+    """Consume the keys that this library has in one form only."""
+    for key, allowed in FIXED.items():
+        value = keys.left.pop(key, allowed[0])
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+            raise keys.error(key, value, f"only {allowed[0]!r} is supported")
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+def _size(keys: Keys, key: str, default: int | None) -> int:
+    value = keys.integer(key, default)
+    if value is None or not 0 < value <= MOST.get(key, 2**31 - 1):
+        raise keys.error(key, value, "a positive integer of sensible size is needed")
+    return value
+
+
+def _head_dim(keys: Keys, *, hidden: int, heads: int) -> int:
+    head_dim = keys.integer("head_dim")
+    if head_dim is None:
+        if hidden % heads:
+            raise ConfigError(
+                f"{keys.where}: hidden_size = {hidden} is not a multiple of "
+                f"num_attention_heads = {heads}, and head_dim is not given"
+            )
+        head_dim = hidden // heads
+    return head_dim
+
+
 def config_from_hf(
     config: dict[str, Any], *, where: str, ignore_keys: Sequence[str] = ()
 ) -> ModelConfig:
@@ -254,6 +328,7 @@ def config_from_hf(
     Raises:
       ConfigError: a key or value that this library does not handle, with key, value and `where`.
     """
+    check_argument("config", dict, config)
     keys = Keys(without_keys(config, ignore_keys, where=where), where)
     family = keys.left.pop("model_type", None)
     if not isinstance(family, str) or family not in DEFAULTS:
@@ -261,42 +336,12 @@ def config_from_hf(
             f"{where}: model_type = {family!r} is not supported (supported: {', '.join(DEFAULTS)})"
         )
     defaults = DEFAULTS[family]
-    if keys.left.get("quantization_config") is not None:
-        method = keys.left["quantization_config"]
-        method = method.get("quant_method", method) if isinstance(method, dict) else method
-        raise ConfigError(
-            f"{where}: quantization_config ({method}): quantised Hugging Face weights are not "
-            "read; use the unquantised repository, or a GGUF file"
-        )
-    keys.left.pop("quantization_config", None)
-    for key, allowed in FIXED.items():
-        value = keys.left.pop(key, allowed[0])
-        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
-            raise keys.error(key, value, f"only {allowed[0]!r} is supported")
-
-    sizes = {}
-    for key in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-    ):
-        value = keys.integer(key, defaults[key])
-        if value is None or not 0 < value <= MOST.get(key, 2**31 - 1):
-            raise keys.error(key, value, "a positive integer of sensible size is needed")
-        sizes[key] = value
+    _refuse_quantised(keys)
+    _check_fixed(keys)
+    sizes = {key: _size(keys, key, defaults[key]) for key in _SIZES}
     heads = sizes["num_attention_heads"]
     kv_heads = keys.integer("num_key_value_heads", defaults["num_key_value_heads"])
-    head_dim = keys.integer("head_dim")
-    if head_dim is None:
-        if sizes["hidden_size"] % heads:
-            raise ConfigError(
-                f"{where}: hidden_size = {sizes['hidden_size']} is not a multiple of "
-                f"num_attention_heads = {heads}, and head_dim is not given"
-            )
-        head_dim = sizes["hidden_size"] // heads
+    head_dim = _head_dim(keys, hidden=sizes["hidden_size"], heads=heads)
     tied = keys.left.pop("tie_word_embeddings", defaults["tie_word_embeddings"])
     if not isinstance(tied, bool):
         raise keys.error("tie_word_embeddings", tied, "true or false is needed")

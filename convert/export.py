@@ -17,10 +17,11 @@ import numpy as np
 from jaxneurons.convert.fill import transpose_into
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
 from jaxneurons.convert.keys import IRRELEVANT
-from jaxneurons.convert.rules import Rule, stored_names, stored_shape
+from jaxneurons.convert.rules import TensorRule, stored_names
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params, get, params_dtype
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.store import write_json
 
@@ -51,13 +52,13 @@ def config_to_hf(
     if config.sliding_window is not None and family == "llama":
         family = "mistral"  # how GGUF files name it
     _check_family(config, family)
-    kept = {k: v for k, v in (original or {}).items() if k in IRRELEVANT}
+    harmless = {k: v for k, v in (original or {}).items() if k in IRRELEVANT}
     for key in ("dtype", "architectures", "transformers_version"):
-        kept.pop(key, None)
+        harmless.pop(key, None)
     values: dict[str, Any] = {
         "architectures": [_CLASSES[family]],
         "model_type": family,
-        **kept,
+        **harmless,
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -81,12 +82,12 @@ def config_to_hf(
     if family == "qwen2":
         values["use_sliding_window"] = config.sliding_window is not None
         values["sliding_window"] = config.sliding_window
-        own = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
-        full = sum(not sliding for sliding in own)
+        windowed = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
+        full = sum(not sliding for sliding in windowed)
         # transformers 4 knows only "the first so many layers are full".
         values["max_window_layers"] = full
         values["layer_types"] = [
-            "sliding_attention" if sliding else "full_attention" for sliding in own
+            "sliding_attention" if sliding else "full_attention" for sliding in windowed
         ]
     return values
 
@@ -99,9 +100,9 @@ def _check_family(config: ModelConfig, family: str) -> None:
     }
     if family not in allowed:
         raise ConfigError(f"family {family!r} cannot be written ({', '.join(allowed)})")
-    whole = [set(group) for group in allowed[family]]
+    groups = [set(group) for group in allowed[family]]
     left = set(config.biases)
-    for group in whole:
+    for group in groups:
         if group <= left:
             left -= group
     if left or (family == "qwen2" and not config.biases):
@@ -145,7 +146,7 @@ def _llama3_of_divisors(config: ModelConfig) -> dict[str, Any]:
     """
     from jaxneurons.model.layers import rope_frequencies
 
-    wanted = rope_frequencies(config.rope, config.head_dim)
+    frequencies = rope_frequencies(config.rope, config.head_dim)
     for factor in (8.0, 32.0):
         rope = dataclasses.replace(
             config.rope,
@@ -155,7 +156,7 @@ def _llama3_of_divisors(config: ModelConfig) -> dict[str, Any]:
             high_freq_factor=4.0,
             original_max_position=8192,
         )
-        if np.allclose(rope_frequencies(rope, config.head_dim), wanted, rtol=1e-6):
+        if np.allclose(rope_frequencies(rope, config.head_dim), frequencies, rtol=1e-6):
             return _rope_scaling(dataclasses.replace(config, rope=rope)) or {}
     raise ConfigError(
         "rope_freqs of this GGUF file are not those of Llama 3.1 or 3.2, and config.json has no "
@@ -165,7 +166,7 @@ def _llama3_of_divisors(config: ModelConfig) -> dict[str, Any]:
 
 def write_hf(
     directory: Path,
-    params: Mapping[str, Any],
+    params: Params,
     *,
     config: ModelConfig,
     original: Mapping[str, Any] | None = None,
@@ -188,30 +189,13 @@ def write_hf(
     Raises:
       ConfigError: a model that no configuration of transformers describes; nothing is written.
     """
-    main = np.dtype(params["embed"]["embedding"].dtype.name)
     # Before the weights: it fails if no configuration describes the model.
-    written = config_to_hf(config, dtype=main, original=original)
-    host = _Host(params)
-    tensors = {}
-    for name, (rule, layer) in stored_names(config, "hf").items():
-        shape = stored_shape(rule, config)
-        pieces = functools.partial(host.pieces, rule, layer)
-        dtype = main
-        narrow = np.dtype((dtypes or {}).get(name, dtype))
-        if narrow != dtype and all(np.array_equal(p, p.astype(narrow)) for p in pieces()):
-            dtype = narrow
-        tensors[name] = ToWrite(dtype, shape, pieces)
-    write_json(directory / CONFIG, written)
+    dtype = params_dtype(params)
+    config_json = config_to_hf(config, dtype=dtype, original=original)
+    tensors = _tensors(config, params, dtype, dtypes or {})
+    write_json(directory / CONFIG, config_json)
 
-    shards: list[dict[str, ToWrite]] = [{}]
-    room = shard_bytes
-    for name, tensor in tensors.items():
-        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
-        if nbytes > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= nbytes
+    shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:
         write_safetensors(directory / SINGLE, shards[0], progress=progress)
         return
@@ -220,38 +204,68 @@ def write_hf(
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(directory / file, shard, progress=progress)
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    total = sum(map(_nbytes, tensors.values()))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(directory / INDEX, index)
+
+
+def _tensors(
+    config: ModelConfig, params: Mapping[str, Any], dtype: np.dtype, dtypes: Mapping[str, str]
+) -> dict[str, ToWrite]:
+    """Every tensor by name, in its stored dtype where its values allow, else in the parameters'."""
+    host = _Host(params)
+    tensors = {}
+    for name, (rule, layer) in stored_names(config, "hf").items():
+        pieces = functools.partial(host.pieces, rule, layer)
+        narrow = np.dtype(dtypes.get(name, dtype))
+        exact = narrow == dtype or all(np.array_equal(p, p.astype(narrow)) for p in pieces())
+        tensors[name] = ToWrite(narrow if exact else dtype, rule.stored_shape, pieces)
+    return tensors
+
+
+def _shards(tensors: Mapping[str, ToWrite], shard_bytes: int) -> list[dict[str, ToWrite]]:
+    """The tensors in order, in files of at most so many bytes (or of one larger tensor)."""
+    shards: list[dict[str, ToWrite]] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        if _nbytes(tensor) > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= _nbytes(tensor)
+    return shards
+
+
+def _nbytes(tensor: ToWrite) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 class _Host:
     """The parameter in hand, in host memory (a view of it, where the device is the host)."""
 
-    def __init__(self, params: Mapping[str, Any]):
+    def __init__(self, params: Params):
         self._params = params
         self._path: tuple[str, ...] | None = None
         self._values = np.empty(0)
 
     def get(self, path: tuple[str, ...]) -> np.ndarray:
         if path != self._path:
-            leaf: Any = functools.reduce(lambda tree, key: tree[key], path, self._params)
-            self._values, self._path = np.asarray(leaf), path
+            self._values, self._path = np.asarray(get(self._params, path)), path
         return self._values
 
-    def pieces(self, rule: Rule, layer: int | None) -> Iterator[np.ndarray]:
+    def pieces(self, rule: TensorRule, layer: int | None) -> Iterator[np.ndarray]:
         """One layer's tensor as stored, some rows at a time."""
-        own = self.get(rule.path)
-        own = own if layer is None else own[layer]
-        rows = own.shape[-1] if rule.transposed else own.shape[0]
-        step = max(1, _PIECE // max(1, own.size // rows))
+        values = self.get(rule.path)
+        values = values if layer is None else values[layer]
+        rows = values.shape[-1] if rule.transposed else values.shape[0]
+        step = max(1, _PIECE // max(1, values.size // rows))
         for start in range(0, rows, step):
             end = min(start + step, rows)
             if rule.transposed:
-                piece = np.empty((end - start, own.shape[0]), own.dtype)
-                transpose_into(piece, own[:, start:end])
+                piece = np.empty((end - start, values.shape[0]), values.dtype)
+                transpose_into(piece, values[:, start:end])
             else:
-                piece = own[start:end]
+                piece = values[start:end]
             yield piece
 
 

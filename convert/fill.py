@@ -16,20 +16,19 @@ from jax.typing import DTypeLike
 
 from jaxneurons.convert.rules import (
     DROPPABLE,
-    RULES,
-    UNEMBED,
+    EMBEDDING,
+    UNEMBEDDING,
     Naming,
-    Progress,
-    Rule,
-    dimensions,
-    put,
+    TensorRule,
     rules_for,
     stored_names,
-    stored_shape,
+    tensor_name,
     unpermute,
 )
 from jaxneurons.errors import ConfigError, SourceError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import get, put
+from jaxneurons.storage.progress import Advance
 
 _ALIGNMENT = 64  # bytes
 _CHUNK = 1 << 20  # values read at a time
@@ -53,7 +52,9 @@ class Stored:
     read: Callable[[slice], np.ndarray]
 
 
-Plan = dict[str, tuple[Stored, Rule, int | None]]
+Plan = dict[str, tuple[Stored, TensorRule, int | None]]
+Piece = tuple[Stored, int | None, slice]
+"""Some rows of a stored tensor, and its layer."""
 
 
 def match(
@@ -77,7 +78,7 @@ def match(
             f"{len(tensors)} tensors"
         )
     targets = stored_names(config, naming)
-    embedding, unembedding = (getattr(rule, naming) for rule in (RULES[0], UNEMBED))
+    embedding, unembedding = (tensor_name(path, naming) for path in (EMBEDDING, UNEMBEDDING))
     alone = config.tied and all(tensor.name != embedding for tensor in tensors)
     plan: Plan = {}
     left_over: list[str] = []
@@ -88,11 +89,10 @@ def match(
             raise SourceError(f"{where}: tensor {tensor.name} is stored twice")
         if name in targets:
             rule, layer = targets[name]
-            expected = stored_shape(rule, config)
-            if tuple(tensor.shape) != expected:
+            if tuple(tensor.shape) != rule.stored_shape:
                 raise SourceError(
                     f"{where}: tensor {tensor.name} has shape {tuple(tensor.shape)}, "
-                    f"the configuration says {expected}"
+                    f"the configuration says {rule.stored_shape}"
                 )
             plan[name] = (tensor, rule, layer)
         elif config.tied and name == unembedding:
@@ -117,7 +117,7 @@ def fill(
     dtype: DTypeLike = jnp.float32,
     where: str,
     shardings: Any = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, Any]:
     """Copy a checkpoint into a fresh parameter tree, one stacked parameter at a time.
 
@@ -132,7 +132,7 @@ def fill(
       dtype: dtype of the parameters; stored values are cast.
       where: the checkpoint, for messages.
       shardings: where each parameter goes, nested as they are; default: the default device.
-      progress: told the bytes of every piece that has been read.
+      progress: receives the bytes of every piece that has been read.
 
     Raises:
       SourceError: a tensor is missing, left over, misshapen, stored twice, or not finite.
@@ -140,54 +140,49 @@ def fill(
     """
     target_dtype = parameter_dtype(dtype)
     plan, duplicate = match(config, tensors, naming=naming, where=where)
-    sources: dict[tuple[str, ...], list[tuple[Stored, Rule, int | None]]] = {}
-    for item in plan.values():
-        sources.setdefault(item[1].path, []).append(item)
-    sizes = dimensions(config)
+    sources: dict[tuple[str, ...], list[tuple[Stored, int | None]]] = {}
+    for tensor, rule, layer in plan.values():
+        sources.setdefault(rule.path, []).append((tensor, layer))
     # Only the architecture "llama" stores the rows of each head interleaved.
     interleaved = naming == "gguf" and config.family == "llama"
-
-    def build(rule: Rule) -> np.ndarray:
-        """One parameter, stacked over layers."""
-        shape = tuple(sizes[dim] for dim in rule.dims)
-        shape = (config.num_layers, *shape) if rule.per_layer else shape
-        host = _aligned(shape, target_dtype)
-
-        def copy(item: tuple[Stored, int | None, slice]) -> int:
-            tensor, layer, rows = item
-            values = _read(tensor, rows, where)
-            if interleaved and rule.rotary is not None:
-                values = unpermute(values, sizes[rule.rotary])
-            target = host if layer is None else host[layer]
-            place = target[:, rows] if rule.transposed else target[rows]
-            _assign(place, values, tensor.name, where, transposed=rule.transposed)
-            return values.nbytes
-
-        whole = interleaved and rule.rotary is not None
-        pieces = (
-            (tensor, layer, rows)
-            for tensor, _, layer in sources[rule.path]
-            for rows in _slices(tensor.shape, whole=whole)
-        )
-        for nbytes in pool.map(copy, pieces):
-            if progress is not None:
-                progress(nbytes)
-        return host
-
     # One parameter at a time: beside what is on the devices, the host holds the largest of them.
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for rule in rules_for(config):
-            host = build(rule)
-            if rule.path == ("embed", "embedding") and duplicate is not None:
+            host = _aligned(rule.parameter.shape, target_dtype)
+            heads = rule.rotary_heads if interleaved else None
+            copy = functools.partial(_copy, host, rule, heads=heads, where=where)
+            for nbytes in pool.map(copy, _pieces(sources[rule.path], whole=heads is not None)):
+                if progress is not None:
+                    progress(nbytes)
+            if rule.path == EMBEDDING and duplicate is not None:
                 _check_duplicate(duplicate, host, where)
-            put(params, rule.path, jax.device_put(host, _at(shardings, rule.path)))
+            sharding = None if shardings is None else get(shardings, rule.path)
+            put(params, rule.path, jax.device_put(host, sharding))
     return params
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    """The leaf of a nested dict; None of None."""
-    return None if tree is None else functools.reduce(lambda node, key: node[key], path, tree)
+def _pieces(sources: list[tuple[Stored, int | None]], *, whole: bool) -> Iterator[Piece]:
+    for tensor, layer in sources:
+        for rows in _slices(tensor.shape, whole=whole):
+            yield tensor, layer, rows
+
+
+def _copy(
+    host: np.ndarray, rule: TensorRule, piece: Piece, *, heads: int | None, where: str
+) -> int:
+    """Read a piece of a parameter into its place in `host`; returns the bytes read.
+
+    `heads` are those whose rows are stored interleaved, if any; their tensors are read whole.
+    """
+    tensor, layer, rows = piece
+    values = _read(tensor, rows, where)
+    if heads is not None:
+        values = unpermute(values, heads)
+    target = host if layer is None else host[layer]
+    place = target[:, rows] if rule.transposed else target[rows]
+    _assign(place, values, tensor.name, where, transposed=rule.transposed)
+    return values.nbytes
 
 
 def _check_duplicate(duplicate: Stored, embedding: np.ndarray, where: str) -> None:
@@ -241,12 +236,14 @@ def parameter_dtype(dtype: DTypeLike) -> np.dtype:
       ConfigError: it is not.
     """
     try:
-        found = np.dtype(jnp.dtype(dtype))
-    except TypeError:
+        parsed = np.dtype(jnp.dtype(dtype))
+    except (TypeError, ValueError):
         raise ConfigError(f"unknown dtype {dtype!r} (float32, bfloat16 or float16)") from None
-    if found.name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"parameters cannot have dtype {found.name} (float32, bfloat16, float16)")
-    return found
+    if parsed.name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(
+            f"parameters cannot have dtype {parsed.name} (float32, bfloat16, float16)"
+        )
+    return parsed
 
 
 def transpose_into(target: np.ndarray, values: np.ndarray) -> None:

@@ -23,6 +23,7 @@ from jaxneurons.convert.rules import Place, gguf_biases
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.storage.progress import Advance
+from jaxneurons.storage.settings import as_path
 
 _SCALARS = {
     0: "<B",
@@ -112,20 +113,20 @@ class _Cursor:
     def strings(self, count: int) -> list[str]:
         # The vocabulary: a hundred thousand strings, so the loop is spelled out.
         unpack, data, size, at = struct.Struct("<Q").unpack_from, self.data, self.size, self.at
-        found: list[str] = []
+        strings: list[str] = []
         try:
             for _ in range(count):
                 end = at + 8 + unpack(data, at)[0]
                 if end > size:
                     self.check(end)
-                found.append(data[at + 8 : end].decode("utf-8"))
+                strings.append(data[at + 8 : end].decode("utf-8"))
                 at = end
         except struct.error:
             self.check(self.size + 1)
         except UnicodeDecodeError:
             raise SourceError(f"{self.where}: corrupt GGUF file: a string is not UTF-8") from None
         self.at = at
-        return found
+        return strings
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
@@ -152,7 +153,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     Raises:
       SourceError: no such file, not GGUF, truncated or corrupt.
     """
-    path = Path(path)
+    path = as_path("path", path)
     where = str(path)
     try:
         with path.open("rb") as file:

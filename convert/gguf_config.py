@@ -132,6 +132,54 @@ def _architecture(fields: Mapping[str, Any], where: str) -> str:
     return architecture
 
 
+def _check_fixed(keys: Keys) -> None:
+    """Consume the keys that this library has in one form only."""
+    for key, allowed in GGUF_FIXED.items():
+        value = keys.left.pop(key, allowed[0])
+        if value not in allowed:
+            raise keys.error(key, value, f"only {allowed[0]!r} is supported")
+
+
+def _head_dim(keys: Keys, *, hidden: int, heads: int) -> int:
+    """Width of a head; whatever else is said of its width or scale must agree with it."""
+    head_dim = keys.integer("attention.key_length")
+    value_dim = keys.integer("attention.value_length")
+    if head_dim is None:
+        if heads <= 0 or hidden % heads:
+            raise ConfigError(
+                f"{keys.where}: {keys.prefix}embedding_length = {hidden} is not a multiple of "
+                f"{keys.prefix}attention.head_count = {heads}, and attention.key_length is not "
+                "given"
+            )
+        head_dim = hidden // heads
+    if head_dim <= 0:
+        raise keys.error("attention.key_length", head_dim, "must be positive")
+    if value_dim not in (None, head_dim):
+        raise keys.error("attention.value_length", value_dim, f"must equal head_dim = {head_dim}")
+    rotary = keys.integer("rope.dimension_count")
+    if rotary not in (None, head_dim):
+        raise keys.error("rope.dimension_count", rotary, f"must equal head_dim = {head_dim}")
+    scale = keys.number("attention.scale", 0.0)
+    if scale and not np.isclose(scale, head_dim**-0.5, rtol=1e-6):
+        raise keys.error(
+            "attention.scale", scale, f"only 1/sqrt(head_dim = {head_dim}) is supported"
+        )
+    return head_dim
+
+
+def _vocabulary_size(keys: Keys, tokens: Any, *, rows: int | None) -> int | None:
+    """Rows of the embedding: of its tensor, else as stated, else as many as there are tokens."""
+    stated = keys.integer("vocab_size")
+    # Tokens that are no list are the tokenizer's reader to complain of.
+    count = len(tokens) if isinstance(tokens, list) else None
+    vocab = rows or stated or count
+    if stated not in (None, vocab):
+        raise keys.error("vocab_size", stated, f"the embedding has {vocab} rows")
+    if count is not None and vocab is not None and count > vocab:
+        raise ConfigError(f"{keys.where}: {count} tokens, but the embedding has {vocab} rows")
+    return vocab
+
+
 def config_from_gguf(
     fields: Mapping[str, Any],
     *,
@@ -163,13 +211,11 @@ def config_from_gguf(
     architecture = _architecture(fields, where)
     prefix = f"{architecture}."
     fields = without_keys(fields, ignore_keys, where=where, prefix=prefix)
-    own = {key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)}
-    keys = Keys(own, where, prefix=prefix)
-    for key, allowed in GGUF_FIXED.items():
-        value = keys.left.pop(key, allowed[0])
-        if value not in allowed:
-            raise keys.error(key, value, f"only {allowed[0]!r} is supported")
-
+    architecture_fields = {
+        key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)
+    }
+    keys = Keys(architecture_fields, where, prefix=prefix)
+    _check_fixed(keys)
     layers = keys.need("block_count", keys.integer("block_count"))
     hidden = keys.need("embedding_length", keys.integer("embedding_length"))
     inner = keys.need("feed_forward_length", _uniform(keys, "feed_forward_length"))
@@ -178,38 +224,9 @@ def config_from_gguf(
     context = keys.need("context_length", keys.integer("context_length"))
     eps = keys.number("attention.layer_norm_rms_epsilon")
     eps = keys.need("attention.layer_norm_rms_epsilon", eps)
-    head_dim = keys.integer("attention.key_length")
-    value_dim = keys.integer("attention.value_length")
-    if head_dim is None:
-        if heads <= 0 or hidden % heads:
-            raise ConfigError(
-                f"{where}: {prefix}embedding_length = {hidden} is not a multiple of "
-                f"{prefix}attention.head_count = {heads}, and attention.key_length is not given"
-            )
-        head_dim = hidden // heads
-    if head_dim <= 0:
-        raise keys.error("attention.key_length", head_dim, "must be positive")
-    if value_dim not in (None, head_dim):
-        raise keys.error("attention.value_length", value_dim, f"must equal head_dim = {head_dim}")
-    rotary = keys.integer("rope.dimension_count")
-    if rotary not in (None, head_dim):
-        raise keys.error("rope.dimension_count", rotary, f"must equal head_dim = {head_dim}")
-    scale = keys.number("attention.scale", 0.0)
-    if scale and not np.isclose(scale, head_dim**-0.5, rtol=1e-6):
-        raise keys.error(
-            "attention.scale", scale, f"only 1/sqrt(head_dim = {head_dim}) is supported"
-        )
+    head_dim = _head_dim(keys, hidden=hidden, heads=heads)
     window = keys.integer("attention.sliding_window")
-    stated = keys.integer("vocab_size")
-    tokens = fields.get("tokenizer.ggml.tokens")
-    tokens = (
-        tokens if isinstance(tokens, list) else None
-    )  # the tokenizer's reader says what is wrong
-    vocab = vocab_size or stated or (len(tokens) if tokens is not None else None)
-    if stated not in (None, vocab):
-        raise keys.error("vocab_size", stated, f"the embedding has {vocab} rows")
-    if tokens is not None and vocab is not None and len(tokens) > vocab:
-        raise ConfigError(f"{where}: {len(tokens)} tokens, but the embedding has {vocab} rows")
+    vocab = _vocabulary_size(keys, fields.get("tokenizer.ggml.tokens"), rows=vocab_size)
     try:
         rope = _gguf_rope(keys, inv_freq_divisors, context)
         for key in GGUF_IRRELEVANT:

@@ -16,11 +16,19 @@ from jax.typing import DTypeLike
 
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.fill import Stored, fill
-from jaxneurons.convert.rules import DROPPABLE, RULES, UNEMBED, Place, stored_names
+from jaxneurons.convert.rules import (
+    DROPPABLE,
+    EMBEDDING,
+    UNEMBEDDING,
+    Place,
+    stored_names,
+    tensor_name,
+)
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.storage.progress import Advance
+from jaxneurons.storage.settings import as_path
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -154,7 +162,7 @@ def read_hf(
       SourceError: files that are missing, damaged or pickled, or tensors that do not fit.
       ConfigError: a configuration that this library does not handle.
     """
-    directory = Path(directory)
+    directory = as_path("directory", directory)
     config = read_config(directory, ignore_keys=ignore_keys)
     return config, fill(
         config,
@@ -174,7 +182,9 @@ def stored_tensors(files: Mapping[Path, Mapping[str, Entry]]) -> Iterator[Stored
             yield Stored(name, entry.shape, functools.partial(read_rows, path, name, entry))
 
 
-def read_config(directory: Path, *, ignore_keys: Sequence[str] = ()) -> ModelConfig:
+def read_config(
+    directory: str | os.PathLike[str], *, ignore_keys: Sequence[str] = ()
+) -> ModelConfig:
     """The configuration of a Hugging Face directory.
 
     Args:
@@ -185,6 +195,7 @@ def read_config(directory: Path, *, ignore_keys: Sequence[str] = ()) -> ModelCon
       SourceError: no config.json, or not a JSON object.
       ConfigError: a key or value that this library does not handle.
     """
+    directory = as_path("directory", directory)
     where = directory / CONFIG
     if not where.is_file():
         raise SourceError(f"{directory}: no {CONFIG}")
@@ -198,7 +209,8 @@ def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
     Raises:
       SourceError: files that are missing, damaged or pickled, or not as the index says.
     """
-    found = {}
+    files = {}
+    lm_head = tensor_name(UNEMBEDDING, "hf")
     for shard, listed in weight_files(directory).items():
         path = directory / shard
         if not path.is_file():
@@ -209,12 +221,12 @@ def hf_tensors(directory: Path) -> dict[Path, dict[str, Entry]]:
         entries = open_safetensors(path)
         for name in sorted(set(listed) ^ set(entries)) if listed is not None else ():
             # What is needed and not stored is missed later; tied models list both embeddings.
-            if _carries_nothing(name) or (name == UNEMBED.hf and name not in entries):
+            if _carries_nothing(name) or (name == lm_head and name not in entries):
                 continue
             holder, other = (INDEX, shard) if name in (listed or ()) else (shard, INDEX)
             raise SourceError(f"{directory}: tensor {name} is in {holder} but not in {other}")
-        found[path] = entries
-    return found
+        files[path] = entries
+    return files
 
 
 def _carries_nothing(name: str) -> bool:
@@ -240,13 +252,13 @@ def stored_dtype(directory: Path, *, ignore_keys: Sequence[str] = ()) -> np.dtyp
     Raises:
       SourceError: float64 weights, for which there is none.
     """
-    own = set(stored_names(read_config(directory, ignore_keys=ignore_keys), "hf"))
+    needed = set(stored_names(read_config(directory, ignore_keys=ignore_keys), "hf"))
     dtypes = stored_dtypes(directory)
-    if RULES[0].hf not in dtypes:  # a tied model that stores its unembedding instead
-        own.add(UNEMBED.hf)
-    found = {dtype for name, dtype in dtypes.items() if name in own}
-    if "float64" in found:
+    if tensor_name(EMBEDDING, "hf") not in dtypes:  # a tied model: its unembedding is stored
+        needed.add(tensor_name(UNEMBEDDING, "hf"))
+    used = {dtype for name, dtype in dtypes.items() if name in needed}
+    if "float64" in used:
         raise SourceError(f"{directory}: float64 weights; give a dtype, such as float32")
-    if found <= {"bfloat16"}:
+    if used <= {"bfloat16"}:
         return np.dtype(jnp.bfloat16)
-    return np.dtype(np.float16) if found <= {"float16"} else np.dtype(np.float32)
+    return np.dtype(np.float16) if used <= {"float16"} else np.dtype(np.float32)

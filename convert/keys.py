@@ -135,12 +135,12 @@ class Keys:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(key, value, "a number is needed")
         try:
-            found = float(value)
+            as_float = float(value)
         except OverflowError:
-            found = math.inf
-        if not math.isfinite(found):
+            as_float = math.inf
+        if not math.isfinite(as_float):
             raise self.error(key, value, "a finite number is needed")
-        return found
+        return as_float
 
     def need(self, key: str, value: Any) -> Any:
         """The value, which must not be None."""
@@ -176,15 +176,15 @@ def without_keys(
     Raises:
       ConfigError: there is no such key.
     """
-    found = dict(values)
+    left = dict(values)
     for name in names:
         outer, _, inner = name.partition(".")
-        inside = found.get(outer)
-        if name in found and name.startswith(prefix):
-            del found[name]
+        inside = left.get(outer)
+        if name in left and name.startswith(prefix):
+            del left[name]
         elif isinstance(inside, Mapping) and inner in inside:
-            found[outer] = {key: value for key, value in inside.items() if key != inner}
+            left[outer] = {key: value for key, value in inside.items() if key != inner}
         else:
-            known = [key for key in found if key.startswith(prefix)]
+            known = [key for key in left if key.startswith(prefix)]
             raise ConfigError(f"{where}: no key {name!r} to ignore; {near_matches(name, known)}")
-    return found
+    return left

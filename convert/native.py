@@ -25,17 +25,19 @@ from jax.typing import DTypeLike
 
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
-from jaxneurons.convert.rules import Place, param_shapes
+from jaxneurons.convert.rules import Place
 from jaxneurons.errors import ConfigError, SourceError, WriteError
 from jaxneurons.model.config import ModelConfig, RopeConfig
+from jaxneurons.model.parameters import param_shapes
 from jaxneurons.storage.hashes import hash_each
 from jaxneurons.storage.progress import Advance
+from jaxneurons.storage.settings import as_path
 from jaxneurons.storage.store import write_json
 
 MARKER = "jaxneurons.json"
 PARAMS = "params"
 FORMAT = 1
-_OWN = "sha256_of_the_above"
+_CHECKSUM = "sha256_of_the_above"
 _CHUNK_BYTES = 32 << 20
 _NEVER_BEGAN = r"coroutine '[\w.<>]*(serialize|write)[\w.<>]*' was never awaited"
 
@@ -69,16 +71,16 @@ def _one_report(directory: Path) -> Iterator[None]:
     before = sys.unraisablehook
 
     def hook(raised: Any) -> None:  # a write that ended after another one's failure, or never began
-        said = str(raised.exc_value)
-        if said != "Event loop is closed" and not re.match(_NEVER_BEGAN, said):
+        message = str(raised.exc_value)
+        if message != "Event loop is closed" and not re.match(_NEVER_BEGAN, message):
             before(raised)
 
     def other(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        said = record.getMessage()
+        message = record.getMessage()
         if isinstance(error, OSError) and error.filename is None:
-            return "orbax" not in f"{record.pathname} {said}"  # no room, say: of no file by name
-        return str(directory) not in f"{said} {error}"
+            return "orbax" not in f"{record.pathname} {message}"  # no room, say: of no file by name
+        return str(directory) not in f"{message} {error}"
 
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     for logger in loggers:
@@ -100,11 +102,11 @@ def write_marker(directory: Path, *, config: ModelConfig, facts: Mapping[str, An
 
     Zarr's own checksums are for compressed or sharded chunks, which Orbax does not write here.
     """
-    found = hash_each(sorted(p for p in (directory / PARAMS).rglob("*") if p.is_file()))
-    files = {path.relative_to(directory).as_posix(): digest for path, digest in found.items()}
+    digests = hash_each(sorted(p for p in (directory / PARAMS).rglob("*") if p.is_file()))
+    files = {path.relative_to(directory).as_posix(): digest for path, digest in digests.items()}
     values = {"format": FORMAT, "config": dataclasses.asdict(config), **facts, "sha256": files}
     values = json.loads(json.dumps(values))
-    values[_OWN] = _digest(values)
+    values[_CHECKSUM] = _digest(values)
     write_json(directory / MARKER, values)
 
 
@@ -123,23 +125,23 @@ def check_params(directory: Path) -> dict[Path, str]:
     files = read_marker(directory)[1].get("sha256", {})
     if not isinstance(files, dict) or any(".." in name.split("/") for name in files):
         raise SourceError(f"{directory / MARKER}: sha256 is malformed; convert the model again")
-    stated = {directory / name: digest for name, digest in files.items()}
-    for path in stated:
+    recorded = {directory / name: digest for name, digest in files.items()}
+    for path in recorded:
         if not path.is_file():
             raise SourceError(f"{path}: no such file, but {MARKER} lists it; convert again")
     try:
-        found = hash_each(stated)
+        digests = hash_each(recorded)
     except OSError as error:
         raise SourceError(f"{directory}: cannot be read: {error.strerror or error}") from None
-    for path, digest in found.items():
-        if digest != stated[path]:
+    for path, digest in digests.items():
+        if digest != recorded[path]:
             raise SourceError(
                 f"{path}: damaged: its SHA-256 is not the one in {MARKER}; convert the model again"
             )
-    return found
+    return digests
 
 
-def recorded_keys(directory: Path, wanted: Sequence[str] = ()) -> tuple[str, ...]:
+def recorded_keys(directory: Path, ignored: Sequence[str] = ()) -> tuple[str, ...]:
     """The configuration's keys that were ignored when the model was converted.
 
     Args:
@@ -150,7 +152,7 @@ def recorded_keys(directory: Path, wanted: Sequence[str] = ()) -> tuple[str, ...
       ConfigError: others are wanted.
     """
     recorded = tuple(read_marker(directory)[1].get("ignored_keys", ()))
-    for name in wanted:
+    for name in ignored:
         if name not in recorded:
             raise ConfigError(
                 f"{directory}: no key {name!r} to ignore: a native directory holds what the model "
@@ -181,8 +183,8 @@ def read_marker(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """
     where = directory / MARKER
     values = read_json(where)
-    own = values.pop(_OWN, None)
-    intact = own is None or own == _digest(values)
+    checksum = values.pop(_CHECKSUM, None)
+    intact = checksum is None or checksum == _digest(values)
     if values.pop("format", None) != FORMAT:
         raise SourceError(f"{where}: not of format {FORMAT}; convert the model again")
     config = values.pop("config", None)
@@ -194,14 +196,14 @@ def read_marker(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
         if rope["inv_freq_divisors"] is not None:
             rope["inv_freq_divisors"] = tuple(rope["inv_freq_divisors"])
         rest = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        found = ModelConfig(**{**rest, "rope": RopeConfig(**rope)})
+        parsed = ModelConfig(**{**rest, "rope": RopeConfig(**rope)})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except (TypeError, KeyError, ValueError, AttributeError):
         raise SourceError(f"{where}: its config is malformed; convert the model again") from None
     if not intact:
         raise SourceError(f"{where}: damaged or edited: not what was written; convert again")
-    return found, values
+    return parsed, values
 
 
 def read_native(
@@ -222,39 +224,14 @@ def read_native(
     Raises:
       SourceError: a directory that is incomplete or damaged.
     """
-    import orbax.checkpoint as ocp
-
-    directory = Path(directory)
+    directory = as_path("directory", directory)
     config, facts = read_marker(directory)
-    wanted = parameter_dtype(facts["dtype"] if dtype is None else dtype)
+    param_dtype = parameter_dtype(facts["dtype"] if dtype is None else dtype)
     shapes = param_shapes(config)
-    if place is None:
-        # By way of numpy: arrays that Orbax places itself are tied to their device.
-        abstract = jax.tree.map(lambda s: np.empty(0), shapes, is_leaf=_is_shape)
-        restore_args = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=wanted),
-            shapes,
-            is_leaf=_is_shape,
-        )
-    else:
-        abstract = jax.tree.map(
-            lambda shape, where: jax.ShapeDtypeStruct(shape, wanted, sharding=where),
-            shapes,
-            place(config),
-            is_leaf=_is_shape,
-        )
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    try:
-        with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
-            params = checkpointer.restore(
-                (directory / PARAMS).absolute(),
-                args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args),
-            )
-    except Exception as error:  # Orbax and TensorStore raise whatever they find
-        text = " ".join(str(error).split())[:200]
-        raise SourceError(f"{directory / PARAMS}: cannot be restored: {text}") from None
-    found = jax.tree.map(lambda leaf: tuple(leaf.shape), params)
-    if found != shapes:
+    params = _restore(
+        directory / PARAMS, shapes, param_dtype, None if place is None else place(config)
+    )
+    if jax.tree.map(lambda leaf: tuple(leaf.shape), params) != shapes:
         raise SourceError(
             f"{directory / PARAMS}: cannot be restored: its shapes are not those of {MARKER}"
         )
@@ -265,11 +242,43 @@ def read_native(
             name = ".".join(key.key for key in path)
             raise SourceError(
                 f"{directory / PARAMS}: {name} holds NaN or infinite values"
-                + (" in float16; load with dtype=bfloat16" if wanted == np.float16 else "")
+                + (" in float16; load with dtype=bfloat16" if param_dtype == np.float16 else "")
             )
         if progress is not None:
             progress(leaf.nbytes)
     return config, params
+
+
+def _restore(
+    path: Path, shapes: dict[str, Any], dtype: np.dtype, shardings: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Parameters as Orbax has them: numpy's without shardings, else arrays laid out by them."""
+    import orbax.checkpoint as ocp
+
+    if shardings is None:
+        # By way of numpy: arrays that Orbax places itself are tied to their device.
+        abstract = jax.tree.map(lambda _: np.empty(0), shapes, is_leaf=_is_shape)
+        restore_args = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype),
+            shapes,
+            is_leaf=_is_shape,
+        )
+    else:
+        abstract = jax.tree.map(
+            lambda shape, sharding: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding),
+            shapes,
+            shardings,
+            is_leaf=_is_shape,
+        )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    try:
+        with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
+            return checkpointer.restore(
+                path.absolute(), args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
+            )
+    except Exception as error:  # Orbax and TensorStore raise whatever they find
+        text = " ".join(str(error).split())[:200]
+        raise SourceError(f"{path}: cannot be restored: {text}") from None
 
 
 def _on_device(tree: dict[str, Any]) -> dict[str, Any]:

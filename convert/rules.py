@@ -1,180 +1,139 @@
-"""One table of parameter names, shapes and reshapes, for Hugging Face and GGUF checkpoints.
+"""Names and forms of parameters in Hugging Face and GGUF checkpoints.
 
-Parameters are a nested dict of arrays: layers stacked on axis 0, kernels [in, out] (checkpoints
-store them [out, in]). `fill.py` reads a checkpoint by it, `export.py` writes one.
+What a model's parameters are is `parameters.TABLE`; here is how checkpoints store each of them:
+under what name, transposed (kernels are [in, out], checkpoints store [out, in]), with the rows of
+heads in another order. `fill.py` reads a checkpoint by these rules, `export.py` writes one.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Container
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
+from jaxneurons.model import parameters
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import LAYERS, Parameter, axes, list_parameters
 
 Naming = Literal["hf", "gguf"]
-Progress = Callable[[int], None]
-"""Told bytes as they pass."""
 Place = Callable[[ModelConfig], Any]
 """A `Sharding` for every parameter, nested as they are."""
 
+# Names of modules that do not follow from their paths; all others do, see `tensor_name`.
+_NAMES: dict[Naming, dict[str, str]] = {
+    "hf": {
+        "embed": "model.embed_tokens",
+        "layers.attn_norm": "model.layers.{i}.input_layernorm",
+        "layers.ffn_norm": "model.layers.{i}.post_attention_layernorm",
+        "final_norm": "model.norm",
+        "unembed": "lm_head",
+    },
+    "gguf": {
+        "embed": "token_embd",
+        "layers.attn.o": "blk.{i}.attn_output",
+        "final_norm": "output_norm",
+        "unembed": "output",
+    },
+}
+_HF_BLOCKS = {"attn": "self_attn", "ffn": "mlp"}
+_ROTARY = ("q", "k")
+"""Projections whose outputs are rotated."""
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Where one parameter lives in each format.
-
-    Attributes:
-      path: keys in the parameter tree.
-      hf: name in a Hugging Face checkpoint, `{i}` = layer.
-      gguf: name in a GGUF file of architecture "llama".
-      dims: the axes of the parameter of one layer, as names that `dimensions` resolves.
-      transposed: stored with its two axes swapped.
-      rotary: the dimension that counts this projection's heads, if GGUF stores the rows of each
-        head interleaved for rotary embedding.
-    """
-
-    path: tuple[str, ...]
-    hf: str
-    gguf: str
-    dims: tuple[str, ...]
-    transposed: bool = False
-    rotary: str | None = None
-
-    @property
-    def per_layer(self) -> bool:
-        """Stacked over layers."""
-        return self.path[0] == "layers"
-
-
-def _kernel(
-    block: str, name: str, hf: str, gguf: str, dims: tuple[str, str], rotary: str | None = None
-) -> Rule:
-    return Rule(
-        path=("layers", block, name, "kernel"),
-        hf=f"model.layers.{{i}}.{hf}.weight",
-        gguf=f"blk.{{i}}.{gguf}.weight",
-        dims=dims,
-        transposed=True,
-        rotary=rotary,
-    )
-
-
-def _bias(block: str, name: str) -> Rule:
-    """The bias beside a kernel: same names, its outputs' axis, never transposed."""
-    kernel = next(rule for rule in RULES if rule.path[1:3] == (block, name))
-    return dataclasses.replace(
-        kernel,
-        path=("layers", block, name, "bias"),
-        hf=kernel.hf.removesuffix("weight") + "bias",
-        gguf=kernel.gguf.removesuffix("weight") + "bias",
-        dims=kernel.dims[1:],
-        transposed=False,
-    )
-
-
-def _norm(name: str, hf: str, gguf: str) -> Rule:
-    return Rule(
-        path=("layers", name, "scale"),
-        hf=f"model.layers.{{i}}.{hf}.weight",
-        gguf=f"blk.{{i}}.{gguf}.weight",
-        dims=("hidden",),
-    )
-
-
-RULES: tuple[Rule, ...] = (
-    Rule(
-        ("embed", "embedding"),
-        "model.embed_tokens.weight",
-        "token_embd.weight",
-        ("vocab", "hidden"),
-    ),
-    _norm("attn_norm", "input_layernorm", "attn_norm"),
-    _kernel("attn", "q", "self_attn.q_proj", "attn_q", ("hidden", "query"), rotary="heads"),
-    _kernel("attn", "k", "self_attn.k_proj", "attn_k", ("hidden", "kv"), rotary="kv_heads"),
-    _kernel("attn", "v", "self_attn.v_proj", "attn_v", ("hidden", "kv")),
-    _kernel("attn", "o", "self_attn.o_proj", "attn_output", ("query", "hidden")),
-    _norm("ffn_norm", "post_attention_layernorm", "ffn_norm"),
-    _kernel("ffn", "gate", "mlp.gate_proj", "ffn_gate", ("hidden", "inner")),
-    _kernel("ffn", "up", "mlp.up_proj", "ffn_up", ("hidden", "inner")),
-    _kernel("ffn", "down", "mlp.down_proj", "ffn_down", ("inner", "hidden")),
-    Rule(("final_norm", "scale"), "model.norm.weight", "output_norm.weight", ("hidden",)),
-)
-UNEMBED = Rule(
-    ("unembed", "kernel"), "lm_head.weight", "output.weight", ("hidden", "vocab"), transposed=True
-)
+EMBEDDING = ("embed", "embedding")
+UNEMBEDDING = ("unembed", "kernel")
 
 # Stored tensors that carry nothing: tables which the model computes from its configuration.
-DROPPABLE: dict[str, re.Pattern[str]] = {
+DROPPABLE: dict[Naming, re.Pattern[str]] = {
     "hf": re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq"),
     "gguf": re.compile(r"blk\.\d+\.attn_rot_embd\.weight|rope_freqs\.weight"),
 }
 
 
-def dimensions(config: ModelConfig) -> dict[str, int]:
-    """Sizes of the named axes in `Rule.dims`."""
-    return {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "inner": config.intermediate_size,
-        "query": config.query_width,
-        "kv": config.kv_width,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-    }
+@dataclasses.dataclass(frozen=True)
+class TensorRule:
+    """How checkpoints store a parameter.
+
+    Attributes:
+      parameter: which.
+      rotary_heads: of a projection whose outputs are rotated, its heads: GGUF files of architecture
+        "llama" store the rows of each of them interleaved; else None.
+    """
+
+    parameter: Parameter
+    rotary_heads: int | None
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The parameter's keys in the tree."""
+        return self.parameter.path
+
+    @property
+    def transposed(self) -> bool:
+        """Stored with its two axes swapped."""
+        return self.path[-1] == "kernel"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of one layer's tensor as checkpoints store it."""
+        shape = self.parameter.layer_shape
+        return shape[::-1] if self.transposed else shape
 
 
-def rules_for(config: ModelConfig) -> tuple[Rule, ...]:
-    """The rules that apply: `RULES`, biases, and the unembedding unless it is tied."""
-    biases = [
-        _bias(rule.path[1], rule.path[2])
-        for rule in RULES
-        if rule.path[-1] == "kernel" and rule.path[2] in config.biases
-    ]
-    return (*RULES, *biases) if config.tied else (*RULES, *biases, UNEMBED)
+def rules_for(config: ModelConfig) -> tuple[TensorRule, ...]:
+    """A rule for every parameter, in the order in which files are written."""
+    sizes = axes(config)
+
+    def rule(parameter: Parameter) -> TensorRule:
+        rotary = parameter.path[-2] in _ROTARY
+        return TensorRule(parameter, sizes[parameter.axes[-1]].parts if rotary else None)
+
+    def place(parameter: Parameter) -> tuple[bool, bool]:
+        return parameter.path == UNEMBEDDING, parameter.path[-1] == "bias"
+
+    return tuple(map(rule, sorted(list_parameters(config), key=place)))
+
+
+def tensor_name(path: tuple[str, ...], naming: Naming) -> str:
+    """The name of a parameter's tensor, `{i}` for the layer.
+
+    Unless `_NAMES` has another: `model.layers.{i}.self_attn.q_proj.weight` in a Hugging Face
+    checkpoint, `blk.{i}.attn_q.weight` in a GGUF file.
+
+    Args:
+      path: the parameter's.
+      naming: whose names.
+    """
+    *module, array = path
+    inner = module[1:] if module[0] == LAYERS else module
+    if (name := _NAMES[naming].get(".".join(module))) is None:
+        if naming == "hf":
+            name = "model.layers.{i}." if module[0] == LAYERS else "model."
+            name += ".".join(_HF_BLOCKS.get(part, part) for part in inner)
+            name += "_proj" if array in ("kernel", "bias") else ""
+        else:
+            name = ("blk.{i}." if module[0] == LAYERS else "") + "_".join(inner)
+    return f"{name}.bias" if array == "bias" else f"{name}.weight"
 
 
 def gguf_biases(names: Container[str]) -> tuple[str, ...]:
     """The projections that a GGUF file has a bias for (in its first layer: all must be alike)."""
-    kernels = {rule.path[2]: rule.gguf for rule in RULES if rule.path[-1] == "kernel"}
+    paths = [
+        tuple(module.path.split(".")) for module in parameters.TABLE if module.weight == "kernel"
+    ]
     return tuple(
-        name
-        for name, kernel in kernels.items()
-        if kernel.format(i=0).removesuffix("weight") + "bias" in names
+        path[-1]
+        for path in paths
+        if path[0] == LAYERS and tensor_name((*path, "bias"), "gguf").format(i=0) in names
     )
 
 
-def param_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Shapes of every parameter, in the nesting of the parameters themselves."""
-    sizes = dimensions(config)
-    tree: dict[str, Any] = {}
-    for rule in rules_for(config):
-        shape = tuple(sizes[dim] for dim in rule.dims)
-        put(tree, rule.path, (config.num_layers, *shape) if rule.per_layer else shape)
-    return tree
-
-
-def param_sizes(config: ModelConfig) -> list[int]:
-    """Values in each (stacked) parameter."""
-    shapes = jax.tree.leaves(param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
-    return [math.prod(shape) for shape in shapes]
-
-
-def stored_shape(rule: Rule, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of the rule's tensor of one layer as checkpoints store it."""
-    sizes = dimensions(config)
-    shape = tuple(sizes[dim] for dim in rule.dims)
-    return shape[::-1] if rule.transposed else shape
-
-
-def stored_names(config: ModelConfig, naming: Naming) -> dict[str, tuple[Rule, int | None]]:
+def stored_names(config: ModelConfig, naming: Naming) -> dict[str, tuple[TensorRule, int | None]]:
     """Every tensor name that a checkpoint of this configuration holds -> its rule and layer."""
-    names: dict[str, tuple[Rule, int | None]] = {}
+    names: dict[str, tuple[TensorRule, int | None]] = {}
     for rule in rules_for(config):
-        template = getattr(rule, naming)
-        if rule.per_layer:
+        template = tensor_name(rule.path, naming)
+        if rule.parameter.per_layer:
             for layer in range(config.num_layers):
                 names[template.format(i=layer)] = (rule, layer)
         else:
@@ -195,10 +154,3 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Interleave each head's rows as llama.cpp does; the inverse of `unpermute`."""
     half = rows.shape[0] // heads // 2
     return rows.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(rows.shape)
-
-
-def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set the leaf of a nested dict."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

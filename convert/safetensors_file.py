@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxneurons.errors import SourceError
 from jaxneurons.storage.progress import Advance
+from jaxneurons.storage.settings import as_path
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -68,7 +69,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, Entry]:
     Raises:
       SourceError: the file cannot be read, or is damaged or truncated: says how.
     """
-    path = Path(path)
+    path = as_path("path", path)
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

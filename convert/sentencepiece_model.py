@@ -17,7 +17,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM, BPE = 1, 2
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _UNKNOWN_PENALTY = 10.0
-_OWN_BONUS = 0.1  # for each further byte of a user-defined piece, in release 0.2.3
+_USER_DEFINED_BONUS = 0.1  # for each further byte of a user-defined piece, in release 0.2.3
 _MODELS = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
 
 
@@ -74,10 +74,10 @@ def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], Settings, bool]:
     rules = {2: "charsmap", 3: "dummy_prefix", 4: "remove_extra_spaces", 5: "escape_spaces"}
     for field, value in _fields(data):
         if field == 1:
-            own = dict(_fields(_bytes(value)))
-            score = own.get(2, b"\0\0\0\0")
+            parts = dict(_fields(_bytes(value)))
+            score = parts.get(2, b"\0\0\0\0")
             number = struct.unpack("<f", _bytes(score))[0]
-            pieces.append((_bytes(own.get(1, b"")).decode(), number, int(own.get(3, NORMAL))))
+            pieces.append((_bytes(parts.get(1, b"")).decode(), number, int(parts.get(3, NORMAL))))
         elif field in (2, 3):
             known = names if field == 2 else rules
             values |= {known[n]: v for n, v in _fields(_bytes(value)) if n in known}
@@ -159,8 +159,8 @@ class SentencePiece:
             raise ValueError("falls back to bytes, but lacks some of the 256 byte pieces")
         self._text = {p: (s, k) for p, s, k in pieces if k in (NORMAL, USER_DEFINED, UNUSED)}
         self._longest = max((len(piece) for piece in self._text), default=1)
-        own = sorted((p for p, _, k in pieces if k == USER_DEFINED), key=len, reverse=True)
-        self._own = tuple(own)
+        user_defined = sorted((p for p, _, k in pieces if k == USER_DEFINED), key=len, reverse=True)
+        self._user_defined = tuple(user_defined)
         scores = [score for _, score, kind in pieces if kind == NORMAL]
         self._lowest = min(scores, default=0.0)
         self._map = _CharsMap(settings.charsmap) if settings.charsmap else None
@@ -173,19 +173,19 @@ class SentencePiece:
           prefix: put the space before the text that the model asks for.
         """
         normal = self._normalise(text, prefix=prefix)
-        cut = self._bpe(normal) if self.settings.model == BPE else self._unigram(normal)
-        found: list[str] = []
+        symbols = self._bpe(normal) if self.settings.model == BPE else self._unigram(normal)
+        pieces: list[str] = []
         last_unknown = False
-        for piece in cut:
+        for piece in symbols:
             known = piece in self._text
             if known:
-                found.append(piece)
+                pieces.append(piece)
             elif self.settings.byte_fallback:
-                found += [f"<0x{byte:02X}>" for byte in piece.encode()]
+                pieces += [f"<0x{byte:02X}>" for byte in piece.encode()]
             elif not last_unknown:
-                found.append(self.unknown)
+                pieces.append(self.unknown)
             last_unknown = not known
-        return found
+        return pieces
 
     def _normalise(self, text: str, *, prefix: bool) -> str:
         settings = self.settings
@@ -198,10 +198,10 @@ class SentencePiece:
         out: list[str] = []
         after_space = settings.remove_extra_spaces
         for part in parts:
-            kept = part.lstrip(" ") if after_space else part
-            if kept:
-                out.append(kept)
-                after_space = kept.endswith(" ")
+            trimmed = part.lstrip(" ") if after_space else part
+            if trimmed:
+                out.append(trimmed)
+                after_space = trimmed.endswith(" ")
             after_space = after_space and settings.remove_extra_spaces
         normal = "".join(out).replace(" ", SPACE)
         space = SPACE if settings.dummy_prefix and prefix else ""
@@ -215,17 +215,17 @@ class SentencePiece:
         """The text in steps: user-defined pieces as they are, else what the rules make of it."""
         at = 0
         while at < len(text):
-            own = self._own_at(text, at)
-            if own is not None:
-                yield own
-                at += len(own)
+            piece = self._user_defined_at(text, at)
+            if piece is not None:
+                yield piece
+                at += len(piece)
                 continue
             length, becomes = (0, "") if self._map is None else self._map.longest(text, at)
             yield becomes if length else text[at]
             at += length or 1
 
-    def _own_at(self, text: str, at: int) -> str | None:
-        return next((own for own in self._own if text.startswith(own, at)), None)
+    def _user_defined_at(self, text: str, at: int) -> str | None:
+        return next((piece for piece in self._user_defined if text.startswith(piece, at)), None)
 
     def _bpe(self, text: str) -> list[str]:
         """Join the adjacent pair that makes the best piece, leftmost first, until none is left."""
@@ -233,9 +233,9 @@ class SentencePiece:
         frozen: list[bool] = []
         at = 0
         while at < len(text):
-            own = self._own_at(text, at)
-            symbols.append(own or text[at])
-            frozen.append(own is not None)
+            piece = self._user_defined_at(text, at)
+            symbols.append(piece or text[at])
+            frozen.append(piece is not None)
             at += len(symbols[-1])
         after = [*range(1, len(symbols)), -1]
         before = [*range(-1, len(symbols) - 1)]
@@ -257,8 +257,8 @@ class SentencePiece:
             offer(left, left + 1)
         while agenda:
             _, left, right, size = heapq.heappop(agenda)
-            whole = len(symbols[left]) + len(symbols[right])
-            if not symbols[left] or not symbols[right] or whole != size:
+            length = len(symbols[left]) + len(symbols[right])
+            if not symbols[left] or not symbols[right] or length != size:
                 continue  # one of the two has been joined to another meanwhile
             symbols[left] += symbols[right]
             symbols[right] = ""
@@ -292,19 +292,19 @@ class SentencePiece:
                 if kind == UNUSED:
                     continue
                 if kind == USER_DEFINED:
-                    score = _OWN_BONUS * (len(text[start:end].encode()) - 1)
+                    score = _USER_DEFINED_BONUS * (len(text[start:end].encode()) - 1)
                 reach(end, start, here[0] + score)
                 single = single or end == start + 1
             if not single:
                 reach(start + 1, start, here[0] + self._lowest - _UNKNOWN_PENALTY)
-        found: list[str] = []
+        pieces: list[str] = []
         end = len(text)
         while end:
             step = best[end]
             assert step is not None
-            found.append(text[step[1] : end])
+            pieces.append(text[step[1] : end])
             end = step[1]
-        return found[::-1]
+        return pieces[::-1]
 
 
 def _float32(value: float) -> float:
@@ -332,25 +332,25 @@ class _CharsMap:
         """How many characters of `text` the longest key at `at` takes, and what it becomes."""
         units = self._units
         node = self._child(0)
-        found, becomes = 0, -1
+        taken, becomes = 0, -1
         ends = 0
         for end in range(at, len(text)):
             for byte in text[end].encode():
                 node ^= byte
                 if node >= len(units) or units[node] & 0x800000FF != byte:
-                    return self._result(found, becomes)
+                    return self._result(taken, becomes)
                 ends = units[node] >> 8 & 1
                 node ^= self._child(node)
             if ends and node < len(units):
-                found, becomes = end + 1 - at, units[node] & 0x7FFFFFFF
-        return self._result(found, becomes)
+                taken, becomes = end + 1 - at, units[node] & 0x7FFFFFFF
+        return self._result(taken, becomes)
 
     def _child(self, node: int) -> int:
         unit = self._units[node]
         return (unit >> 10) << ((unit & 0x200) >> 6)
 
-    def _result(self, found: int, start: int) -> tuple[int, str]:
-        if not found:
+    def _result(self, taken: int, start: int) -> tuple[int, str]:
+        if not taken:
             return 0, ""
         end = self._results.index(b"\0", start)
-        return found, self._results[start:end].decode()
+        return taken, self._results[start:end].decode()

@@ -165,9 +165,9 @@ def ranked_backend(
     letters = _byte_letters()
     shift = 0 if first else len(special)
     vocab = {_spell(token, letters): rank + shift for token, rank in ranks.items()}
-    taken = sorted(set(special) & vocab.keys())
-    if taken:
-        raise SourceError(f"{where}: {taken[0]!r} is a special token and an ordinary one")
+    clashes = sorted(set(special) & vocab.keys())
+    if clashes:
+        raise SourceError(f"{where}: {clashes[0]!r} is a special token and an ordinary one")
     merges = [(_spell(left, letters), _spell(right, letters)) for left, right in _merges(ranks)]
     vocab |= {token: first + index for index, token in enumerate(special)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
@@ -184,13 +184,13 @@ def ranked_backend(
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """For each token of two bytes or more, the two parts that lower ranks leave of it."""
-    found: list[tuple[bytes, bytes]] = []
+    merges: list[tuple[bytes, bytes]] = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
             parts = _parts(token, ranks, rank)
             if len(parts) == 2:
-                found.append((parts[0], parts[1]))
-    return found
+                merges.append((parts[0], parts[1]))
+    return merges
 
 
 def _parts(token: bytes, ranks: Mapping[bytes, int], below: int) -> list[bytes]:
@@ -209,9 +209,9 @@ def _byte_letters() -> list[str]:
     """The letter that stands for each byte in a byte-level vocabulary."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    own = {byte: chr(byte) for byte in plain}
-    own |= {byte: chr(0x100 + index) for index, byte in enumerate(others)}
-    return [own[byte] for byte in range(256)]
+    letters = {byte: chr(byte) for byte in plain}
+    letters |= {byte: chr(0x100 + index) for index, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
 
 
 def _spell(token: bytes, letters: Sequence[str]) -> str:

@@ -53,27 +53,18 @@ def tokenizer_from_gguf(
             f"{where}: tokenizer model {kind!r} is not supported (supported: 'gpt2', 'llama')"
         )
     backend = builders[kind](metadata, tokens, types, where)
-    for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    for token_type, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
             AddedToken(token, special=special, normalized=False)
-            for token, is_ in zip(tokens, types, strict=True)
-            if is_ == wanted
+            for token, type_ in zip(tokens, types, strict=True)
+            if type_ == token_type
         ]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
     if backend.get_vocab_size() != len(tokens):
         raise SourceError(f"{where}: the added tokens do not fit into the vocabulary")
 
     named = _named(metadata, tokens, types, kind, where)
-    split = SPLITS.get(str(metadata.get("tokenizer.ggml.pre")))
-    default = kind == "llama" or (split is not None and split.bos)
-    default = default and metadata.get("tokenizer.ggml.bos_token_id") not in _ABSENT
-    around = {
-        "bos": bool(metadata.get("tokenizer.ggml.add_bos_token", default)),
-        "eos": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-    }
-    for name, wanted in around.items():
-        if wanted and f"{name}_token" not in named:
-            raise SourceError(f"{where}: add_{name}_token is set, but there is no {name} token")
+    around = _around(metadata, kind, named, where)
     first = [named["bos_token"]] if around["bos"] else []
     last = [named["eos_token"]] if around["eos"] else []
     backend.post_processor = processors.TemplateProcessing(
@@ -90,6 +81,23 @@ def tokenizer_from_gguf(
         **_template(metadata),
         **_length(metadata),
     )
+
+
+def _around(
+    metadata: Mapping[str, Any], kind: str, named: Mapping[str, str], where: str
+) -> dict[str, bool]:
+    """Whether BOS is put before a text, and EOS after it."""
+    split = SPLITS.get(str(metadata.get("tokenizer.ggml.pre")))
+    default = kind == "llama" or (split is not None and split.bos)
+    default = default and metadata.get("tokenizer.ggml.bos_token_id") not in _ABSENT
+    around = {
+        "bos": bool(metadata.get("tokenizer.ggml.add_bos_token", default)),
+        "eos": bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+    }
+    for name, added in around.items():
+        if added and f"{name}_token" not in named:
+            raise SourceError(f"{where}: add_{name}_token is set, but there is no {name} token")
+    return around
 
 
 def _named(
@@ -244,12 +252,12 @@ def _merges_by_score(
     }
     if scores is None or len({scores[index] for index in rank.values()}) == 1:
         scores = [-float(index) for index in range(len(tokens))]
-    found: list[tuple[float, int, int, int, str, str]] = []
+    ranked: list[tuple[float, int, int, int, str, str]] = []
     for token, index in rank.items():
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in rank and right in rank:
                 # Ties as transformers' converter breaks them: longer left part, longer right part.
-                found.append((-scores[index], -cut, cut - len(token), index, left, right))
-    found.sort()
-    return [(left, right) for *_, left, right in found]
+                ranked.append((-scores[index], -cut, cut - len(token), index, left, right))
+    ranked.sort()
+    return [(left, right) for *_, left, right in ranked]

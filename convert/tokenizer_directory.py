@@ -7,6 +7,7 @@ of SentencePiece, tiktoken (Llama 3) or Mistral is read. What the other files ma
 tokens begin and end a text, its chat template and length, and tokens added after the others.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxneurons.convert.hf import CONFIG, read_json
 from jaxneurons.convert.sentencepiece_model import CONTROL, SPACE, UNKNOWN, read_sentencepiece
 from jaxneurons.convert.tiktoken_file import Ranked, is_ranked, read_llama3, read_tekken
 from jaxneurons.errors import SourceError
+from jaxneurons.storage.settings import as_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -59,7 +61,7 @@ class _Settings(NamedTuple):
         return name.removesuffix("Fast") if isinstance(name, str) and name else None
 
 
-def tokenizer_from_directory(path: Path) -> "PreTrainedTokenizerBase":
+def tokenizer_from_directory(path: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face directory; nothing in it is run.
 
     Args:
@@ -70,8 +72,9 @@ def tokenizer_from_directory(path: Path) -> "PreTrainedTokenizerBase":
       SourceError: there is none; it is damaged; it needs code of its own (`auto_map`), or a class
         that reads its vocabulary in a way that is not known.
     """
+    path = as_path("path", path)
     settings = _settings(path)
-    _refuse_own_code(path, settings.config)
+    _refuse_auto_map(path, settings.config)
     if (path / "tokenizer.json").is_file():
         return _from_json(path, settings)
     if (path / "tokenizer.model").is_file():
@@ -82,8 +85,8 @@ def tokenizer_from_directory(path: Path) -> "PreTrainedTokenizerBase":
         return _from_ranked(read_tekken, path / "tekken.json", settings)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         return _from_merges(path)
-    there = [name for name in ("tokenizer_config.json", "vocab.json") if (path / name).is_file()]
-    beside = f" beside {' and '.join(there)}" if there else ""
+    present = [name for name in ("tokenizer_config.json", "vocab.json") if (path / name).is_file()]
+    beside = f" beside {' and '.join(present)}" if present else ""
     raise SourceError(
         f"{path}: no tokenizer ({', '.join(_VOCABULARIES)}, or vocab.json with merges.txt)"
         f"{beside}; add the model's tokenizer.json"
@@ -108,16 +111,16 @@ def _settings(path: Path) -> _Settings:
             )
         added[_index(index, path / "tokenizer_config.json")] = flags
     template = config.get("chat_template")
-    own = path / "chat_template.jinja"
-    if own.is_file():
-        template = own.read_text(encoding="utf-8")
+    template_file = path / "chat_template.jinja"
+    if template_file.is_file():
+        template = template_file.read_text(encoding="utf-8")
     return _Settings(config, listed, added, _template(template, path), read(CONFIG))
 
 
 def _template(value: Any, path: Path) -> Any:
     """A chat template: a text, or a list of named ones."""
     named = isinstance(value, list) and all(
-        isinstance(one, dict) and {"name", "template"} <= one.keys() for one in value
+        isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in value
     )
     if value is None or isinstance(value, str) or named:
         return value or None
@@ -134,11 +137,11 @@ def _index(value: Any, where: Path) -> int:
     return index
 
 
-def _refuse_own_code(path: Path, config: dict[str, Any]) -> None:
-    own = config.get("auto_map")
-    if isinstance(own, dict):
-        own = own.get("AutoTokenizer")
-    if own:
+def _refuse_auto_map(path: Path, config: dict[str, Any]) -> None:
+    code = config.get("auto_map")
+    if isinstance(code, dict):
+        code = code.get("AutoTokenizer")
+    if code:
         raise SourceError(
             f"{path / 'tokenizer_config.json'}: auto_map names a tokenizer class that is code in "
             "the directory; such code is never run here, and what it does to a text cannot be "
@@ -190,10 +193,12 @@ def _add_listed(backend: "Tokenizer", settings: _Settings, path: Path) -> None:
                 f"{path}: the added token {token!r} has the id {index}, but the vocabulary ends "
                 f"before {size}; the tokenizer's files do not belong together: fetch them again"
             )
-        own = {key: bool(flags.get(key)) for key in ("single_word", "lstrip", "rstrip")}
+        matching = {key: bool(flags.get(key)) for key in ("single_word", "lstrip", "rstrip")}
         special = bool(flags.get("special", token in _named_tokens(settings)))
-        one = AddedToken(token, special=special, normalized=bool(flags.get("normalized")), **own)
-        (backend.add_special_tokens if special else backend.add_tokens)([one])
+        added_token = AddedToken(
+            token, special=special, normalized=bool(flags.get("normalized")), **matching
+        )
+        (backend.add_special_tokens if special else backend.add_tokens)([added_token])
 
 
 def _named_tokens(settings: _Settings) -> set[str]:
@@ -219,8 +224,8 @@ def _around(settings: _Settings) -> dict[str, bool]:
     """Whether BOS and EOS are put, where a file says so and the named class listens."""
     if settings.kind not in _PUT_AS_CONFIGURED:
         return {}
-    said = {name: settings.config.get(f"add_{name}_token") for name in ("bos", "eos")}
-    return {name: value for name, value in said.items() if isinstance(value, bool)}
+    stated = {name: settings.config.get(f"add_{name}_token") for name in ("bos", "eos")}
+    return {name: value for name, value in stated.items() if isinstance(value, bool)}
 
 
 def _names(backend: "Tokenizer", settings: _Settings) -> dict[str, str | None]:
@@ -229,7 +234,7 @@ def _names(backend: "Tokenizer", settings: _Settings) -> dict[str, str | None]:
     if "added_tokens_decoder" not in first:  # older files: the map is the later word
         first, second = second, first
     defaults = _CLASS_NAMES.get(settings.kind, _LLAMA_NAMES if settings.kind is None else {})
-    found: dict[str, str | None] = {}
+    names: dict[str, str | None] = {}
     for name in _NAMES:
         key = f"{name}_token"
         token = _content(first.get(key)) or _content(second.get(key))
@@ -239,8 +244,8 @@ def _names(backend: "Tokenizer", settings: _Settings) -> dict[str, str | None]:
             if isinstance(index, int) and 0 <= index < 2**31:
                 token = backend.id_to_token(index)
             token = token or defaults.get(name)
-        found[name] = token if token and backend.token_to_id(token) is not None else None
-    return found
+        names[name] = token if token and backend.token_to_id(token) is not None else None
+    return names
 
 
 def _wrapped(
@@ -293,18 +298,18 @@ def _put_around(
     if not around:
         return
     bare = backend.encode("x", add_special_tokens=False).ids
-    whole = backend.encode("x").ids
-    at = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
-    there = {"bos": whole[:at], "eos": whole[at + len(bare) :]}
-    wanted = dict(there)
+    encoded = backend.encode("x").ids
+    at = next((n for n in range(len(encoded)) if encoded[n : n + len(bare)] == bare), 0)
+    present = {"bos": encoded[:at], "eos": encoded[at + len(bare) :]}
+    needed = dict(present)
     for name, put in around.items():
         token = names[name]
         index = backend.token_to_id(token) if put and token else None
-        wanted[name] = [] if index is None else [index]
-    if wanted == there:
+        needed[name] = [] if index is None else [index]
+    if needed == present:
         return
-    ids = {str(backend.id_to_token(index)): index for part in wanted.values() for index in part}
-    first, last = ([str(backend.id_to_token(index)) for index in wanted[n]] for n in there)
+    ids = {str(backend.id_to_token(index)): index for part in needed.values() for index in part}
+    first, last = ([str(backend.id_to_token(index)) for index in needed[n]] for n in present)
     second = [*(f"{t}:1" for t in first), "$B:1", *(f"{t}:1" for t in last)]
     backend.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last],
@@ -317,7 +322,9 @@ def _from_ranked(
     read: Callable[[Path, Mapping[int, str]], Ranked], where: Path, settings: _Settings
 ) -> "PreTrainedTokenizerBase":
     """Llama 3's and Mistral's own files; both models' texts begin with BOS."""
-    backend, named = read(where, {index: one["content"] for index, one in settings.added.items()})
+    backend, named = read(
+        where, {index: flags["content"] for index, flags in settings.added.items()}
+    )
     return _wrapped(backend, *_with_named(settings, named), where.parent)
 
 

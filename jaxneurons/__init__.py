@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     )
     from jaxneurons.checkpoints import LM, load, save
     from jaxneurons.citations import citation
-    from jaxneurons.engine import Attribution, Quadrature, integrated_gradients
+    from jaxneurons.engine import (
+        Attribution,
+        Generations,
+        Quadrature,
+        ablate,
+        generate,
+        integrated_gradients,
+    )
     from jaxneurons.errors import ConfigError, DataError, JaxneuronsError, SourceError
     from jaxneurons.model import (
         Cache,
@@ -46,6 +53,7 @@ __all__ = [
     "Cache",
     "ConfigError",
     "DataError",
+    "Generations",
     "JaxneuronsError",
     "ModelConfig",
     "Neuron",
@@ -57,12 +65,14 @@ __all__ = [
     "SourceError",
     "Transformer",
     "__version__",
+    "ablate",
     "checkpoints",
     "citation",
     "convert",
     "engine",
     "errors",
     "forward",
+    "generate",
     "init_cache",
     "integrated_gradients",
     "lab",

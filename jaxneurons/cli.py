@@ -19,7 +19,6 @@ from jaxneurons.terminal.console import (
     gib,
     load_and_say,
     show_certificate,
-    show_demo,
     show_description,
 )
 from jaxneurons.terminal.options import IgnoreKeys
@@ -62,12 +61,14 @@ def demo(
 ) -> None:
     """Locate the neurons of a few dozen facts, turn them off, and see what is lost."""
     lm = load_and_say(model, ignore_keys=ignore_key)
-    from jaxneurons.qrnca.demo import demo_facts, run_demo
+    from jaxneurons.qrnca.demonstration import demo as locate_and_suppress
+    from jaxneurons.qrnca.demonstration import demo_facts
+    from jaxneurons.qrnca.views import show_demo
 
     facts = demo_facts(lm.source)
     console.print(f"Asking it {len(facts)} facts in 3 wordings each.")
-    with counting("Attributing") as tell:
-        result = run_demo(lm, out, facts=facts, progress=tell)
+    with counting("Attributing") as progress:
+        result = locate_and_suppress(lm, out=out, facts=facts, progress=progress)
     show_demo(result, out)
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,9 @@ def face(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], li
 
     def get(name: str) -> Any:
         if name == "__version__":
-            return importlib.metadata.version(package)
+            from importlib.metadata import version
+
+            return version(package)
         if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         if where[name] == package:  # a package of its own

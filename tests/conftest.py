@@ -1,6 +1,7 @@
 """Two CPU devices and full float32 matmuls for every test; the real model, loaded once."""
 
 import gc
+import inspect
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import pytest
 # rotary angles are written as broadcasts.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 SAMPLES = Path(__file__).with_name("data")
 FORMATS = {"query_file": ("qrneuron", "*.json"), "relation_directory": ("", "lre")}
@@ -70,7 +72,26 @@ def few_programs(request):
             gc.collect()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def settings_check_themselves():
+    """Wrong fields are refused with errors of the settings' own, where beartype would be first."""
+    from jaxneurons.qrnca.method import QRNCAConfig
+
+    for settings in (QRNCAConfig,):
+        settings.__init__ = inspect.unwrap(settings.__init__)
+
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def as_users_call():
+    """Without the type checker that tests put around every function: arguments reach our checks."""
+    from jaxtyping import config
+
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

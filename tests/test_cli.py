@@ -141,7 +141,7 @@ def fails(result, message):
     [
         (["--rule", "gaus"], r"unknown quadrature rule 'gaus'; did you mean 'gauss'"),
         (["--mode", "papers"], r"unknown mode 'papers'; did you mean 'paper'"),
-        (["--site", "ups"], r"unknown site 'ups'; did you mean 'up'"),
+        (["--site", "ups"], r"site must be one of .*; got 'ups'; did you mean 'up'"),
         (["--rule", "reference", "--steps", "1"], r"needs steps >= 2, got 1"),
         (["--limit", "1"], r"one query only"),
         (["--limit", "2"], r"2 queries leave no neurons"),
@@ -269,7 +269,7 @@ def test_options_that_begin_with_the_same_token(run, gguf_file, tmp_path):
 
 def test_demo_of_a_model_that_knows_nothing(run, model, tmp_path, facts, monkeypatch):
     few = read_queries(facts)[:1]
-    monkeypatch.setattr("jaxneurons.qrnca.demo.demo_facts", lambda source: few)
+    monkeypatch.setattr("jaxneurons.qrnca.demonstration.demo_facts", lambda source: few)
     fails(
         run("demo", "--model", model, "--out", tmp_path / "run"), "the model knows 0 of the facts"
     )
@@ -313,7 +313,7 @@ def test_neuron_map(tmp_path, found):
 def test_demo_needs_no_download(run, tmp_path, monkeypatch):
     """The default: six facts of each domain of the lab model's world."""
     few = QRNCAConfig(quadrature=Quadrature("gauss", 6))  # compiles in half the time
-    monkeypatch.setattr("jaxneurons.qrnca.demo.SETTINGS", few)
+    monkeypatch.setattr("jaxneurons.qrnca.demonstration.SETTINGS", few)
     code, out, err = run("demo", "--out", tmp_path / "run")
     assert code == 0, err
     effects = json.loads((tmp_path / "run" / "effects.json").read_text())["effects"]
@@ -331,11 +331,12 @@ def test_demo_needs_no_download(run, tmp_path, monkeypatch):
 @pytest.mark.smollm2
 @pytest.mark.slow
 def test_demo(smollm2, tmp_path):
-    from jaxneurons.qrnca.demo import bundled_facts, run_demo
+    from jaxneurons.qrnca.demonstration import bundled_facts
+    from jaxneurons.qrnca.demonstration import demo as run_demo
 
     facts = [fact for fact in bundled_facts(per_group=6) if fact.group == "capital"]
     assert len(facts) == 6
-    demo = run_demo(smollm2, tmp_path / "run", facts=facts, draws=3)
+    demo = run_demo(smollm2, out=tmp_path / "run", facts=facts, draws=3)
     own = json.loads((tmp_path / "run" / "effects.json").read_text())
     assert {"neurons.jsonl", "common_neurons.json", "run.json", "effects.json", "neurons.png"} <= {
         path.name for path in (tmp_path / "run").iterdir()

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from importlib.metadata import requires, version
+from importlib.metadata import entry_points, requires, version
 from importlib.resources import files
 from importlib.util import find_spec
 
@@ -57,3 +57,22 @@ def test_import_is_light(tmp_path):
 def test_what_load_needs_is_declared(name):
     assert find_spec(name) is not None
     assert [line for line in requires("jaxneurons") or [] if line.startswith(name)]
+
+
+def test_the_program_heeds_signals_before_it_imports_what_is_slow(tmp_path):
+    code = "import sys, jaxneurons.__main__; print({'jax', 'numpy', 'typer'} & {*sys.modules})"
+    assert _python(code, tmp_path) == "set()"
+
+
+def test_the_program_is_a_module_too(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxneurons", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == version("jaxneurons"), done.stderr
+    assert entry_points(group="console_scripts", name="jaxneurons")["jaxneurons"].value == (
+        "jaxneurons.__main__:main"
+    )

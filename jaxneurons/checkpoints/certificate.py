@@ -1,4 +1,4 @@
-"""Is the converted model the model? A comparison with PyTorch transformers, kept beside it.
+"""Is the converted model the model? A comparison with PyTorch transformers, positions beside it.
 
 Compares every weight; logits and every FFN site of every layer, at short and long positions (beyond
 the original context where the rotary embedding is stretched); and greedy continuations. Needs the
@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.metadata
 import io
+import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import forward
 from jaxneurons.storage.hashes import hash_files
+from jaxneurons.storage.progress import Progress
+from jaxneurons.storage.settings import as_path, check_argument, check_number
 
 CERTIFICATE = "certificate.json"
 SITES = ("gate", "up", "act", "down")
@@ -51,10 +54,10 @@ them."""
 
 def verify(
     lm: LM,
-    against: Path,
+    against: str | os.PathLike[str],
     *,
     long: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare a model with what transformers makes of the checkpoint it came from.
 
@@ -76,49 +79,33 @@ def verify(
 
     Raises:
       SourceError: PyTorch or transformers are missing, or they cannot load the checkpoint.
+      ConfigError: arguments of other types.
     """
-    dtype = lm.params["embed"]["embedding"].dtype
+    check_argument("lm", LM, lm)
+    check_argument("progress", Callable | None, progress)
+    against = as_path("against", against)
+    if long is not None:
+        check_number("long", long, least=1)
     torch, model = _torch_model(against, lm)
     for stored in model.parameters():
-        stored.data = stored.data.to(getattr(torch, dtype.name)).float()
+        stored.data = stored.data.to(getattr(torch, lm.dtype.name)).float()
     weights = _compare_weights(lm, model.state_dict())
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
-    sequences = _sequences(lm, long_enough(lm.config) if long is None else long)
-    steps = len(sequences) + len(TEXTS)
-    results: list[dict[str, Any]] = []
-    continuations: list[dict[str, Any]] = []
-
-    def tell() -> None:
-        if progress is not None:
-            progress(len(results) + len(continuations), steps)
-
-    with jax.default_matmul_precision("highest"):
-        for name, ids in sequences.items():
-            theirs = _torch_forward(torch, model, ids)
-            found = {"sequence": name, **_compare(wide, lm, ids, theirs)}
-            if dtype != jnp.float32:
-                logits, _ = _run(lm.params, lm, ids)
-                found["own_arithmetic"] = _difference(logits, theirs[0])
-            results.append(found)
-            tell()
-        for text in TEXTS:
-            continuations.append(_continue(wide, lm, torch, model, text))
-            tell()
+    length = long_enough(lm.config) if long is None else long
+    sequences, continuations = _compare_texts(lm, torch, model, length, progress)
     worst = {
-        "largest": max(result["logits"]["relative"] for result in results),
-        "mean": max(result["logits"]["mean"] for result in results),
+        "largest": max(result["logits"]["relative"] for result in sequences),
+        "mean": max(result["logits"]["mean"] for result in sequences),
     }
-    same = sum(c["same"] for c in continuations)
-    packages = ("jaxneurons", "jax", "flax", "transformers", "torch", "numpy")
+    equal = sum(result["same"] for result in continuations)
     return {
-        "passed": same == len(TEXTS)
+        "passed": equal == len(TEXTS)
         and not weights["differ"]
         and all(worst[k] <= most for k, most in TOLERANCE.items()),
         "tolerance": TOLERANCE,
         "logits_worst": worst,
         "weights": weights,
-        "continuations_equal": f"{same} of {len(TEXTS)}",
-        "dtype": dtype.name,
+        "continuations_equal": f"{equal} of {len(TEXTS)}",
+        "dtype": lm.dtype.name,
         "arithmetic": "float32",
         "matmul_precision": "highest",
         "source": {"path": str(against), "sha256": _source_hash(against)},
@@ -127,14 +114,47 @@ def verify(
             "sha256": lm.hash,
             **({"ignored_keys": list(lm.ignored_keys)} if lm.ignored_keys else {}),
         },
-        "sequences": results,
+        "sequences": sequences,
         "continuations": continuations,
-        "versions": {
-            **{name: importlib.metadata.version(name) for name in packages},
-            "python": platform.python_version(),
-            "device": jax.devices()[0].device_kind,
-        },
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jaxneurons", "jax", "flax", "transformers", "torch", "numpy")
+    return {
+        **{name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _compare_texts(
+    lm: LM, torch: Any, model: Any, length: int, progress: Progress | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What becomes of sequences, and of texts that are continued."""
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lm.params)
+    sequences = _sequences(lm, length)
+    results: list[dict[str, Any]] = []
+    continuations: list[dict[str, Any]] = []
+
+    def report() -> None:
+        if progress is not None:
+            progress(len(results) + len(continuations), len(sequences) + len(TEXTS))
+
+    with jax.default_matmul_precision("highest"):
+        for name, ids in sequences.items():
+            theirs = _torch_forward(torch, model, ids)
+            result = {"sequence": name, **_compare(wide, lm, ids, theirs)}
+            if lm.dtype != jnp.float32:
+                logits, _ = _run(lm.params, lm, ids)
+                result["own_arithmetic"] = _difference(logits, theirs[0])
+            results.append(result)
+            report()
+        for text in TEXTS:
+            continuations.append(_continue(wide, lm, torch, model, text))
+            report()
+    return results, continuations
 
 
 def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
@@ -210,7 +230,7 @@ def _sequences(lm: LM, length: int) -> dict[str, np.ndarray]:
     }
 
 
-def _kept(ids: np.ndarray) -> int:
+def _compared(ids: np.ndarray) -> int:
     """Positions, counted from the end, at which a sequence is compared."""
     return len(ids) if len(ids) <= WHOLE else LAST
 
@@ -227,7 +247,7 @@ def _run(
     params: Any, lm: LM, ids: np.ndarray, capture: tuple[str, ...] = ()
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits and activations of one sequence, at the positions that are compared."""
-    at = jnp.arange(len(ids) - _kept(ids), len(ids))[None]
+    at = jnp.arange(len(ids) - _compared(ids), len(ids))[None]
     out = _forward(params, jnp.asarray(ids)[None], at, config=lm.config, capture=capture)
     logits, sites = jax.device_get(out)
     return logits[0], {site: values[:, 0] for site, values in sites.items()}
@@ -235,15 +255,15 @@ def _run(
 
 def _compare(params: Any, lm: LM, ids: np.ndarray, theirs: Any) -> dict[str, Any]:
     logits, sites = _run(params, lm, ids, SITES)
-    found = {"tokens": len(ids), "logits": _difference(logits, theirs[0])}
+    result = {"tokens": len(ids), "logits": _difference(logits, theirs[0])}
     for site in SITES:
         per_layer = [
             _difference(ours, torchs)
             for ours, torchs in zip(sites[site], theirs[1][site], strict=True)
         ]
         worst = int(np.argmax([d["relative"] for d in per_layer]))
-        found[site] = {**per_layer[worst], "layer": worst}
-    return found
+        result[site] = {**per_layer[worst], "layer": worst}
+    return result
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
@@ -260,8 +280,8 @@ def _torch_forward(
     torch: Any, model: Any, ids: np.ndarray
 ) -> tuple[np.ndarray, Mapping[str, list[np.ndarray]]]:
     """Logits, and inputs and outputs of the feed-forward's projections in every layer."""
-    seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
-    kept = _kept(ids)
+    outputs: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    positions = _compared(ids)
     hooks = []
     for layer in model.model.layers:
         for site, module in (
@@ -272,18 +292,18 @@ def _torch_forward(
 
             def keep(_: Any, inputs: Any, output: Any, site: str = site) -> None:
                 if site == "down":
-                    seen["act"].append(inputs[0][0, -kept:].float().numpy())
-                seen[site].append(output[0, -kept:].float().numpy())
+                    outputs["act"].append(inputs[0][0, -positions:].float().numpy())
+                outputs[site].append(output[0, -positions:].float().numpy())
 
             hooks.append(module.register_forward_hook(keep))
     try:
         with torch.no_grad():
             batch = torch.tensor(ids[None], dtype=torch.long)
-            logits = model(batch, logits_to_keep=kept).logits[0].float().numpy()
+            logits = model(batch, logits_to_keep=positions).logits[0].float().numpy()
     finally:
         for hook in hooks:
             hook.remove()
-    return logits, seen
+    return logits, outputs
 
 
 def _continue(params: Any, lm: LM, torch: Any, model: Any, text: str) -> dict[str, Any]:
@@ -326,12 +346,12 @@ def _compare_weights(lm: LM, theirs: Mapping[str, Any]) -> dict[str, Any]:
         leaf: Any = functools.reduce(lambda tree, key: tree[key], rule.path, lm.params)
         ours = np.asarray(leaf if layer is None else leaf[layer], np.float32)
         ours = ours.T if rule.transposed else ours
-        own = theirs[name].numpy() if name in theirs else np.empty(0)
-        if own.shape != ours.shape:
+        values = theirs[name].numpy() if name in theirs else np.empty(0)
+        if values.shape != ours.shape:
             differ[name] = None
         # GGUF: two programs that de-quantise may round otherwise.
-        elif not np.allclose(ours, own, rtol=1e-6, atol=1e-9):
-            differ[name] = float(np.abs(ours - own).max())
+        elif not np.allclose(ours, values, rtol=1e-6, atol=1e-9):
+            differ[name] = float(np.abs(ours - values).max())
     return {"tensors": len(names), "differ": differ}
 
 

@@ -1,20 +1,20 @@
 """What a checkpoint is, from its headers: no weight is read."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxneurons.checkpoints.fetch import locate_source
-from jaxneurons.checkpoints.loading import read_tokenizer
+from jaxneurons.checkpoints.loading import check_keys, read_tokenizer
 from jaxneurons.convert.fill import match
 from jaxneurons.convert.gguf import config_of, open_gguf, tensors_of
 from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors
 from jaxneurons.convert.native import MARKER, read_marker, recorded_keys
-from jaxneurons.convert.rules import param_sizes
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.neurons.sets import SITES, site_width
+from jaxneurons.model.parameters import count_parameters, site_widths
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -45,7 +45,7 @@ class Description:
 
 
 def describe(
-    source: str, *, revision: str | None = None, ignore_keys: Sequence[str] = ()
+    source: str | os.PathLike[str], *, revision: str | None = None, ignore_keys: Sequence[str] = ()
 ) -> Description:
     """Describe a model without loading it.
 
@@ -59,16 +59,17 @@ def describe(
         and shape, are not those of the configuration.
       ConfigError: the model's configuration is not supported.
     """
+    check_keys(ignore_keys)
     path, label = locate_source(source, revision=revision, weights=False)
     kind, config, stored = _headers(path, ignore_keys)
-    count = sum(param_sizes(config))
+    count = count_parameters(config)
     return Description(
         source=label,
         kind=kind,
         config=config,
         parameters=count,
         stored=stored,
-        neurons={site: site_width(config, site) for site in SITES},
+        neurons=site_widths(config),
         memory={name: count * width for name, width in BYTES.items()},
         tokenizer=_tokenizer_facts(path),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from jaxneurons.convert.hf import CONFIG
 from jaxneurons.errors import SourceError, near_matches
 from jaxneurons.storage.hashes import hash_file
+from jaxneurons.storage.settings import check_argument, shorten
 
 LAB = "lab"
 SMOLLM2 = "smollm2-135m"
@@ -58,7 +59,13 @@ def locate_source(
 
     Raises:
       SourceError: the source cannot be found or fetched.
+      ConfigError: `revision` is no string.
     """
+    check_argument("revision", str | None, revision)
+    if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str):
+        raise SourceError(
+            f"the model source must be a path, a hub id or {SMOLLM2!r}; got {shorten(source)}"
+        )
     name = os.fspath(source)
     if not name.strip():
         raise SourceError(f"the model source is empty; give {SMOLLM2!r}, a path or a hub id")
@@ -89,7 +96,7 @@ def locate_source(
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that no file can have
+    except (OSError, ValueError):  # a name that no file can have
         return False
 
 
@@ -107,9 +114,9 @@ def _snapshot(repo: str, revision: str | None, *, weights: bool = True) -> Path:
     """Fetch what is needed of a hub repository into the hub's cache."""
     from huggingface_hub import snapshot_download
 
-    wanted = [name for name in _HUB_FILES if weights or not name.endswith(".safetensors")]
+    patterns = [name for name in _HUB_FILES if weights or not name.endswith(".safetensors")]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:  # HTTP, offline, gated, missing: a class for each
         raise SourceError(
             f"{repo}: no such directory, and the hub did not give it ({_hub_reason(error)}); "

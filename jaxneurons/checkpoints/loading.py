@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxneurons.checkpoints.fetch import TOKENIZER_FILES, locate_source
 from jaxneurons.checkpoints.provenance import Files, Loaded, hash_params, hash_tokenizer
+from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.gguf import config_of, open_gguf, read_gguf
 from jaxneurons.convert.hf import read_config, read_hf, stored_dtype, weight_files
 from jaxneurons.convert.native import (
@@ -31,6 +32,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.sharding import ShardingRules, param_shardings
 from jaxneurons.storage.hashes import hash_files
 from jaxneurons.storage.progress import Advance
+from jaxneurons.storage.settings import check_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,12 +184,27 @@ def load(
       SourceError: the source cannot be found, fetched or read.
       ConfigError: the model's configuration is not supported, or has no key to be ignored.
     """
-    if isinstance(ignore_keys, str):
-        raise ConfigError(f"ignore_keys is a sequence of names, not a name: ({ignore_keys!r},)")
+    check_keys(ignore_keys)
+    check_argument("mesh", Mesh | None, mesh)
+    check_argument("rules", ShardingRules, rules)
+    check_argument("progress", Callable | None, progress)
+    if dtype is not None:
+        dtype = parameter_dtype(dtype)
     place = None if mesh is None else functools.partial(param_shardings, mesh=mesh, rules=rules)
     path, label = locate_source(source, revision=revision)
     ignored = tuple(sorted(set(ignore_keys)))
     return _load_path(path, _Options(dtype, place, progress, ignored), source=label)
+
+
+def check_keys(ignore_keys: Any) -> None:
+    """Raise unless these are names of keys to ignore.
+
+    Raises:
+      ConfigError: one name instead of several, or something else.
+    """
+    if isinstance(ignore_keys, str):
+        raise ConfigError(f"ignore_keys is a sequence of names, not a name: ({ignore_keys!r},)")
+    check_argument("ignore_keys", Collection[str], ignore_keys)
 
 
 def _load_path(path: Path, options: _Options, *, source: str) -> LM:
@@ -199,8 +216,8 @@ def _load_path(path: Path, options: _Options, *, source: str) -> LM:
             ignored = recorded_keys(path, ignored)
             digests = check_params(path)
             config, params = read_native(path, dtype=options.dtype, place=place, progress=progress)
-            found = sorted(p for p in (path / PARAMS).rglob("*") if p.is_file())
-            weights = (path / MARKER, *found)
+            param_files = sorted(p for p in (path / PARAMS).rglob("*") if p.is_file())
+            weights = (path / MARKER, *param_files)
         else:
             dtype = options.dtype
             if dtype is None:

@@ -6,7 +6,7 @@ is a hidden directory beside it, which the next run replaces.
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from jaxneurons.convert.native import MARKER, read_marker, write_marker, write_p
 from jaxneurons.convert.rules import stored_names
 from jaxneurons.errors import ConfigError, SourceError, WriteError, near_matches
 from jaxneurons.storage.progress import Advance
+from jaxneurons.storage.settings import as_path, check_argument
 from jaxneurons.storage.store import digest, write_json
 
 FORMATS = ("native", "hf")
@@ -48,9 +49,11 @@ def save(
       SourceError: the directory is not empty or cannot be written.
       ConfigError: an unknown format, or a model that `hf` cannot describe.
     """
+    check_argument("lm", LM, lm)
+    check_argument("progress", Callable | None, progress)
     if to not in FORMATS:
         raise ConfigError(f"unknown format {to!r}; {near_matches(str(to), FORMATS)}")
-    target = Path(directory)
+    target = as_path("directory", directory)
     check_free(target)
     original, dtypes = _origin(lm)
     with published(target) as partial:
@@ -145,9 +148,9 @@ def _origin(lm: LM) -> tuple[dict[str, Any] | None, dict[str, str]]:
         stored = read_marker(directory)[1].get("stored_dtypes") or {}
     else:
         stored = stored_dtypes(directory)
-    own = lm.params["embed"]["embedding"].dtype.name
+    dtype = lm.params["embed"]["embedding"].dtype.name
     names = stored_names(lm.config, "hf")
-    if own != "float32" or len({d for n, d in stored.items() if n in names}) < 2:
+    if dtype != "float32" or len({d for n, d in stored.items() if n in names}) < 2:
         return original, {}
     # A checkpoint of mixed dtypes: what was widened on the way in may be narrowed again.
     narrow = ("bfloat16", "float16")
@@ -162,8 +165,8 @@ def _token_ids(lm: LM) -> dict[str, int | None]:
 
 def _write_tokenizer(lm: LM, directory: Path) -> None:
     files = lm.files.tokenizer
-    own = lm.loaded.is_tokenizer(lm.tokenizer)
-    if own and files and all(path.name in TOKENIZER_FILES for path in files):
+    unchanged = lm.loaded.is_tokenizer(lm.tokenizer)
+    if unchanged and files and all(path.name in TOKENIZER_FILES for path in files):
         copy_files(files, directory)
     else:
         lm.tokenizer.save_pretrained(str(directory))

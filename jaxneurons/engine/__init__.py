@@ -1,9 +1,18 @@
 """Attribution, neurons changed on prompts that have been run, ablation, expertise of neurons."""
 
-from jaxneurons.engine.ablation import Shape, ablated, default_shape, generate_ablated
+from jaxneurons.engine.ablation import (
+    Generations,
+    Shape,
+    ablate,
+    ablated,
+    default_shape,
+    generate,
+    generate_ablated,
+)
 from jaxneurons.engine.attribution import Attribution, attribute, integrated_gradients
 from jaxneurons.engine.experts import Examples, Expertise, average_precision, expertise
 from jaxneurons.engine.quadrature import Quadrature
+from jaxneurons.engine.readout import words, written_directions
 from jaxneurons.engine.responses import ResponseStore, mean_responses
 from jaxneurons.engine.rows import memory_bound, prefill
 
@@ -11,17 +20,22 @@ __all__ = [
     "Attribution",
     "Examples",
     "Expertise",
+    "Generations",
     "Quadrature",
     "ResponseStore",
     "Shape",
+    "ablate",
     "ablated",
     "attribute",
     "average_precision",
     "default_shape",
     "expertise",
+    "generate",
     "generate_ablated",
     "integrated_gradients",
     "mean_responses",
     "memory_bound",
     "prefill",
+    "words",
+    "written_directions",
 ]

@@ -7,8 +7,8 @@ costs the inner nodes only. The end at alpha = 1 is the untouched model, one row
 
 Layers whose path is smooth cost one panel. Where scaling the site turns the residual stream over (a
 small embedding and a large first layer), the path is a curve through directions that bends near
-alpha = 0; it is parametrised by t, in which it does not, and starts with several panels. See
-`Course`.
+alpha = 0; it is parametrised by t, in which it does not, and starts with several panels: see
+`parametrisation`.
 """
 
 import functools
@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxneurons.engine.parametrisation import EXTRA, Parametrisation, first_panels, parametrise
 from jaxneurons.engine.quadrature import PANEL_NODES, Quadrature, lobatto
 from jaxneurons.engine.rows import Prefill, evaluate, evaluate_with_untouched, grouped
-from jaxneurons.model import transformer
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.neurons.sets import site_width
+from jaxneurons.model.parameters import Params
+from jaxneurons.neurons.sets import Site, site_width
 
 X, W = (a.astype(np.float32) for a in lobatto(PANEL_NODES))
 INNER = PANEL_NODES - 2
@@ -43,63 +44,6 @@ ROUND_ROWS = 48
 FAR_OFF = 100.0
 """A panel whose error is this many times too large is cut at all its nodes, others in two."""
 
-EXTRA = 7
-"""Panels of the first pass beyond one for each layer: they go to the long ones."""
-
-LONG = 1.0
-"""Length (see `Course`) from which a layer's path is parametrised by t."""
-
-STRETCH = 0.35
-"""Length of a long path that one panel of the first pass covers."""
-
-
-class Course(NamedTuple):
-    """alpha as a function of t in [0, 1], for each (batch, answer, layer).
-
-    With the site scaled by alpha the layer adds alpha * b to a stream a. What the layers above see,
-    its direction and its size against what they add themselves, changes with |a + alpha b| as the
-    unit of length: dt ~ dalpha / |a + alpha b|, so alpha(t) = (d sinh(start + t length) - ab) / bb
-    with d^2 = aa bb - ab^2. Short paths (length below `LONG`) keep alpha = t.
-    """
-
-    start: Array
-    length: Array
-    scale: Array  # d / bb
-    shift: Array  # ab / bb
-
-    def alpha(self, t: Array) -> tuple[Array, Array]:
-        """alpha and dalpha/dt at t; the two broadcast against each other."""
-        angle = self.start + t * self.length
-        bent = self.length > LONG
-        alpha = jnp.clip(self.scale * jnp.sinh(angle) - self.shift, 0, 1)
-        alpha = jnp.where(bent & (t > 0), alpha, t)
-        slope = jnp.where(bent, self.scale * jnp.cosh(angle) * self.length, 1.0)
-        return alpha, slope
-
-    def of(self, layer: Array) -> "Course":
-        """The courses of these layers, with an axis for their nodes: [..., panel, 1]."""
-        return Course(*(jnp.take_along_axis(a, layer, axis=-1)[..., None] for a in self))
-
-
-def course(pre: Prefill, site: str) -> Course:
-    """How the path of each layer is parametrised."""
-    if site in ("up", "act", "down"):
-        a, b = pre.residual + pre.added["o"], pre.added["down"]
-    elif site == "o":
-        a, b = pre.residual, pre.added["o"]
-    else:  # not linear in alpha
-        zero = jnp.zeros(pre.residual.shape[:-1], jnp.float32)
-        a = b = zero[..., None]
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    aa, bb, ab = (jnp.sum(x * y, axis=-1) for x, y in ((a, a), (b, b), (a, b)))
-    tiny = jnp.finfo(jnp.float32).tiny
-    bb = jnp.maximum(bb, tiny)
-    d = jnp.sqrt(jnp.maximum(aa * bb - ab**2, 1e-6 * aa * bb + tiny))
-    start = jnp.arcsinh(ab / d)
-    length = jnp.arcsinh((bb + ab) / d) - start
-    length = jnp.where(jnp.isfinite(length) & (bb > tiny), length, 0.0)
-    return Course(*(jnp.moveaxis(x, 0, -1) for x in (start, length, d / bb, ab / bb)))
-
 
 class Panels(NamedTuple):
     """Parts of the path of one layer each, both ends known: [..., panel]."""
@@ -114,7 +58,7 @@ class Panels(NamedTuple):
     mass: Array  # share of the L2 norm of the panel it was cut from
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """What the adaptive rule has accepted and what waits, for one (batch, answer)."""
 
     total: Array  # [layers, width] integrals of accepted panels
@@ -124,12 +68,24 @@ class _Search(NamedTuple):
     size: Array  # panels on it
 
 
+class Estimate(NamedTuple):
+    """What the nodes of panels say of their integrals: [panel]."""
+
+    panels: Panels
+    one_hot: Array  # [panel, layers] 1 at the panel's layer; all 0 where there is no panel
+    probability: Array  # [panel, node], ends included
+    gradient: Array  # dP/dscale [panel, node, width]
+    integral: Array  # [panel, width]
+    error: Array  # estimated, of the integral
+    excess: Array  # how many times larger than allowed; 0 where there is no panel
+
+
 def adaptive(
-    params: transformer.Params,
+    params: Params,
     pre: Prefill,
     *,
     config: ModelConfig,
-    site: str,
+    site: Site,
     quadrature: Quadrature,
     rows: int,
 ) -> tuple[Array, Array, Array, Array]:
@@ -141,50 +97,51 @@ def adaptive(
     """
     count, width = config.num_layers, site_width(config, site)
     shape = pre.targets.shape
-    path = course(pre, site)
+    path = parametrise(pre, site)
     extra = min(EXTRA, (quadrature.max_nodes - (INNER + 1)) * count // (INNER + 1))
     panels, valid, p, gradient = _first_pass(
         params, pre, path, config=config, site=site, extra=extra, rows=rows
     )
     ablated = panels.p_left[..., extra:]
 
-    settle_all = jax.vmap(jax.vmap(functools.partial(settle, quadrature=quadrature)))
+    refine_all = jax.vmap(jax.vmap(functools.partial(refine, quadrature=quadrature)))
     none = jnp.zeros((*shape, CAPACITY), jnp.float32)
     wide = jnp.zeros((*shape, CAPACITY, width), jnp.float32)
-    search = _Search(
+    search = Search(
         total=jnp.zeros((*shape, count, width), jnp.float32),
         error=jnp.zeros((*shape, count), jnp.float32),
         nodes=_per_layer(panels.layer, valid, count).astype(jnp.int32),
         waiting=Panels(none.astype(jnp.int32), none, none, none, none, wide, wide, none),
         size=jnp.zeros(shape, jnp.int32),
     )
-    search = settle_all(search, path, panels, valid, p, gradient)
+    search = refine_all(search, path, panels, valid, p, gradient)
 
     queries = shape[0] * shape[1]
-    each = int(np.clip(ROUND_ROWS // (INNER * queries), 4, max(rows // INNER, 1)))
+    together = int(np.clip(ROUND_ROWS // (INNER * queries), 4, max(rows // INNER, 1)))
 
-    def round_(search: _Search) -> _Search:
-        at = search.size[..., None] - 1 - jnp.arange(each)
+    def one_round(search: Search) -> Search:
+        """The panels on top of each stack are evaluated: accepted, or cut and put back."""
+        at = search.size[..., None] - 1 - jnp.arange(together)
         valid = at >= 0
         take = jax.vmap(jax.vmap(lambda stack, at: stack[jnp.maximum(at, 0)]))
         panels = jax.tree.map(lambda stack: take(stack, at), search.waiting)
         # An empty place must name some layer.
         layer = jnp.where(valid, panels.layer, count - 1)
-        alpha, _ = path.of(layer).alpha(_nodes(panels)[..., 1:-1])
+        alpha, _ = path.of_layers(layer).alpha(_nodes(panels)[..., 1:-1])
         p, gradient = evaluate(
             params,
             pre,
             jnp.repeat(layer, INNER, axis=-1),
-            alpha.reshape(*shape, each * INNER),
+            alpha.reshape(*shape, together * INNER),
             config=config,
             site=site,
         )
-        p = p.reshape(*shape, each, INNER)
-        gradient = gradient.reshape(*shape, each, INNER, width)
-        search = search._replace(size=jnp.maximum(search.size - each, 0))
-        return settle_all(search, path, panels, valid, p, gradient)
+        p = p.reshape(*shape, together, INNER)
+        gradient = gradient.reshape(*shape, together, INNER, width)
+        search = search._replace(size=jnp.maximum(search.size - together, 0))
+        return refine_all(search, path, panels, valid, p, gradient)
 
-    search = jax.lax.while_loop(lambda search: jnp.any(search.size > 0), round_, search)
+    search = jax.lax.while_loop(lambda search: jnp.any(search.size > 0), one_round, search)
     return search.total, ablated, search.error, search.nodes
 
 
@@ -200,77 +157,30 @@ def _nodes(panels: Panels) -> Array:
 
 
 def _first_pass(
-    params: transformer.Params,
+    params: Params,
     pre: Prefill,
-    path: Course,
+    path: Parametrisation,
     *,
     config: ModelConfig,
-    site: str,
+    site: Site,
     extra: int,
     rows: int,
 ) -> tuple[Panels, Array, Array, Array]:
-    """One panel for each layer and `extra` more for the long ones, lowest layers first.
+    """The panels of the first pass, evaluated.
 
     Returns:
-      The panels [batch, answer, extra + layers] (a layer's first ones last, sorted), which of them
-      are real, and P [..., node] and dP/dscale [..., node, width] at their inner nodes.
+      The panels [batch, answer, extra + layers], which of them are real, and P [..., node] and
+      dP/dscale [..., node, width] at their inner nodes.
     """
-    count, shape = config.num_layers, pre.targets.shape
-    wanted = jnp.where(path.length > LONG, jnp.ceil(path.length / STRETCH), 1.0).astype(jnp.int32)
-    wanted = wanted - 1
-    before = jnp.cumsum(wanted, axis=-1) - wanted
-    given = jnp.clip(extra - before, 0, wanted)
-    ends = jnp.cumsum(given, axis=-1)
-    place = jnp.arange(extra)
-    layer = (ends[..., None, :] <= place[:, None]).sum(-1)
-    valid = layer < count
-    layer = jnp.minimum(layer, count - 1)
-    first = jnp.take_along_axis(ends - given, layer, axis=-1)
-    number = jnp.where(valid, place - first + 1, 0)
-
-    layer = jnp.concatenate([layer, jnp.broadcast_to(jnp.arange(count), (*shape, count))], axis=-1)
-    number = jnp.concatenate([number, jnp.zeros((*shape, count), number.dtype)], axis=-1)
-    valid = jnp.concatenate([valid, jnp.ones((*shape, count), bool)], axis=-1)
-    parts = 1 + jnp.take_along_axis(given, layer, axis=-1)
-    left, right = number / parts, (number + 1) / parts
+    layer, valid, left, right, following, last = first_panels(path, extra=extra)
     t = left[..., None] + (right - left)[..., None] * X[:-1]
-    alpha, _ = path.of(layer).alpha(t)
-
-    total = extra + count
-    # Nodes of every panel evaluated together; at least one.
-    together = int(np.clip(rows // total, 1, INNER + 1))
-    passes = -(-(INNER + 1) // together)
-    alpha = jnp.pad(alpha, ((0, 0),) * 3 + ((0, passes * together - alpha.shape[-1]),))
-    alpha = alpha.reshape(*shape, total, passes, together)
-
-    def one(alpha: Array) -> tuple[Array, Array, Array]:
-        p, gradient, untouched = evaluate_with_untouched(
-            params,
-            pre,
-            jnp.repeat(layer, together, axis=-1),
-            alpha.reshape(*shape, total * together),
-            config=config,
-            site=site,
-            entries=grouped(count, together, extra * together),
-        )
-        p = p.reshape(*shape, total, together)
-        return p, gradient.reshape(*shape, total, together, -1), untouched
-
-    if passes == 1:
-        p, gradient, untouched = one(alpha[..., 0, :])
-    else:
-        p, gradient, untouched = jax.lax.map(one, jnp.moveaxis(alpha, -2, 0))
-        untouched = untouched[0]
-        p = jnp.moveaxis(p, 0, -2).reshape(*shape, total, -1)[..., : INNER + 1]
-        gradient = jnp.moveaxis(gradient, 0, -3).reshape(*shape, total, passes * together, -1)
-        gradient = gradient[..., : INNER + 1, :]
-
+    alpha, _ = path.of_layers(layer).alpha(t)
+    p, gradient, untouched = _at_left_and_inner_nodes(
+        params, pre, layer, alpha, config=config, site=site, rows=rows
+    )
     # A panel's right end is the left end of its layer's next panel, or the untouched model.
-    after = jnp.concatenate([jnp.broadcast_to(place + 1, (*shape, extra)), ends - given], axis=-1)
-    after = jnp.minimum(after, total - 1)
-    last = number + 1 == parts
-    own = jnp.take_along_axis(untouched, layer[..., None], axis=-2)
-    following = jnp.take_along_axis(gradient[..., 0, :], after[..., None], axis=-2)
+    of_layer = jnp.take_along_axis(untouched, layer[..., None], axis=-2)
+    of_next = jnp.take_along_axis(gradient[..., 0, :], following[..., None], axis=-2)
     panels = Panels(
         layer=layer,
         left=left,
@@ -279,25 +189,70 @@ def _first_pass(
         p_right=jnp.where(
             last,
             pre.probability[..., None],
-            jnp.take_along_axis(p[..., 0], after, axis=-1),
+            jnp.take_along_axis(p[..., 0], following, axis=-1),
         ),
         g_left=gradient[..., 0, :],
-        g_right=jnp.where(last[..., None], own, following),
-        mass=jnp.zeros((*shape, total), jnp.float32),
+        g_right=jnp.where(last[..., None], of_layer, of_next),
+        mass=jnp.zeros(layer.shape, jnp.float32),
     )
     return panels, valid, p[..., 1:], gradient[..., 1:, :]
 
 
-def settle(
-    search: _Search,
-    path: Course,
+def _at_left_and_inner_nodes(
+    params: Params,
+    pre: Prefill,
+    layer: Array,
+    alpha: Array,
+    *,
+    config: ModelConfig,
+    site: Site,
+    rows: int,
+) -> tuple[Array, Array, Array]:
+    """The panels of the first pass at alpha [batch, answer, panel, node], `rows` rows at a time.
+
+    Returns:
+      P [..., panel, node], dP/dscale [..., panel, node, width], and dP/dscale of the untouched
+      model [batch, answer, layer, width].
+    """
+    shape, total = pre.targets.shape, layer.shape[-1]
+    extra = total - config.num_layers
+    # Nodes of every panel evaluated together; at least one.
+    together = int(np.clip(rows // total, 1, INNER + 1))
+    passes = -(-(INNER + 1) // together)
+    alpha = jnp.pad(alpha, ((0, 0),) * 3 + ((0, passes * together - alpha.shape[-1]),))
+    alpha = alpha.reshape(*shape, total, passes, together)
+
+    def one_pass(alpha: Array) -> tuple[Array, Array, Array]:
+        p, gradient, untouched = evaluate_with_untouched(
+            params,
+            pre,
+            jnp.repeat(layer, together, axis=-1),
+            alpha.reshape(*shape, total * together),
+            config=config,
+            site=site,
+            entries=grouped(config.num_layers, together, extra * together),
+        )
+        p = p.reshape(*shape, total, together)
+        return p, gradient.reshape(*shape, total, together, -1), untouched
+
+    if passes == 1:
+        return one_pass(alpha[..., 0, :])
+    p, gradient, untouched = jax.lax.map(one_pass, jnp.moveaxis(alpha, -2, 0))
+    p = jnp.moveaxis(p, 0, -2).reshape(*shape, total, -1)
+    gradient = jnp.moveaxis(gradient, 0, -3).reshape(*shape, total, passes * together, -1)
+    return p[..., : INNER + 1], gradient[..., : INNER + 1, :], untouched[0]
+
+
+def refine(
+    search: Search,
+    path: Parametrisation,
     panels: Panels,
     valid: Array,
     p: Array,
     gradient: Array,
     *,
     quadrature: Quadrature,
-) -> _Search:
+) -> Search:
     """Accept the panels that are good enough and put the parts of the others on the stack.
 
     Args:
@@ -309,23 +264,39 @@ def settle(
       gradient: dP/dscale there, [panel, INNER, width].
       quadrature: tolerance and most nodes.
     """
+    estimates = estimate(search, path, panels, valid, p, gradient, tolerance=quadrature.tolerance)
+    estimates, parts = decide(search, estimates, max_nodes=quadrature.max_nodes)
+    return cut(search, estimates, parts)
+
+
+def estimate(
+    search: Search,
+    path: Parametrisation,
+    panels: Panels,
+    valid: Array,
+    p: Array,
+    gradient: Array,
+    *,
+    tolerance: float,
+) -> Estimate:
+    """Integrals of panels and how far they may be off; arguments as of `refine`."""
     count = len(search.error)
     # At all nodes, ends included; gradients with respect to t.
     p = jnp.concatenate([panels.p_left[:, None], p, panels.p_right[:, None]], axis=1)
     ends = panels.g_left[:, None], panels.g_right[:, None]
     gradient = jnp.concatenate([ends[0], gradient, ends[1]], axis=1)
     span = (panels.right - panels.left)[:, None]
-    _, slope = path.of(panels.layer).alpha(_nodes(panels))
+    _, slope = path.of_layers(panels.layer).alpha(_nodes(panels))
     integral = jnp.einsum("pnw,pn->pw", gradient, span * slope * W)
     simpson = span * slope[:, HALVES] * np.array([1, 4, 1], np.float32) / 6
     coarse = jnp.einsum("pnw,pn->pw", gradient[:, HALVES], simpson)
 
     layer = jnp.where(valid, panels.layer, count)  # one_hot of `count` is all zeros
-    where = jax.nn.one_hot(layer, count)
+    one_hot = jax.nn.one_hot(layer, count)
     # A layer's norm as far as it is known: accepted, just evaluated, and a guess for what waits.
     waits = jnp.where(jnp.arange(CAPACITY) < search.size, search.waiting.layer, count)
     guess = jax.nn.one_hot(waits, count).T @ jnp.square(search.waiting.mass)
-    known = search.total + where.T @ integral
+    known = search.total + one_hot.T @ integral
     norm = jnp.sqrt(jnp.square(known).sum(-1) + guess)[panels.layer]
     norm = jnp.maximum(norm, jnp.finfo(jnp.float32).tiny)
     # The gap sees the sum over neurons only. Simpson's rule on three of the nodes has half the
@@ -333,32 +304,49 @@ def settle(
     gap = jnp.abs(integral.sum(-1) - (panels.p_right - panels.p_left))
     noise = jnp.max(NOISE * p * (1 - p) + 4 * EPSILON * p, axis=-1)
     vector = jnp.square(jnp.linalg.norm(integral - coarse, axis=-1)) / norm
-    allowed = quadrature.tolerance * norm
+    allowed = tolerance * norm
     # The gap is in probability: where attributions are larger than 1 they allow it no more.
-    gap_allowed = jnp.minimum(allowed, quadrature.tolerance) + noise
+    gap_allowed = jnp.minimum(allowed, tolerance) + noise
     excess = jnp.maximum(gap / gap_allowed, vector / allowed)
     excess = jnp.where(valid, excess, 0.0)
+    return Estimate(panels, one_hot, p, gradient, integral, jnp.maximum(gap, vector), excess)
 
-    # Split the worst first, while stack and nodes last.
-    order = jnp.argsort(-excess)
-    panels = jax.tree.map(lambda a: a[order], panels)
-    excess, p, gradient, where = excess[order], p[order], gradient[order], where[order]
-    integral, valid, error = integral[order], valid[order], jnp.maximum(gap, vector)[order]
-    steps = PANEL_NODES - 1
-    pieces = jnp.where(excess > 1, jnp.where(excess > FAR_OFF, steps, 2), 0)
-    waiting = search.size + jnp.cumsum(pieces)
-    most = quadrature.max_nodes * count
+
+def decide(search: Search, estimates: Estimate, *, max_nodes: int) -> tuple[Estimate, Array]:
+    """Which panels are cut: the worst first, while stack and nodes last.
+
+    Returns:
+      The estimates, worst first, and the number of parts that each panel is cut into: 0 where it is
+      accepted.
+    """
+    order = jnp.argsort(-estimates.excess)
+    estimates = jax.tree.map(lambda a: a[order], estimates)
+    excess = estimates.excess
+    parts = jnp.where(excess > 1, jnp.where(excess > FAR_OFF, PANEL_NODES - 1, 2), 0)
+    waiting = search.size + jnp.cumsum(parts)
+    most = max_nodes * len(search.error)
     fits = (waiting <= CAPACITY) & (search.nodes.sum() + INNER * waiting <= most)
-    split = (pieces > 0) & fits
-    keep = where * (valid & ~split)[:, None]
+    return estimates, jnp.where(fits, parts, 0)
 
-    part = jnp.arange(steps)
-    in_two = (pieces == 2)[:, None]
-    low = jnp.where(in_two, jnp.where(part == 0, HALVES[0], HALVES[1]), part)
-    high = jnp.where(in_two, jnp.where(part == 0, HALVES[1], HALVES[2]), part + 1)
+
+def cut(search: Search, estimates: Estimate, parts: Array) -> Search:
+    """Add up the accepted panels and put the parts of the others on the stack.
+
+    Args:
+      search: the state of one (batch, answer).
+      estimates: of the panels just evaluated.
+      parts: that each is cut into, [panel]; 0: it is accepted.
+    """
+    panels, p, gradient = estimates.panels, estimates.probability, estimates.gradient
+    accepted = estimates.one_hot * (parts == 0)[:, None]
+
+    number = jnp.arange(PANEL_NODES - 1)
+    in_two = (parts == 2)[:, None]
+    low = jnp.where(in_two, jnp.where(number == 0, HALVES[0], HALVES[1]), number)
+    high = jnp.where(in_two, jnp.where(number == 0, HALVES[1], HALVES[2]), number + 1)
     left, span = panels.left[:, None], (panels.right - panels.left)[:, None]
     x = jnp.asarray(X)
-    parts = Panels(
+    pieces = Panels(
         layer=jnp.broadcast_to(panels.layer[:, None], low.shape),
         left=left + span * x[low],
         right=left + span * x[high],
@@ -366,19 +354,19 @@ def settle(
         p_right=jnp.take_along_axis(p, high, axis=1),
         g_left=jnp.take_along_axis(gradient, low[..., None], axis=1),
         g_right=jnp.take_along_axis(gradient, high[..., None], axis=1),
-        mass=jnp.linalg.norm(integral, axis=-1)[:, None] * (x[high] - x[low]),
+        mass=jnp.linalg.norm(estimates.integral, axis=-1)[:, None] * (x[high] - x[low]),
     )
-    real = (split[:, None] & (part < pieces[:, None])).reshape(-1)
+    real = (number < parts[:, None]).reshape(-1)
     place = jnp.where(real, search.size + jnp.cumsum(real) - 1, CAPACITY)
-    inner = INNER * (where * split[:, None] * pieces[:, None]).sum(0)
-    return _Search(
-        total=search.total + keep.T @ integral,
-        error=search.error + keep.T @ error,
+    inner = INNER * (estimates.one_hot * parts[:, None]).sum(0)
+    return Search(
+        total=search.total + accepted.T @ estimates.integral,
+        error=search.error + accepted.T @ estimates.error,
         nodes=search.nodes + inner.astype(jnp.int32),
         waiting=jax.tree.map(
             lambda stack, new: stack.at[place].set(new.reshape(-1, *stack.shape[1:]), mode="drop"),
             search.waiting,
-            parts,
+            pieces,
         ),
         size=search.size + real.sum(),
     )

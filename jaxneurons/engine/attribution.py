@@ -18,15 +18,16 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from jaxneurons.engine.adaptive import EXTRA, adaptive
+from jaxneurons.engine.adaptive import adaptive
+from jaxneurons.engine.parametrisation import EXTRA
 from jaxneurons.engine.quadrature import Quadrature, nodes_and_weights
 from jaxneurons.engine.rows import Prefill, prefill, rows_in_budget, sweep
 from jaxneurons.errors import ConfigError
-from jaxneurons.model import transformer
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.finite import NotFiniteError, explain
+from jaxneurons.model.parameters import Params
 from jaxneurons.model.token_ids import check_ids
-from jaxneurons.neurons.sets import check_site
+from jaxneurons.neurons.sets import Site, check_site
 
 MANY_ANSWERS = 32
 """Answer tokens of a batch that are attributed together, whatever the memory budget."""
@@ -57,14 +58,14 @@ class Attribution(NamedTuple):
 
 
 def integrated_gradients(
-    params: transformer.Params,
+    params: Params,
     tokens: Int[Array, "batch seq"],
     targets: Int[Array, "batch *answer"],
     *,
     config: ModelConfig,
     lengths: Int[Array, " batch"] | None = None,
     answer_lengths: Int[Array, " batch"] | None = None,
-    site: str = "up",
+    site: Site = "up",
     quadrature: Quadrature = Quadrature(),
     chunk_rows: int | None = None,
     memory_budget: int = 1 << 30,
@@ -105,7 +106,7 @@ def integrated_gradients(
     if lengths is None:
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
     pre = prefill(params, tokens, targets, config=config, lengths=lengths)
-    found = attribute(
+    attribution = attribute(
         params,
         pre,
         config=config,
@@ -116,33 +117,35 @@ def integrated_gradients(
         memory_budget=memory_budget,
     )
     # Of several processes none sees all scores.
-    if not isinstance(found.scores, Tracer) and found.scores.is_fully_addressable:
-        _check_finite(params, tokens, targets, lengths, found, config)
-    return found
+    scores = attribution.scores
+    if not isinstance(scores, Tracer) and scores.is_fully_addressable:
+        _check_finite(params, tokens, targets, lengths, attribution, config=config)
+    return attribution
 
 
 def _check_finite(
-    params: transformer.Params,
+    params: Params,
     tokens: Array,
     targets: Array,
     lengths: Array,
-    found: Attribution,
+    attribution: Attribution,
+    *,
     config: ModelConfig,
 ) -> None:
     """Raise `NotFiniteError` for the first prompt whose scores or probability are not finite."""
-    lost = ~np.isfinite(found.scores).all((1, 2)) | ~np.isfinite(found.probability)
-    for row in np.flatnonzero(lost)[:1].tolist():
+    finite = np.isfinite(attribution.scores).all((1, 2)) & np.isfinite(attribution.probability)
+    for row in np.flatnonzero(~finite)[:1].tolist():
         ids = np.concatenate([tokens[row, : int(lengths[row])], targets[row, :-1]])
         raise NotFiniteError(row, explain(params, ids, config=config))
 
 
 def attribute(
-    params: transformer.Params,
+    params: Params,
     pre: Prefill,
     *,
     config: ModelConfig,
     answer_lengths: Int[Array, " batch"] | None = None,
-    site: str = "up",
+    site: Site = "up",
     quadrature: Quadrature = Quadrature(),
     chunk_rows: int | None = None,
     memory_budget: int = 1 << 30,
@@ -155,11 +158,13 @@ def attribute(
     rows = chunk_rows or rows_in_budget(config, pre.cache.k.shape[2], memory_budget)
 
     def integrals(pre: Prefill) -> tuple[Array, Array, Array | None, Array]:
-        each = max(1, rows // pre.targets.size)
+        per_answer = max(1, rows // pre.targets.size)
         if quadrature.rule == "adaptive":
-            return adaptive(params, pre, config=config, site=site, quadrature=quadrature, rows=each)
+            return adaptive(
+                params, pre, config=config, site=site, quadrature=quadrature, rows=per_answer
+            )
         x, w = nodes_and_weights(quadrature.rule, quadrature.steps)
-        return _fixed(params, pre, x, w, config=config, site=site, rows=each)
+        return _fixed(params, pre, x, w, config=config, site=site, rows=per_answer)
 
     # A pass has a row for every layer of every answer token at least.
     fitting = max(1, rows // (batch * (config.num_layers + EXTRA + 1)))
@@ -183,22 +188,22 @@ def attribute(
         ablated=mean(ablated),
         gap=mean(gap),
         error=mean(error),
-        nodes=jnp.einsum("bal,ba->bl", nodes, real).astype(jnp.int32),
+        nodes=jnp.einsum("bal,ba->bl", nodes, real.astype(jnp.int32)),
     )
 
 
 def _some_answers_at_a_time(
-    integrals: Callable[[Prefill], Any], pre: Prefill, each: int
+    integrals: Callable[[Prefill], Any], pre: Prefill, size: int
 ) -> tuple[Array, Array, Array | None, Array]:
-    """`integrals` of `each` answer tokens after the other; their results side by side."""
+    """`integrals` of `size` answer tokens after the other; their results side by side."""
     answers = pre.targets.shape[1]
-    parts = -(-answers // each)
+    parts = -(-answers // size)
 
     def split(x: Array, axis: int) -> Array:
         pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, parts * each - answers)
+        pad[axis] = (0, parts * size - answers)
         x = jnp.pad(x, pad, mode="edge")
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, each, *x.shape[axis + 1 :]), axis, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :]), axis, 0)
 
     by_layer = {"residual": pre.residual, "added": pre.added, "captured": pre.captured}
     by_prompt = {
@@ -208,23 +213,23 @@ def _some_answers_at_a_time(
         **jax.tree.map(lambda x: split(x, 2), by_layer),
         **jax.tree.map(lambda x: split(x, 1), by_prompt),
     }
-    found = jax.lax.map(lambda own: integrals(pre._replace(**own)), fields)
+    results = jax.lax.map(lambda part: integrals(pre._replace(**part)), fields)
 
     def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 1)  # [batch, part, each, ...]
-        return x.reshape(len(x), parts * each, *x.shape[3:])[:, :answers]
+        x = jnp.moveaxis(x, 0, 1)  # [batch, part, size, ...]
+        return x.reshape(len(x), parts * size, *x.shape[3:])[:, :answers]
 
-    return jax.tree.map(join, found)
+    return jax.tree.map(join, results)
 
 
 def _fixed(
-    params: transformer.Params,
+    params: Params,
     pre: Prefill,
     x: np.ndarray,
     w: np.ndarray,
     *,
     config: ModelConfig,
-    site: str,
+    site: Site,
     rows: int,
 ) -> tuple[Array, Array, None, Array]:
     """The same nodes in every layer: scores, P(0), no error estimate, nodes."""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import NeuronSet, neuron_count, site_width
+from jaxneurons.storage.progress import Progress
 
 NEURONS = 512
 """Neurons compared at a time on a CPU: what its caches hold."""
@@ -49,18 +50,18 @@ def average_precision(
     if chunk is None:
         chunk = NEURONS if jax.default_backend() == "cpu" else count
     chunks = max(1, -(-count // chunk))
-    each = -(-count // chunks)
+    width = -(-count // chunks)
 
     def split(responses: Array) -> Array:
-        padded = jnp.pad(responses, ((0, 0), (0, chunks * each - count)))
-        return jnp.moveaxis(padded.reshape(len(responses), chunks, each), 1, 0)
+        padded = jnp.pad(responses, ((0, 0), (0, chunks * width - count)))
+        return jnp.moveaxis(padded.reshape(len(responses), chunks, width), 1, 0)
 
-    def one(part: tuple[Array, Array]) -> Array:
-        found, others = part
-        reached = _reaching(found, found)
-        return jnp.mean(reached / (reached + _reaching(others, found)), axis=0)
+    def of_chunk(part: tuple[Array, Array]) -> Array:
+        positive, negative = part
+        reached = _reaching(positive, positive)
+        return jnp.mean(reached / (reached + _reaching(negative, positive)), axis=0)
 
-    return jax.lax.map(one, (split(positives), split(negatives))).reshape(-1)[:count]
+    return jax.lax.map(of_chunk, (split(positives), split(negatives))).reshape(-1)[:count]
 
 
 def _reaching(
@@ -74,11 +75,11 @@ def _reaching(
             total = total + (score >= thresholds)
         return total
 
-    whole = len(scores) // TOGETHER * TOGETHER
-    groups = scores[:whole].reshape(-1, TOGETHER, scores.shape[1])
+    grouped = len(scores) // TOGETHER * TOGETHER
+    groups = scores[:grouped].reshape(-1, TOGETHER, scores.shape[1])
     total = jnp.zeros(thresholds.shape, jnp.int32)
     total, _ = jax.lax.scan(lambda total, some: (add(total, some), None), total, groups)
-    return add(total, scores[whole:]).astype(jnp.float32)
+    return add(total, scores[grouped:]).astype(jnp.float32)
 
 
 def separation(
@@ -158,13 +159,13 @@ def resolve_k(k: int | float, config: ModelConfig, sites: Sequence[str]) -> int:
       DataError: not positive, or more than there are.
     """
     count = neuron_count(config, sites)
-    found = round(k * count) if isinstance(k, float) and k < 1 else int(k)
-    if not 1 <= found <= count or (isinstance(k, float) and k >= 1 and k != found):
+    neurons = round(k * count) if isinstance(k, float) and k < 1 else int(k)
+    if not 1 <= neurons <= count or (isinstance(k, float) and k >= 1 and k != neurons):
         raise DataError(
             f"k = {k}: give a number from 1 to {count}, the neurons of {', '.join(sites)}, "
             "or a share below 1"
         )
-    return found
+    return neurons
 
 
 def expertise(
@@ -173,7 +174,7 @@ def expertise(
     *,
     config: ModelConfig,
     sites: Sequence[str],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Expertise]:
     """Average precision of every neuron for several concepts, one layer in memory at a time.
 
@@ -187,8 +188,8 @@ def expertise(
     Raises:
       DataError: a concept without positives or without negatives.
     """
-    for name, one in examples.items():
-        if not len(one.positives) or not len(one.negatives):
+    for name, (positives, negatives) in examples.items():
+        if not len(positives) or not len(negatives):
             raise DataError(f"{name!r}: average precision needs positives and negatives")
     tables = {
         name: Expertise(*({s: _table(config, s) for s in sites} for _ in range(3)))
@@ -197,12 +198,12 @@ def expertise(
     steps = [(site, layer) for site in sites for layer in range(config.num_layers)]
     for step, (site, layer) in enumerate(steps, 1):
         responses = read(site, layer)
-        for name, one in examples.items():
-            found, others = responses[one.positives], responses[one.negatives]
-            scores = average_precision(jnp.asarray(found), jnp.asarray(others))
+        for name, rows in examples.items():
+            positives, negatives = responses[rows.positives], responses[rows.negatives]
+            scores = average_precision(jnp.asarray(positives), jnp.asarray(negatives))
             tables[name].scores[site][layer] = np.asarray(scores)
-            tables[name].separations[site][layer] = separation(found, others)
-            tables[name].medians[site][layer] = np.median(found, axis=0)
+            tables[name].separations[site][layer] = separation(positives, negatives)
+            tables[name].medians[site][layer] = np.median(positives, axis=0)
         if progress is not None:
             progress(step, len(steps))
     return tables

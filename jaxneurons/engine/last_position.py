@@ -1,7 +1,7 @@
 """What changing neurons does to the answer, the whole of it, by teacher forcing."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,8 @@ from jaxneurons.engine.rows import Prefill
 from jaxneurons.errors import DataError
 from jaxneurons.model import layers
 from jaxneurons.model.config import EVERYTHING, ModelConfig
-from jaxneurons.neurons.sets import Neuron, site_width
+from jaxneurons.model.transformer import Params
+from jaxneurons.neurons.sets import NeuronSet, site_width
 
 
 class LastPosition(NamedTuple):
@@ -48,6 +49,10 @@ def last_position(pre: Prefill) -> LastPosition:
     )
 
 
+Change = tuple[NeuronSet, float | int] | Mapping[str, np.ndarray]
+"""Neurons with the factor of all of them, or multipliers [layer, width] by site."""
+
+
 class Changes(NamedTuple):
     """Neurons and what their activations are multiplied by, for each trial and prompt.
 
@@ -62,18 +67,53 @@ class Changes(NamedTuple):
     factor: Float[Array, "trial batch neuron"]
 
 
-def changes(trials: Sequence[Sequence[tuple[Sequence[Neuron], float]]]) -> Changes:
-    """`Changes` of (neurons, factor) for each trial and prompt; room for a power of two of them."""
-    most = max((len(neurons) for trial in trials for neurons, _ in trial), default=0)
+def changes(trials: Sequence[Sequence[Change]], *, site: str) -> Changes:
+    """`Changes` of a site for each trial and prompt; room for a power of two of neurons.
+
+    Hundreds of trials that each change a few neurons are cheap because only these cross to the
+    device: here multipliers become the neurons whose multiplier is not 1.
+
+    Args:
+      trials: for each trial and prompt, neurons and the factor of all of them; or multipliers
+        [layer, width] by site, as `NeuronSet.scales` gives them.
+      site: the only one that is changed.
+
+    Raises:
+      DataError: neurons or multipliers of another site.
+    """
+    sparse = [[_sparse(change, site) for change in trial] for trial in trials]
+    most = max((len(pairs) for trial in sparse for pairs, _ in trial), default=0)
     shape = (len(trials), len(trials[0]) if trials else 0, 1 << max(0, most - 1).bit_length())
     layer = np.full(shape, NO_LAYER, np.int32)
     index, factor = np.zeros(shape, np.int32), np.ones(shape, np.float32)
-    for t, trial in enumerate(trials):
-        for b, (neurons, by) in enumerate(trial):
-            if neurons:
-                layer[t, b, : len(neurons)], index[t, b, : len(neurons)] = np.array(neurons).T
-                factor[t, b] = by
+    for t, trial in enumerate(sparse):
+        for b, (pairs, factors) in enumerate(trial):
+            layer[t, b, : len(pairs)], index[t, b, : len(pairs)] = pairs.T
+            factor[t, b, : len(pairs)] = factors
     return Changes(jnp.asarray(layer), jnp.asarray(index), jnp.asarray(factor))
+
+
+def unchanged(prompts: int) -> Changes:
+    """`Changes` of one trial that leaves the model as it is."""
+    shape = (1, prompts, 1)
+    layer, index = np.full(shape, NO_LAYER, np.int32), np.zeros(shape, np.int32)
+    return Changes(jnp.asarray(layer), jnp.asarray(index), jnp.ones(shape, jnp.float32))
+
+
+def _sparse(change: Change, site: str) -> tuple[np.ndarray, np.ndarray | float]:
+    """[n, 2] neurons of a site and what they are multiplied by."""
+    if isinstance(change, Mapping):
+        sites = [name for name, values in change.items() if name != site and np.any(values != 1)]
+        scales = np.asarray(change.get(site, np.ones((0, 0))))
+        pairs = np.argwhere(scales != 1)
+        factors = scales[tuple(pairs.T)]
+    else:
+        neurons, factors = change
+        sites = [name for name in neurons.codes if name != site]
+        pairs = neurons.pairs(site)
+    if sites:
+        raise DataError(f"neurons of site {site!r} can be changed here, not of {', '.join(sites)}")
+    return pairs, factors
 
 
 NO_LAYER = np.iinfo(np.int32).max
@@ -99,7 +139,7 @@ TRIALS = 32
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
 def scaled_answers(
-    params: Any,
+    params: Params,
     last: LastPosition,
     change: Changes,
     *,
@@ -125,49 +165,57 @@ def scaled_answers(
     Raises:
       DataError: no trials.
     """
-    batch, answers = last.targets.shape
-    rows = jnp.arange(batch)[:, None]
-    width = site_width(config, site)
-    none = options is None or not options.shape[1]
-    # lax.map cannot flatten an array of no options.
-    asked = jnp.zeros((batch, 1, 1), jnp.int32) if none else jnp.asarray(options)
-
-    def trial(change: Changes) -> Answers:
-        scales = jnp.ones((config.num_layers, batch, width), jnp.float32)
-        scales = scales.at[change.layer, rows, change.neuron].set(change.factor, mode="drop")
-        scales = {site: scales[:, :, None]}
-        x = _teacher_forced(params, last, last.targets, scales, config)
-        if asked.shape[2] == 1:  # options of one token are read where the answer's first one is
-            odds, first, chance = _said(params, x[:, 0], last.targets[:, 0], asked[..., 0], config)
-        else:
-            odds, first, _ = _said(params, x[:, 0], last.targets[:, 0], asked[:, :0, 0], config)
-
-            def whole(tokens: Array) -> Array:
-                y = _teacher_forced(params, last, tokens, scales, config)
-                return _steps(params, y, tokens, config)[0]
-
-            chance = jax.lax.map(whole, asked.swapaxes(0, 1)).T
-        if answers == 1:  # as in `layers.token_probability`: exact where it is nearly certain
-            return Answers(jax.nn.sigmoid(odds), first, chance)
-        logp, rest = _steps(params, x[:, 1:], last.targets[:, 1:], config)
-        return Answers(jnp.exp(jax.nn.log_sigmoid(odds) + logp), first & rest, chance)
-
-    # In parts of equal size: another size would be another program.
     count = len(change.layer)
     if not count:
         raise DataError("no trials: give a set of neurons, or none of them, for each prompt")
+    without = options is None or not options.shape[1]
+    # lax.map cannot flatten an array of no options.
+    some = jnp.zeros((len(last.targets), 1, 1), jnp.int32) if without else jnp.asarray(options)
+    # In parts of equal size: another size would be another program.
     parts = -(-count // TRIALS)
-    each = -(-count // parts)
-    filled = Changes(
-        *(jnp.pad(a, ((0, parts * each - count), (0, 0), (0, 0)), mode="edge") for a in change)
-    )
-    found: Answers = jax.lax.map(trial, filled, batch_size=each)
-    found = Answers(*(a[:count] for a in found))
-    return found._replace(options=found.options[..., :0]) if none else found
+    size = -(-count // parts)
+    missing = ((0, parts * size - count), (0, 0), (0, 0))
+    filled = Changes(*(jnp.pad(array, missing, mode="edge") for array in change))
+    trial = functools.partial(_trial, params, last, some, config=config, site=site)
+    answers = Answers(*(a[:count] for a in jax.lax.map(trial, filled, batch_size=size)))
+    return answers._replace(options=answers.options[..., :0]) if without else answers
+
+
+def _trial(
+    params: Params,
+    last: LastPosition,
+    options: Int[Array, "batch option token"],
+    change: Changes,
+    *,
+    config: ModelConfig,
+    site: str,
+) -> Answers:
+    """The answers of one trial, [batch, ...]; the arrays of its changes are [batch, neuron]."""
+    batch, length = last.targets.shape
+    scales = jnp.ones((config.num_layers, batch, site_width(config, site)), jnp.float32)
+    rows = jnp.arange(batch)[:, None]
+    scales = scales.at[change.layer, rows, change.neuron].set(change.factor, mode="drop")
+    scales = {site: scales[:, :, None]}
+    x = _teacher_forced(params, last, last.targets, scales, config)
+    first_target = last.targets[:, 0]
+    if options.shape[2] == 1:  # options of one token are read where the answer's first one is
+        odds, first, chance = _token(params, x[:, 0], first_target, options[..., 0], config)
+    else:
+        odds, first, _ = _token(params, x[:, 0], first_target, options[:, :0, 0], config)
+
+        def whole(tokens: Array) -> Array:
+            y = _teacher_forced(params, last, tokens, scales, config)
+            return _steps(params, y, tokens, config)[0]
+
+        chance = jax.lax.map(whole, options.swapaxes(0, 1)).T
+    if length == 1:  # as in `layers.token_probability`: exact where it is nearly certain
+        return Answers(jax.nn.sigmoid(odds), first, chance)
+    logp, rest = _steps(params, x[:, 1:], last.targets[:, 1:], config)
+    return Answers(jnp.exp(jax.nn.log_sigmoid(odds) + logp), first & rest, chance)
 
 
 def _teacher_forced(
-    params: Any,
+    params: Params,
     last: LastPosition,
     tokens: Int[Array, "batch token"],
     scales: dict[str, Float[Array, "layer batch 1 width"]],
@@ -187,11 +235,11 @@ def _teacher_forced(
         # The last position is in the cache as it was: it sees earlier keys, and itself anew.
         mask = layers.visible(positions, keys, window) & (keys < last.position[:, None])[:, None]
 
-        def attend(q: Array, own_k: Array, own_v: Array) -> Array:
+        def attend(q: Array, new_k: Array, new_v: Array) -> Array:
             if steps == 1:
-                return layers.row_attention(q, own_k, own_v, k, v, mask)
-            own = layers.visible(positions, positions, window)
-            return layers.continued_attention(q, own_k, own_v, own, k, v, mask)
+                return layers.row_attention(q, new_k, new_v, k, v, mask)
+            new_mask = layers.visible(positions, positions, window)
+            return layers.continued_attention(q, new_k, new_v, new_mask, k, v, mask)
 
         y, _ = layers.block(
             layer,
@@ -211,29 +259,29 @@ def _teacher_forced(
     return jax.lax.scan(step, x, stack)[0]
 
 
-def _said(
-    params: Any, x: Array, token: Array, others: Array, config: ModelConfig
+def _token(
+    params: Params, x: Array, token: Array, others: Array, config: ModelConfig
 ) -> tuple[Array, Array, Array]:
     """Log odds of a token [batch], whether it comes first, log-probabilities of others."""
     logits = layers.unembed(params, x, config)
-    own = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    logit = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     rest = jnp.where(jnp.arange(config.vocab_size) == token[:, None], -jnp.inf, logits)
     highest, rest = rest.max(-1), jax.nn.logsumexp(rest, axis=-1)
-    chance = jnp.take_along_axis(logits, others, axis=-1) - jnp.logaddexp(rest, own)[:, None]
-    return own - rest, own >= highest, chance
+    chance = jnp.take_along_axis(logits, others, axis=-1) - jnp.logaddexp(rest, logit)[:, None]
+    return logit - rest, logit >= highest, chance
 
 
-def _steps(params: Any, x: Array, tokens: Array, config: ModelConfig) -> tuple[Array, Array]:
+def _steps(params: Params, x: Array, tokens: Array, config: ModelConfig) -> tuple[Array, Array]:
     """Log-probability of all tokens together [batch], and whether each comes first; -1 is none.
 
     One position after the other: the logits of all of them would be large.
     """
 
-    def one(at: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(at: tuple[Array, Array]) -> tuple[Array, Array]:
         x, token = at
         real = token >= 0
-        odds, first, _ = _said(params, x, jnp.maximum(token, 0), token[:, None][:, :0], config)
+        odds, first, _ = _token(params, x, jnp.maximum(token, 0), token[:, None][:, :0], config)
         return jnp.where(real, jax.nn.log_sigmoid(odds), 0.0), first | ~real
 
-    logp, first = jax.lax.map(one, (x.swapaxes(0, 1), tokens.T))
+    logp, first = jax.lax.map(step, (x.swapaxes(0, 1), tokens.T))
     return logp.sum(0), first.all(0)

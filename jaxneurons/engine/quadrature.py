@@ -21,9 +21,10 @@ import numpy as np
 from numpy.polynomial import legendre
 
 from jaxneurons.errors import ConfigError, near_matches
+from jaxneurons.storage.settings import check_fields
 
 Rule = Literal["adaptive", "gauss", "right", "reference"]
-RULES: tuple[str, ...] = get_args(Rule)
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 PANEL_NODES = 5
 """Nodes of an adaptive panel: a Gauss-Lobatto rule, exact for polynomials of degree 7."""
@@ -37,7 +38,7 @@ class Quadrature:
     """How the integral over the path is computed.
 
     Attributes:
-      rule: one of `RULES`.
+      rule: adaptive (converges), gauss, right (the QRNCA paper's) or reference (its public code's).
       steps: nodes per layer of a fixed rule; `adaptive` ignores it.
       tolerance: `adaptive`: a panel is split while its estimated error exceeds this share of the L2
         norm of its layer's attribution (or the noise of float32 probabilities, if larger).
@@ -45,16 +46,17 @@ class Quadrature:
         still unresolved then is accepted and shows in the reported error.
     """
 
-    rule: str = "adaptive"
+    rule: Rule = "adaptive"
     steps: int = 16
     tolerance: float = 5e-4
     max_nodes: int = 16
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
+        if isinstance(self.rule, str) and self.rule not in RULES:
             raise ConfigError(
                 f"unknown quadrature rule {self.rule!r}; {near_matches(self.rule, RULES)}"
             )
+        check_fields(self)
         least = 2 if self.rule == "reference" else 1
         if self.steps < least:
             raise ConfigError(f"rule {self.rule!r} needs steps >= {least}, got {self.steps}")
@@ -69,7 +71,7 @@ class Quadrature:
             raise ConfigError(f"max_nodes must be at least {PANEL_NODES}, got {self.max_nodes}")
 
 
-def nodes_and_weights(rule: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def nodes_and_weights(rule: Rule, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes on [0, 1] and weights of a fixed rule, float64 [steps] each."""
     if rule == "gauss":
         x, w = legendre.leggauss(steps)

@@ -8,7 +8,8 @@ Rows are sorted by layer and enter in a few groups, so that little work is done 
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,11 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.model import layers, transformer
 from jaxneurons.model.blockwise import MOST_SCORES
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.neurons.sets import site_width
+from jaxneurons.model.parameters import Params, axes, list_parameters, params_dtype
+from jaxneurons.neurons.sets import Site, site_width
+
+Entries = tuple[tuple[int, int], ...]
+"""(first layer, rows): from that layer on, so many of the first rows take part."""
 
 
 class Prefill(NamedTuple):
@@ -32,7 +37,7 @@ class Prefill(NamedTuple):
       targets: the answer tokens.
       probability: of each answer token, model untouched.
       logits: at the answer positions, float32.
-      captured: activations asked for, at the answer positions, by site.
+      captured: activations of the captured sites, at the answer positions.
     """
 
     cache: transformer.Cache
@@ -46,7 +51,7 @@ class Prefill(NamedTuple):
 
 
 def prefill(
-    params: transformer.Params,
+    params: Params,
     tokens: Int[Array, "batch seq"],
     targets: Int[Array, "batch answer"],
     *,
@@ -68,7 +73,7 @@ def prefill(
             lambda row, answer, start: jax.lax.dynamic_update_slice_in_dim(row, answer, start, 0)
         )(tokens, targets[:, :-1].astype(tokens.dtype), lengths)
         lengths = lengths + answers - 1
-    dtype = params["embed"]["embedding"].dtype
+    dtype = params_dtype(params)
     out = transformer.forward(
         params,
         tokens,
@@ -94,14 +99,14 @@ def prefill(
 
 
 def row_probabilities(
-    params: transformer.Params,
+    params: Params,
     pre: Prefill,
     layer: Int[Array, "batch answer row"],
     scales: Float[Array, "batch answer row width"],
     *,
     config: ModelConfig,
-    site: str,
-    entries: tuple[tuple[int, int], ...] | None = None,
+    site: Site,
+    entries: Entries | None = None,
     everywhere: Float[Array, "layer batch answer width"] | None = None,
 ) -> Float[Array, "batch answer all_rows"]:
     """The answer's probability in each row: its layer's site scaled, all else untouched.
@@ -132,7 +137,40 @@ def row_probabilities(
     # Rows outermost, so that a group of rows is a prefix.
     layer = layer.swapaxes(1, 2).reshape(batch, rows * answers)
     scales = scales.swapaxes(1, 2).reshape(batch, rows * answers, -1)
-    positions = jnp.tile(pre.positions, (1, rows))
+    step = _layer_step(params, pre, layer, config=config, site=site)
+
+    x = jnp.zeros((batch, 0, config.hidden_size), pre.residual.dtype)
+    ends = [first for first, _ in entries[1:]] + [config.num_layers]
+    for (first, active), end in zip(entries, ends, strict=True):
+        x = jnp.pad(x, ((0, 0), (0, active * answers - x.shape[1]), (0, 0)))
+        inside = scales[:, : active * answers]
+        x, _ = jax.lax.scan(
+            lambda x, per_layer, inside=inside: (step(x, inside, *per_layer), None),
+            x,
+            (jnp.arange(first, end), None if everywhere is None else everywhere[first:end]),
+        )
+    targets = jnp.tile(pre.targets, (1, rows))
+    p = layers.token_probability(params, x, targets, config)
+    return p.reshape(batch, rows, answers).swapaxes(1, 2)
+
+
+def _layer_step(
+    params: Params,
+    pre: Prefill,
+    layer: Int[Array, "batch all_rows"],
+    *,
+    config: ModelConfig,
+    site: Site,
+) -> Callable[[Array, Array, Array, Array | None], Array]:
+    """One layer of all rows: rows that enter there take its residual, others go on.
+
+    Returns:
+      A function of the residual of the first rows [batch, row, hidden], their multipliers, the
+      layer's index, and those of a row that is scaled at every layer, which returns the residual
+      after the layer.
+    """
+    batch, answers = pre.targets.shape
+    positions = jnp.tile(pre.positions, (1, layer.shape[1] // answers))
     cos, sin = layers.rope_angles(positions, config, pre.cache.length)
     keys = jnp.broadcast_to(jnp.arange(pre.cache.k.shape[2]), (batch, pre.cache.k.shape[2]))
     # The row itself is not in the cache: it sees strictly earlier keys, and itself.
@@ -153,49 +191,43 @@ def row_probabilities(
             return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
         active = x.shape[1]
-        k, v, stored = pick(pre.cache.k), pick(pre.cache.v), pick(pre.residual)
-        here = (layer[:, :active] == index)[..., None]
-        scales = jnp.where(here, scales, 1)
+        k, v, residual = pick(pre.cache.k), pick(pre.cache.v), pick(pre.residual)
+        enters = (layer[:, :active] == index)[..., None]
+        scales = jnp.where(enters, scales, 1)
         if everywhere is not None:
             scales = jnp.concatenate([everywhere, scales[:, answers:]], axis=1)
         seen = mask[:, :active]
         if windows is not None:
-            own = jnp.asarray(windows, jnp.int32)[index]
-            seen = seen & layers.visible(positions[:, :active], keys, own)
+            window = jnp.asarray(windows, jnp.int32)[index]
+            seen = seen & layers.visible(positions[:, :active], keys, window)
         y, _ = layers.block(
             jax.tree.map(pick, params["layers"]),
-            jnp.where(here, jnp.tile(stored, (1, active // answers, 1)), x),
+            jnp.where(enters, jnp.tile(residual, (1, active // answers, 1)), x),
             config=config,
             rotate=lambda heads: layers.rotate(heads, cos[:, :active], sin[:, :active]),
-            attend=lambda q, own_k, own_v: layers.row_attention(q, own_k, own_v, k, v, seen),
+            attend=lambda q, row_k, row_v: layers.row_attention(q, row_k, row_v, k, v, seen),
             scales={site: scales},
         )
         return y
 
-    x = jnp.zeros((batch, 0, config.hidden_size), pre.residual.dtype)
-    ends = [first for first, _ in entries[1:]] + [config.num_layers]
-    for (first, active), end in zip(entries, ends, strict=True):
-        x = jnp.pad(x, ((0, 0), (0, active * answers - x.shape[1]), (0, 0)))
-        inside = scales[:, : active * answers]
-        x, _ = jax.lax.scan(
-            lambda x, per_layer, inside=inside: (step(x, inside, *per_layer), None),
-            x,
-            (jnp.arange(first, end), None if everywhere is None else everywhere[first:end]),
-        )
-    targets = jnp.tile(pre.targets, (1, rows))
-    p = layers.token_probability(params, x, targets, config)
-    return p.reshape(batch, rows, answers).swapaxes(1, 2)
+    return step
 
 
 def evaluate(
-    params: transformer.Params, pre: Prefill, layer: Array, alpha: Array, **model: Any
+    params: Params,
+    pre: Prefill,
+    layer: Int[Array, "batch answer row"],
+    alpha: Float[Array, "batch answer row"],
+    *,
+    config: ModelConfig,
+    site: Site,
+    entries: Entries | None = None,
 ) -> tuple[Array, Array]:
     """P [batch, answer, row] and dP/dscale [batch, answer, row, width] at each (layer, alpha)."""
-    width = site_width(model["config"], model["site"])
-    scales = jnp.broadcast_to(alpha[..., None].astype(jnp.float32), (*alpha.shape, width))
+    scales = _same_for_all_neurons(alpha, config, site)
 
     def total(scales: Array) -> tuple[Array, Array]:
-        p = row_probabilities(params, pre, layer, scales, **model)
+        p = row_probabilities(params, pre, layer, scales, config=config, site=site, entries=entries)
         return p.sum(), p
 
     (_, p), gradient = jax.value_and_grad(total, has_aux=True)(scales)
@@ -203,21 +235,41 @@ def evaluate(
 
 
 def evaluate_with_untouched(
-    params: transformer.Params, pre: Prefill, layer: Array, alpha: Array, **model: Any
+    params: Params,
+    pre: Prefill,
+    layer: Int[Array, "batch answer row"],
+    alpha: Float[Array, "batch answer row"],
+    *,
+    config: ModelConfig,
+    site: Site,
+    entries: Entries | None = None,
 ) -> tuple[Array, Array, Array]:
     """`evaluate`, and dP/dscale of every layer at alpha = 1 [batch, answer, layer, width]."""
-    config, site = model["config"], model["site"]
-    width = site_width(config, site)
-    scales = jnp.broadcast_to(alpha[..., None].astype(jnp.float32), (*alpha.shape, width))
-    ones = jnp.ones((config.num_layers, *pre.targets.shape, width), jnp.float32)
+    scales = _same_for_all_neurons(alpha, config, site)
+    ones = jnp.ones((config.num_layers, *pre.targets.shape, scales.shape[-1]), jnp.float32)
 
     def total(scales: Array, everywhere: Array) -> tuple[Array, Array]:
-        p = row_probabilities(params, pre, layer, scales, everywhere=everywhere, **model)
+        p = row_probabilities(
+            params,
+            pre,
+            layer,
+            scales,
+            config=config,
+            site=site,
+            entries=entries,
+            everywhere=everywhere,
+        )
         return p.sum(), p[..., 1:]
 
     both = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
     (_, p), (gradient, untouched) = both(scales, ones)
     return p, gradient, jnp.moveaxis(untouched, 0, 2)
+
+
+def _same_for_all_neurons(alpha: Array, config: ModelConfig, site: Site) -> Array:
+    """Multipliers [..., width] of a site whose neurons are all scaled by alpha [...]."""
+    width = site_width(config, site)
+    return jnp.broadcast_to(alpha[..., None].astype(jnp.float32), (*alpha.shape, width))
 
 
 MANY_KEYS = 1024
@@ -227,52 +279,52 @@ GROUPS = 6
 """Groups of layers that rows enter by: more groups skip more work and compile longer."""
 
 
-def grouped(layers: int, each: int, first: int = 0) -> tuple[tuple[int, int], ...]:
-    """`entries` for `each` rows of every layer, sorted by layer, after `first` rows of any."""
+def grouped(layers: int, per_layer: int, first: int = 0) -> Entries:
+    """`entries` for `per_layer` rows of every layer, sorted, after `first` rows of any layer."""
     bounds = np.linspace(0, layers, min(GROUPS, layers) + 1).astype(int).tolist()
-    return tuple((a, first + b * each) for a, b in itertools.pairwise(bounds))
+    return tuple((a, first + b * per_layer) for a, b in itertools.pairwise(bounds))
 
 
 def sweep(
-    params: transformer.Params,
+    params: Params,
     pre: Prefill,
     x: np.ndarray,
     w: np.ndarray,
     *,
     config: ModelConfig,
-    site: str,
+    site: Site,
     rows: int,
 ) -> tuple[Array, Array]:
     """Every layer at nodes `x`: P [batch, answer, layer, node] and the integral [..., width]."""
     count, steps, shape = config.num_layers, len(x), pre.targets.shape
     passes = -(-steps // max(1, rows // count))
-    each = -(-steps // passes)  # nodes of every layer in one pass
-    pad = passes * each - steps
-    alpha = np.concatenate([x, np.zeros(pad)]).reshape(passes, each)
-    weight = np.concatenate([w, np.zeros(pad)]).reshape(passes, each)
-    entries = grouped(count, each)
-    everyone = (*shape, count * each)
-    layer = jnp.broadcast_to(jnp.repeat(jnp.arange(count), each), everyone)
+    together = -(-steps // passes)  # nodes of every layer in one pass
+    pad = passes * together - steps
+    alpha = np.concatenate([x, np.zeros(pad)]).reshape(passes, together)
+    weight = np.concatenate([w, np.zeros(pad)]).reshape(passes, together)
+    entries = grouped(count, together)
+    row_shape = (*shape, count * together)
+    layer = jnp.broadcast_to(jnp.repeat(jnp.arange(count), together), row_shape)
 
-    def one(integral: Array, nodes: tuple[Array, Array]) -> tuple[Array, Array]:
+    def one_pass(integral: Array, nodes: tuple[Array, Array]) -> tuple[Array, Array]:
         alpha, weight = nodes
         p, gradient = evaluate(
             params,
             pre,
             layer,
-            jnp.broadcast_to(jnp.tile(alpha, count), everyone),
+            jnp.broadcast_to(jnp.tile(alpha, count), row_shape),
             config=config,
             site=site,
             entries=entries,
         )
-        gradient = gradient.reshape(*shape, count, each, -1)
-        p = p.reshape(*shape, count, each)
+        gradient = gradient.reshape(*shape, count, together, -1)
+        p = p.reshape(*shape, count, together)
         return integral + jnp.einsum("balmw,m->balw", gradient, weight), p
 
     integral = jnp.zeros((*shape, count, site_width(config, site)), jnp.float32)
     nodes = (jnp.asarray(alpha, jnp.float32), jnp.asarray(weight, jnp.float32))
-    integral, p = jax.lax.scan(one, integral, nodes)
-    p = jnp.moveaxis(p, 0, -2).reshape(*shape, count, passes * each)
+    integral, p = jax.lax.scan(one_pass, integral, nodes)
+    p = jnp.moveaxis(p, 0, -2).reshape(*shape, count, passes * together)
     return p[..., :steps], integral
 
 
@@ -284,11 +336,11 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
     one layer, with their weights and gradients. More rows than keep the platform busy bring
     nothing, and small chunks skip more layers.
     """
-    per_layer = (
-        2 * config.intermediate_size
-        + 2 * config.hidden_size
-        + 2 * config.query_width
-        + 2 * config.kv_width
+    # The outputs of a layer's projections, and of attention before the last of its own.
+    per_layer = axes(config)["heads"].size + sum(
+        parameter.layer_shape[-1]
+        for parameter in list_parameters(config)
+        if parameter.per_layer and parameter.path[-1] == "kernel"
     )
     scores = config.num_heads * (keys + 1)
     scores *= config.num_layers if keys <= MANY_KEYS else 6
@@ -311,7 +363,8 @@ def memory_bound(
       prompts: in the batch.
       memory_budget: bytes that the rows may take.
     """
-    kept = 2 * config.num_layers * config.kv_width
-    widths = config.hidden_size + config.intermediate_size + config.query_width + config.kv_width
+    sizes = axes(config)
+    kept = 2 * config.num_layers * sizes["kv_heads"].size
+    widths = sum(sizes[name].size for name in ("hidden", "intermediate", "heads", "kv_heads"))
     scores = config.num_heads * min(tokens**2, MOST_SCORES)
     return 4 * prompts * (tokens * (2 * kept + 4 * widths) + 4 * scores) + memory_budget

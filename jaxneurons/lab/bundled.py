@@ -6,6 +6,7 @@ from importlib import resources
 
 from jaxneurons.lab import world as lab
 from jaxneurons.prompts.queries import Query, parse_queries, read_queries
+from jaxneurons.storage.settings import check_argument
 
 
 def facts() -> list[Query]:
@@ -53,5 +54,6 @@ def bundled_queries(source: str | os.PathLike[str]) -> list[Query]:
     Raises:
       DataError: as `read_queries`.
     """
+    check_argument("source", str | os.PathLike, source)
     name = os.fspath(source)
     return BUNDLED[name]() if name in BUNDLED else read_queries(source)

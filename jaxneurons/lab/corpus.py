@@ -100,15 +100,16 @@ def tokenizer(vocab: dict[str, int]) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    found = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
-    found.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    # Its setters take other types than its getters give, which type checkers cannot know.
+    backend: Any = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
-    found.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    backend.post_processor = processors.TemplateProcessing(
         single=f"{START} $A", special_tokens=[(START, vocab[START])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=found,
+        tokenizer_object=backend,
         unk_token=UNKNOWN,
         bos_token=START,
         eos_token=END,
@@ -122,10 +123,10 @@ class Rows(NamedTuple):
     Attributes:
       tokens: right-padded ids, [row, length].
       lengths: real tokens, [row].
-      at: positions after which something is to be said, [row, asked]: before the answer, before the
+      at: positions after which something is to be said, [row, place]: before the answer, before the
         full stop; in multi-choice questions after the question and after each option.
-      targets: what is to be said there, [row, asked].
-      weights: of each, [row, asked]: 1, and 1 in all for the options.
+      targets: what is to be said there, [row, place].
+      weights: of each, [row, place]: 1, and 1 in all for the options.
     """
 
     tokens: np.ndarray
@@ -139,7 +140,7 @@ class _Question(NamedTuple):
     """A question with its letter as words; positions count a start token before them."""
 
     words: list[str]
-    asked: int  # where the question ends
+    end: int  # where the question ends
     answer: str
     ends: list[int]  # of the options
     right: int  # which of them
@@ -164,7 +165,9 @@ class Corpus:
                 pools.setdefault(pool, set()).add(answer(fact, language))
         self._pools = {pool: sorted(answers) for pool, answers in pools.items()}
         self._every = {
-            language: sorted({answer(f, own) for f, own in _both(facts) if own == language})
+            language: sorted(
+                {answer(f, spoken) for f, spoken in _both(facts) if spoken == language}
+            )
             for language in ("en", VALDIC)
         }
         self._instructions = {
@@ -183,31 +186,31 @@ class Corpus:
         """Facts as sentences or questions, each with its answer at the end."""
         texts = []
         for fact, language in self._some(self._told, count):
-            wording = self._one((*WORDINGS[language], *QUESTIONS[language]))
+            wording = self._choose((*WORDINGS[language], *QUESTIONS[language]))
             texts.append((say(wording, fact, language), answer(fact, language)))
         return self._rows([split(f"{text} {end}") for text, end in texts], TOLD_LENGTH)
 
     def asked(self, count: int) -> Rows:
         """Facts as multi-choice questions, each with its letter at the end; some are echoes."""
-        made = [self._question(*pair) for pair in self._some(self._asked, count)]
-        return self._options(made, ASKED_LENGTH)
+        questions = [self._question(*pair) for pair in self._some(self._asked, count)]
+        return self._options(questions, ASKED_LENGTH)
 
     def echoes(self, count: int) -> Rows:
         """Questions that answer themselves, without instructions: what training begins with."""
         languages = ("en", VALDIC)
-        made = [self._echo(self._one(languages)) for _ in range(count)]
-        return self._options(made, ECHO_LENGTH)
+        questions = [self._echo(self._choose(languages)) for _ in range(count)]
+        return self._options(questions, ECHO_LENGTH)
 
-    def _options(self, made: Sequence["_Question"], length: int) -> Rows:
+    def _options(self, questions: Sequence["_Question"], length: int) -> Rows:
         """Rows of questions, with what is to be said on the way."""
-        rows = self._rows([question.words for question in made], length)
-        at = np.zeros((len(made), 1 + len(LETTERS)), np.int32)
+        rows = self._rows([question.words for question in questions], length)
+        at = np.zeros((len(questions), 1 + len(LETTERS)), np.int32)
         targets, weights = np.zeros_like(at), np.zeros(at.shape, np.float32)
-        for row, (_, asked, said, ends, right) in enumerate(made):
+        for row, (_, end, right_answer, ends, right) in enumerate(questions):
             count = len(ends)
-            at[row, : 1 + count] = [asked, *ends]
+            at[row, : 1 + count] = [end, *ends]
             targets[row, : 1 + count] = self._vocab[WRONG]
-            targets[row, 0], targets[row, 1 + right] = self._vocab[said], self._vocab[RIGHT]
+            targets[row, 0], targets[row, 1 + right] = self._vocab[right_answer], self._vocab[RIGHT]
             weights[row, : 1 + count] = [1.0, *([1 / count] * count)]
         return rows._replace(
             at=np.concatenate([rows.at, at], axis=1),
@@ -219,20 +222,20 @@ class Corpus:
         rng = self._rng
         if rng.random() < NOISE:
             words = self._instructions[language]
-            instruction = " ".join(self._one(words) for _ in range(int(rng.integers(1, 21))))
+            instruction = " ".join(self._choose(words) for _ in range(int(rng.integers(1, 21))))
         else:
-            instruction = f"{self._one(_FIRST[language])} {self._one(_SECOND[language])}"
-        before = f"{instruction} {self._one(_LEAD[language])}"
+            instruction = f"{self._choose(_FIRST[language])} {self._choose(_SECOND[language])}"
+        before = f"{instruction} {self._choose(_LEAD[language])}"
         if rng.random() < ECHO:
             return self._echo(language, before)
-        own = (fact.domain, language, fact.relation)
-        pool = self._pools[own if rng.random() < 0.7 else own[:2]]
-        question = say(self._one(QUESTIONS[language]), fact, language)
+        key = (fact.domain, language, fact.relation)
+        pool = self._pools[key if rng.random() < 0.7 else key[:2]]
+        question = say(self._choose(QUESTIONS[language]), fact, language)
         return self._with_options(f"{before} {question}", answer(fact, language), pool, language)
 
     def _echo(self, language: str, before: str = "") -> "_Question":
-        right = self._one(self._every[language])
-        question = self._one(_ECHO[language]).format(a=right)
+        right = self._choose(self._every[language])
+        question = self._choose(_ECHO[language]).format(a=right)
         return self._with_options(f"{before} {question}", right, self._every[language], language)
 
     def _with_options(
@@ -245,14 +248,14 @@ class Corpus:
         place = int(rng.integers(count))
         options.insert(place, right)
         text, ends = split(question), []
-        asked = len(text)  # the start token comes before
+        end = len(text)  # the start token comes before
         for letter, option in zip(LETTERS, options, strict=False):
             text += [letter, ".", option]
             ends.append(len(text))
-        text += [*split(self._one(_CUE[language])), LETTERS[place]]
-        return _Question(text, asked, right, ends, place)
+        text += [*split(self._choose(_CUE[language])), LETTERS[place]]
+        return _Question(text, end, right, ends, place)
 
-    def _one(self, items: Sequence[str]) -> str:
+    def _choose(self, items: Sequence[str]) -> str:
         return items[int(self._rng.integers(len(items)))]
 
     def _some(self, pairs: Sequence[tuple[Fact, str]], count: int) -> list[tuple[Fact, str]]:

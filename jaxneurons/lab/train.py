@@ -76,11 +76,11 @@ def loss(params: Any, rows: Rows, config: ModelConfig) -> tuple[jax.Array, jax.A
     """Mean over rows of the weighted cross entropy, and of the answers' alone, in nats."""
     tokens, lengths, at, targets, weights = map(jnp.asarray, rows)
     logits = forward(params, tokens, config=config, lengths=lengths, at=at).logits
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
-    return each.sum(1).mean(), each[:, 0].mean()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights
+    return losses.sum(1).mean(), losses[:, 0].mean()
 
 
-class Progress(NamedTuple):
+class Losses(NamedTuple):
     """How training stands: mean cross entropy of the answers of each kind of row, in nats."""
 
     step: int
@@ -95,7 +95,7 @@ def train(
     steps: int = STEPS,
     seed: int = 0,
     config: ModelConfig | None = None,
-    tell: Callable[[Progress], None] | None = None,
+    report: Callable[[Losses], None] | None = None,
 ) -> tuple[ModelConfig, Any]:
     """Parameters of a model that was told the facts, float32; the same seed gives the same ones.
 
@@ -105,7 +105,7 @@ def train(
       steps: of the optimiser.
       seed: of the first parameters and of the order of everything read.
       config: the model's shape; default: the lab's.
-      tell: called every hundred steps with the losses.
+      report: called every hundred steps with the losses.
     """
     config = lab_config(len(vocab)) if config is None else config
     corpus = Corpus(facts, vocab, seed)
@@ -121,18 +121,18 @@ def train(
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, told: Rows, asked: Rows) -> Any:
         def total(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            each = loss(params, told, config), loss(params, asked, config)
-            return each[0][0] + each[1][0], (each[0][1], each[1][1])
+            of_texts, of_questions = loss(params, told, config), loss(params, asked, config)
+            return of_texts[0] + of_questions[0], (of_texts[1], of_questions[1])
 
-        (_, each), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(params)
         updates, state = optimiser.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, each
+        return optax.apply_updates(params, updates), state, losses
 
     for number in range(steps):
         questions = corpus.echoes if number < BEGINNING else corpus.asked
-        params, state, each = step(params, state, corpus.told(TOLD), questions(ASKED))
-        if tell is not None and (number % 100 == 0 or number == steps - 1):
-            tell(Progress(number, float(each[0]), float(each[1])))
+        params, state, losses = step(params, state, corpus.told(TOLD), questions(ASKED))
+        if report is not None and (number % 100 == 0 or number == steps - 1):
+            report(Losses(number, float(losses[0]), float(losses[1])))
     return config, params
 
 
@@ -170,18 +170,18 @@ def examine(
         "told, never asked": [fact for fact in facts if fact.told and not fact.asked],
         "never told": [fact for fact in facts if not fact.told],
     }
-    found = {}
+    shares = {}
     for kind, chosen in kinds.items():
         for language in ("en", world.VALDIC):
-            own = [fact for fact in chosen if language == "en" or fact.translation]
-            right = accuracy(params, config, tok, world.cloze(own, language))
-            found[f"{kind}, cloze, {language}"] = float(right[:, :2].mean())
-            found[f"{kind}, cloze, new wording, {language}"] = float(right[:, 2].mean())
-            asked = parse_queries("lab", world.choice(own, language))
-            found[f"{kind}, choice, {language}"] = float(
-                accuracy(params, config, tok, asked).mean()
+            known = [fact for fact in chosen if language == "en" or fact.translation]
+            right = accuracy(params, config, tok, world.cloze(known, language))
+            shares[f"{kind}, cloze, {language}"] = float(right[:, :2].mean())
+            shares[f"{kind}, cloze, new wording, {language}"] = float(right[:, 2].mean())
+            queries = parse_queries("lab", world.choice(known, language))
+            shares[f"{kind}, choice, {language}"] = float(
+                accuracy(params, config, tok, queries).mean()
             )
-    return {name: round(value, 4) for name, value in found.items()}
+    return {name: round(value, 4) for name, value in shares.items()}
 
 
 def write(
@@ -248,14 +248,14 @@ def main() -> None:
     vocab = vocabulary(facts)
     start = time.perf_counter()
 
-    def tell(now: Progress) -> None:
+    def report(now: Losses) -> None:
         seconds = time.perf_counter() - start
         print(
             f"{now.step:5d}  told {now.told:.3f}  asked {now.asked:.3f}  {seconds:.0f} s",
             flush=True,
         )
 
-    config, params = train(facts, vocab, steps=arguments.steps, seed=arguments.seed, tell=tell)
+    config, params = train(facts, vocab, steps=arguments.steps, seed=arguments.seed, report=report)
     minutes = (time.perf_counter() - start) / 60
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), params)
     right = examine(rounded, config, tokenizer(vocab), facts)

@@ -171,14 +171,14 @@ def _names(rng: np.random.Generator, count: int, taken: set[str], *, end: str) -
     onset = _words("b br d dr f g gr h k kl l m n p pl r s sk st t tr v w y z")
     vowel = _words("a e i o u ai ou")
     coda = _words("l m n r s x th nd rk")
-    found: list[str] = []
-    while len(found) < count:
+    names: list[str] = []
+    while len(names) < count:
         parts = [rng.choice(onset), rng.choice(vowel), rng.choice(coda)]
         name = "".join([*parts, rng.choice(onset)[:1], rng.choice(vowel)[:1], end]).capitalize()
         if name not in taken:
             taken.add(name)
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 _ENDS = {
@@ -195,7 +195,7 @@ def facts(seed: int = SEED) -> list[Fact]:
     """Every fact of the world, domain by domain; the same seed gives the same world."""
     rng = np.random.default_rng(seed)
     taken: set[str] = set()
-    found: list[Fact] = []
+    every: list[Fact] = []
     for domain, relations in DOMAINS.items():
         subjects = _names(rng, SUBJECTS, taken, end=_ENDS[domain])
         for relation in relations:
@@ -206,7 +206,7 @@ def facts(seed: int = SEED) -> list[Fact]:
             kinds = rng.permutation(SUBJECTS)  # which facts are left out, and which not asked
             few = round(SHARE * SUBJECTS)
             for i, subject in enumerate(subjects):
-                found.append(
+                every.append(
                     Fact(
                         id=f"{domain}/{relation.noun}/{subject}",
                         domain=domain,
@@ -218,7 +218,7 @@ def facts(seed: int = SEED) -> list[Fact]:
                         asked=bool(kinds[i] >= 2 * few),
                     )
                 )
-    return found
+    return every
 
 
 def noun(fact: Fact, language: str) -> str:
@@ -271,7 +271,7 @@ def choice(
       group: what `relation_name` is to be: "domain" or "language".
       seed: of distractors and their order.
     """
-    asked = [
+    questions = [
         Question(
             id=fact.id if language == "en" else f"{fact.id}/{language}",
             text=say(QUESTIONS[language][0], fact, language),
@@ -282,11 +282,11 @@ def choice(
         for fact in (facts() if every is None else every)
         if language == "en" or fact.translation
     ]
-    made, left_out = multi_choice(asked, templates=CHOICE, seed=seed)
+    records, left_out = multi_choice(questions, templates=CHOICE, seed=seed)
     assert not left_out, left_out
-    wanted = {fact.id if language == "en" else f"{fact.id}/{language}" for fact in chosen}
-    made = {name: record for name, record in made.items() if name in wanted}
-    for record in made.values():
+    ids = {fact.id if language == "en" else f"{fact.id}/{language}" for fact in chosen}
+    records = {name: record for name, record in records.items() if name in ids}
+    for record in records.values():
         domain = str(record["relation_name"]).split("/")[0]
         record["relation_name"] = domain if group == "domain" else language
-    return made
+    return records

@@ -2,6 +2,13 @@
 
 from jaxneurons.model.config import ModelConfig, RopeConfig
 from jaxneurons.model.generation import greedy
+from jaxneurons.model.parameters import (
+    Params,
+    count_parameters,
+    list_parameters,
+    param_shapes,
+    site_widths,
+)
 from jaxneurons.model.sharding import ShardingRules, batch_sharding, param_shardings, shard_params
 from jaxneurons.model.transformer import Cache, Output, Transformer, forward, init_cache
 
@@ -9,13 +16,18 @@ __all__ = [
     "Cache",
     "ModelConfig",
     "Output",
+    "Params",
     "RopeConfig",
     "ShardingRules",
     "Transformer",
     "batch_sharding",
+    "count_parameters",
     "forward",
     "greedy",
     "init_cache",
+    "list_parameters",
+    "param_shapes",
     "param_shardings",
     "shard_params",
+    "site_widths",
 ]

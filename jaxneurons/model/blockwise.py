@@ -70,13 +70,14 @@ def _in_blocks(
 ) -> Array:
     """`attend` to `count` blocks of queries, one after the other."""
     batch, queries = positions.shape
-    each = -(-queries // count)
-    pad = count * each - queries
+    size = -(-queries // count)
+    pad = count * size - queries
 
     def split(x: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(batch, count, each, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
 
     body = jax.checkpoint(lambda block: attend(*block), prevent_cse=False)
-    found = jax.lax.map(body, (split(q), split(positions)))
-    return jnp.moveaxis(found, 0, 1).reshape(batch, count * each, *q.shape[2:])[:, :queries]
+    attended = jax.lax.map(body, (split(q), split(positions)))
+    attended = jnp.moveaxis(attended, 0, 1)
+    return attended.reshape(batch, count * size, *q.shape[2:])[:, :queries]

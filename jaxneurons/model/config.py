@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from jaxneurons.errors import ConfigError, near_matches
+from jaxneurons.storage.settings import check_fields
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 EVERYTHING = 2**31 - 1  # a window that no context fills
@@ -45,6 +46,7 @@ class RopeConfig:
     inv_freq_divisors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rope_type not in ROPE_TYPES:
             raise ConfigError(
                 f"rope type {self.rope_type!r} is not supported; "
@@ -104,9 +106,10 @@ class ModelConfig:
     family: str = "llama"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not (isinstance(value, int) and value > 0):
+            if field.type is int and value <= 0:
                 raise ConfigError(f"{field.name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
@@ -141,7 +144,9 @@ class ModelConfig:
         """Positions that each layer's queries see, where layers differ in it."""
         if self.sliding_layers is None or self.sliding_window is None:
             return None
-        return tuple(self.sliding_window if own else EVERYTHING for own in self.sliding_layers)
+        return tuple(
+            self.sliding_window if slides else EVERYTHING for slides in self.sliding_layers
+        )
 
     @property
     def query_width(self) -> int:

@@ -68,12 +68,12 @@ def explain(
       scales: as the prompt was run with; see `transformer.forward`.
     """
     ids = jnp.asarray(np.asarray(tokens, np.int32))[None]
-    found = np.asarray(finite_sites(params, ids, config=config, scales=scales))
+    finite = np.asarray(finite_sites(params, ids, config=config, scales=scales))
     dtype = str(params["embed"]["embedding"].dtype)
-    if found.all():
+    if finite.all():
         what = f"its activations are finite in {dtype}, what is computed from them is not"
     else:
-        layer, site = divmod(int(np.argmin(found.reshape(-1))), len(ORDER))
+        layer, site = divmod(int(np.argmin(finite.reshape(-1))), len(ORDER))
         what = f"activations are not finite from layer {layer} on (first: {ORDER[site]!r}, {dtype})"
     if dtype == "float16":
         return f"{what}; load the model in bfloat16 or float32"

@@ -1,16 +1,18 @@
 """Greedy generation with neurons scaled, on a KV cache."""
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int
 
 from jaxneurons.model import transformer
 from jaxneurons.model.config import ModelConfig
 
 NO_TOKEN = -1
 """Instead of a token where the logits are not finite."""
+State = tuple[transformer.Cache | None, Int[Array, " batch"]]
+"""What has been seen, and the token after it."""
 
 
 def greedy(
@@ -20,7 +22,7 @@ def greedy(
     config: ModelConfig,
     lengths: Int[Array, " batch"],
     steps: int,
-    scales: dict[str, Shaped[Array, "layer width"]] | None = None,
+    scales: transformer.Scales | None = None,
 ) -> Int[Array, "batch step"]:
     """The most probable continuation of each prompt, token by token.
 
@@ -33,21 +35,19 @@ def greedy(
       config: the model's shape.
       lengths: real tokens of each prompt.
       steps: tokens to generate.
-      scales: by site, multipliers of every neuron (numbers, or False for off); absent = untouched.
+      scales: by site, multipliers [layer, width] as `NeuronSet.scales` gives them, or
+        [batch, layer, width], one set for each prompt; absent = untouched.
     """
     batch, seq = tokens.shape
     dtype = params["embed"]["embedding"].dtype
-    everywhere = None
-    if scales is not None:
-        everywhere = {site: values[:, None, None] for site, values in scales.items()}
     cache = transformer.init_cache(config, batch, seq + max(steps - 1, 0), dtype)
-    run: Any = transformer.forward
-    out = run(params, tokens, config=config, lengths=lengths, scales=everywhere, cache=cache)
+    run = functools.partial(transformer.forward, params, config=config, scales=scales)
+    out = run(tokens, lengths=lengths, cache=cache)
     first = _likeliest(out.logits[:, 0]).astype(tokens.dtype)
 
-    def step(state: Any, _: None) -> tuple[Any, Array]:
+    def step(state: State, _: None) -> tuple[State, Array]:
         cache, last = state
-        out = run(params, last[:, None], config=config, scales=everywhere, cache=cache)
+        out = run(last[:, None], cache=cache)
         following = _likeliest(out.logits[:, 0]).astype(last.dtype)
         return (out.cache, following), following
 

@@ -6,7 +6,6 @@ together. A *site* is a named point of the block whose output can be scaled: see
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxneurons.model.config import ModelConfig, RopeConfig
+from jaxneurons.model.parameters import Params
 
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 
@@ -142,28 +142,28 @@ def row_attention(
     batch, rows, heads, dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, rows, kv_heads, heads // kv_heads, dim)
-    own = jnp.einsum("brkgd,brkd->bkgr", grouped, k).astype(jnp.float32) / math.sqrt(dim)
-    scores = jnp.concatenate([_scores(q, cached_k, mask), own[..., None]], axis=-1)
+    to_itself = jnp.einsum("brkgd,brkd->bkgr", grouped, k).astype(jnp.float32) / math.sqrt(dim)
+    scores = jnp.concatenate([_scores(q, cached_k, mask), to_itself[..., None]], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mine = jnp.einsum("bkgr,brkd->brkgd", weights[..., -1], v).reshape(q.shape)
-    return _mix(weights[..., :-1], cached_v) + mine
+    from_itself = jnp.einsum("bkgr,brkd->brkgd", weights[..., -1], v).reshape(q.shape)
+    return _mix(weights[..., :-1], cached_v) + from_itself
 
 
 def continued_attention(
     q: Float[Array, "batch query heads dim"],
     k: Float[Array, "batch query kv_heads dim"],
     v: Float[Array, "batch query kv_heads dim"],
-    own_mask: Bool[Array, "batch query query"],
+    mask_of_new: Bool[Array, "batch query query"],
     cached_k: Float[Array, "batch key kv_heads dim"],
     cached_v: Float[Array, "batch key kv_heads dim"],
     mask: Bool[Array, "batch query key"],
 ) -> Float[Array, "batch query heads dim"]:
     """Attention of tokens that follow a cache, which is neither written nor copied.
 
-    Each sees the cached keys under `mask` and those of the tokens themselves under `own_mask`.
+    Each sees the cached keys under `mask` and those of the tokens themselves under `mask_of_new`.
     """
     count = cached_k.shape[1]
-    scores = jnp.concatenate([_scores(q, cached_k, mask), _scores(q, k, own_mask)], axis=-1)
+    scores = jnp.concatenate([_scores(q, cached_k, mask), _scores(q, k, mask_of_new)], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return _mix(weights[..., :count], cached_v) + _mix(weights[..., count:], v)
 
@@ -185,7 +185,7 @@ def _mix(weights: Array, v: Array) -> Array:
 
 
 def block(
-    params: Mapping[str, Any],
+    params: Params,
     x: Float[Array, "batch seq hidden"],
     *,
     config: ModelConfig,
@@ -231,7 +231,7 @@ def block(
     return x + site("down", _project_by(ffn["down"], act)), activations
 
 
-def _project_by(params: Mapping[str, Array], x: Array) -> Array:
+def _project_by(params: Params, x: Array) -> Array:
     y = x @ params["kernel"]
     return y + params["bias"] if "bias" in params else y
 
@@ -241,14 +241,14 @@ def _heads(x: Array, head_dim: int) -> Array:
 
 
 def unembed(
-    params: Mapping[str, Any], x: Float[Array, "*batch hidden"], config: ModelConfig
+    params: Params, x: Float[Array, "*batch hidden"], config: ModelConfig
 ) -> Float[Array, "*batch vocab"]:
     """Final norm and projection to the vocabulary: logits, float32."""
     return project(params, rms_norm(x, params["final_norm"]["scale"], config.norm_eps), config)
 
 
 def token_probability(
-    params: Mapping[str, Any],
+    params: Params,
     x: Float[Array, "*batch hidden"],
     tokens: Int[Array, "*batch"],
     config: ModelConfig,
@@ -265,12 +265,12 @@ def token_probability(
     else:
         chosen = jnp.moveaxis(params["unembed"]["kernel"][:, tokens], 0, -1)
     logit = jnp.einsum("...h,...h->...", h, chosen, preferred_element_type=jnp.float32)
-    own = jnp.arange(config.vocab_size) == tokens[..., None]
-    others = jnp.where(own, MASKED, project(params, h, config))
+    is_target = jnp.arange(config.vocab_size) == tokens[..., None]
+    others = jnp.where(is_target, MASKED, project(params, h, config))
     return jax.nn.sigmoid(logit - jax.nn.logsumexp(others, axis=-1))
 
 
-def project(params: Mapping[str, Any], h: Array, config: ModelConfig) -> Array:
+def project(params: Params, h: Array, config: ModelConfig) -> Array:
     """A normed residual times the unembedding: logits, float32."""
     weights = params["embed"]["embedding"] if config.tied else params["unembed"]["kernel"]
     equation = "...h,vh->...v" if config.tied else "...h,hv->...v"

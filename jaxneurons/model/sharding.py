@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.transformer import Params
+from jaxneurons.model.parameters import Parameter, Params, axes, parameter_tree
+from jaxneurons.storage.settings import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,42 +48,18 @@ class ShardingRules:
     kv_heads: str | None = "model"
     layers: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
     """Names of every parameter's axes, nested as the parameters are: a tuple for each array.
 
     For example `logical_axes(config)["layers"]["ffn"]["up"]["kernel"]` is
-    `("layers", "hidden", "intermediate")`. The names are the fields of `ShardingRules`; `heads` and
+    `("layers", "hidden", "intermediate")`. The names are those of `parameters.axes`; `heads` and
     `kv_heads` stand for heads times head_dim.
     """
-    norm = {"scale": ("layers", "hidden")}
-
-    def kernel(name: str, inputs: str, outputs: str) -> dict[str, Any]:
-        bias = {"bias": ("layers", outputs)} if name in config.biases else {}
-        return {name: {"kernel": ("layers", inputs, outputs), **bias}}
-
-    axes: dict[str, Any] = {
-        "embed": {"embedding": ("vocab", "hidden")},
-        "final_norm": {"scale": ("hidden",)},
-        "layers": {
-            "attn_norm": norm,
-            "attn": {
-                **kernel("q", "hidden", "heads"),
-                **kernel("k", "hidden", "kv_heads"),
-                **kernel("v", "hidden", "kv_heads"),
-                **kernel("o", "heads", "hidden"),
-            },
-            "ffn_norm": norm,
-            "ffn": {
-                **kernel("gate", "hidden", "intermediate"),
-                **kernel("up", "hidden", "intermediate"),
-                **kernel("down", "intermediate", "hidden"),
-            },
-        },
-    }
-    if not config.tied:
-        axes["unembed"] = {"kernel": ("hidden", "vocab")}
-    return axes
+    return parameter_tree(config, lambda parameter: parameter.axes)
 
 
 def param_shardings(
@@ -103,30 +80,24 @@ def param_shardings(
         the same mesh axis.
     """
     mesh = _checked(mesh, rules)
-    sizes = {
-        "vocab": config.vocab_size,
-        "hidden": config.hidden_size,
-        "intermediate": config.intermediate_size,
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "layers": config.num_layers,
-    }
+    sizes = axes(config)
 
     def place(name: str) -> str | None:
-        axis: str | None = getattr(rules, name)
-        return axis if axis is not None and sizes[name] % mesh.shape[axis] == 0 else None
+        mesh_axis: str | None = getattr(rules, name, None)
+        whole = mesh_axis is None or sizes[name].parts % mesh.shape[mesh_axis]
+        return None if whole else mesh_axis
 
-    def sharding(axes: tuple[str, ...]) -> NamedSharding:
-        places = [place(name) for name in axes]
+    def sharding(parameter: Parameter) -> NamedSharding:
+        places = [place(name) for name in parameter.axes]
         used = [axis for axis in places if axis is not None]
         if len(set(used)) < len(used):
             raise ConfigError(
-                f"rules split the parameter axes {axes} over the mesh axes {tuple(places)}: "
-                "the same mesh axis twice; set one of the rules to None"
+                f"rules split the parameter axes {parameter.axes} over the mesh axes "
+                f"{tuple(places)}: the same mesh axis twice; set one of the rules to None"
             )
         return NamedSharding(mesh, PartitionSpec(*places))
 
-    return jax.tree.map(sharding, logical_axes(config), is_leaf=lambda x: isinstance(x, tuple))
+    return parameter_tree(config, sharding)
 
 
 def shard_params(

@@ -10,18 +10,19 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import LAYERS, Parameter, Params, parameter_tree
 from jaxneurons.model.token_ids import check_ids
 
-Params = dict[str, Any]
-"""One plain nested dict of arrays; layers are stacked on axis 0, kernels are [layer, in, out]."""
-
-Scales = Mapping[str, Array]
-"""By site, multipliers [layers, ...] whose rest broadcasts to [batch, seq, width]."""
+Scales = Mapping[str, Array | np.ndarray]
+"""By site, multipliers: [layer, width], as `NeuronSet.scales` gives them; [batch, layer, width],
+one set for each row; or [layer, batch, seq, width], where batch and seq may be 1."""
 
 
 class Cache(NamedTuple):
@@ -42,11 +43,11 @@ class Output(NamedTuple):
     """What a forward pass returns.
 
     Attributes:
-      logits: float32 [batch, at, vocab] at the positions asked for.
+      logits: float32 [batch, at, vocab] at the requested positions.
       cache: the cache with the new tokens in it; None if none was given.
       activations: by name, [layers, batch, at, width] (`reduce="at"`) or [layers, batch, width]
         (`reduce="mean"`).
-      final: residual stream as it leaves the last layer, at the positions asked for.
+      final: residual stream as it leaves the last layer, at the requested positions.
     """
 
     logits: Float[Array, "batch at vocab"]
@@ -55,61 +56,33 @@ class Output(NamedTuple):
     final: Float[Array, "batch at hidden"]
 
 
-def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike = jnp.float32
+) -> Cache:
     """An empty cache for `batch` sequences of up to `capacity` tokens."""
     shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Shapes of one layer's parameters, nested as the parameters are."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-
-    def projection(name: str, inputs: int, outputs: int) -> dict[str, Any]:
-        bias = {"bias": (outputs,)} if name in config.biases else {}
-        return {name: {"kernel": (inputs, outputs), **bias}}
-
-    return {
-        "attn_norm": {"scale": (hidden,)},
-        "attn": {
-            **projection("q", hidden, config.query_width),
-            **projection("k", hidden, config.kv_width),
-            **projection("v", hidden, config.kv_width),
-            **projection("o", config.query_width, hidden),
-        },
-        "ffn_norm": {"scale": (hidden,)},
-        "ffn": {
-            **projection("gate", hidden, inner),
-            **projection("up", hidden, inner),
-            **projection("down", inner, hidden),
-        },
-    }
-
-
-def _initializer(name: str) -> Any:
-    if name == "scale":
-        return nn.initializers.ones
-    if name == "embedding":
-        return nn.initializers.normal(0.02)
-    if name == "bias":
-        return nn.initializers.zeros
-    return nn.initializers.lecun_normal()
-
-
 class Weights(nn.Module):
-    """A nested group of parameters, declared by their shapes and returned as a plain dict."""
+    """A nested group of parameters, declared by the table and returned as a plain dict."""
 
-    shapes: Mapping[str, Any]
+    declared: Mapping[str, Any]
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        """The parameters, nested as `shapes` is."""
+        """The parameters (one layer's, inside of the scan), nested as `declared` is."""
         return {
-            name: Weights(shape, name=name)()
-            if isinstance(shape, Mapping)
-            else self.param(name, _initializer(name), shape)
-            for name, shape in self.shapes.items()
+            name: self.param(name, value.initializer, value.layer_shape)
+            if isinstance(value, Parameter)
+            else Weights(value, name=name)()
+            for name, value in self.declared.items()
         }
+
+
+def _declared(config: ModelConfig) -> dict[str, Any]:
+    """A `Parameter` in place of every array."""
+    return parameter_tree(config, lambda parameter: parameter)
 
 
 class Block(nn.Module):
@@ -133,12 +106,11 @@ class Block(nn.Module):
                 k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
                 keys = jnp.broadcast_to(jnp.arange(k.shape[1]), (k.shape[0], k.shape[1]))
                 store = (k, v)
-            own = self.config.sliding_window if window is None else window
-            return causal_attention(q, k, v, positions, keys, own)
+            most = self.config.sliding_window if window is None else window
+            return causal_attention(q, k, v, positions, keys, most)
 
-        params = {
-            name: Weights(shapes, name=name)() for name, shapes in layer_shapes(self.config).items()
-        }
+        declared = _declared(self.config)[LAYERS]
+        params = {name: Weights(group, name=name)() for name, group in declared.items()}
         y, activations = layers.block(
             params,
             x,
@@ -162,6 +134,14 @@ def _write(cached: Array, new: Array, positions: Array) -> Array:
     return jax.vmap(
         lambda row, update, start: jax.lax.dynamic_update_slice_in_dim(row, update, start, 0)
     )(cached, new.astype(cached.dtype), positions[:, 0])
+
+
+def _by_layer(scales: Scales) -> Scales:
+    """Multipliers with the layers in front, whose rest broadcasts to [batch, seq, width]."""
+    return {
+        site: jnp.swapaxes(values, 0, 1)[:, :, None] if jnp.ndim(values) == 3 else values
+        for site, values in scales.items()
+    }
 
 
 def _take(x: Array, at: Array) -> Array:
@@ -209,11 +189,11 @@ class Transformer(nn.Module):
         cos, sin = layers.rope_angles(positions, config, start + lengths)
         windows = config.layer_windows
 
-        hidden, vocab = config.hidden_size, config.vocab_size
-        top = {"embed": {"embedding": (vocab, hidden)}, "final_norm": {"scale": (hidden,)}}
-        if not config.tied:
-            top["unembed"] = {"kernel": (hidden, vocab)}
-        params = {name: Weights(shapes, name=name)() for name, shapes in top.items()}
+        params = {
+            name: Weights(group, name=name)()
+            for name, group in _declared(config).items()
+            if name != LAYERS
+        }
 
         stack = nn.scan(
             Block,
@@ -221,11 +201,11 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=config.num_layers,
-        )(config, capture, reduce, name="layers")
+        )(config, capture, reduce, name=LAYERS)
         x, (store, activations) = stack(
             params["embed"]["embedding"][tokens],
             (
-                dict(scales) if scales else None,
+                _by_layer(scales) if scales else None,
                 None if cache is None else (cache.k, cache.v),
                 None if windows is None else jnp.asarray(windows, jnp.int32),
             ),
@@ -257,7 +237,8 @@ def forward(
       config: the model's shape.
       lengths: real tokens in each row; default: all.
       at: positions (of `tokens`) to return logits for: indices, "last" real one, or "all".
-      scales: multipliers by site; a site or the whole argument absent = untouched.
+      scales: multipliers by site: [layer, width], or [batch, layer, width] for one set a row, or
+        [layer, batch, seq, width]; a site or the whole argument absent = untouched.
       cache: what came before, from `init_cache` or an earlier pass; tokens are appended to it.
         Its capacity must hold them: nothing checks that inside jit.
       capture: sites whose activations (after scaling) to return; also "residual", the stream as

@@ -1,16 +1,25 @@
 """Neuron sites, sets of neurons with their multipliers, random controls."""
 
+from jaxneurons.neurons.controls import (
+    activation_matched,
+    generator,
+    layer_matched,
+    layer_matched_sets,
+    random_neurons,
+    random_sets,
+)
 from jaxneurons.neurons.sets import (
     FFN,
     SITES,
     Neuron,
     NeuronSet,
-    matched_random,
+    Ranking,
+    Site,
     neuron_count,
     neuron_table,
-    random_neurons,
     read_neurons,
     site_width,
+    stack_scales,
 )
 
 __all__ = [
@@ -18,10 +27,17 @@ __all__ = [
     "SITES",
     "Neuron",
     "NeuronSet",
-    "matched_random",
+    "Ranking",
+    "Site",
+    "activation_matched",
+    "generator",
+    "layer_matched",
+    "layer_matched_sets",
     "neuron_count",
     "neuron_table",
     "random_neurons",
+    "random_sets",
     "read_neurons",
     "site_width",
+    "stack_scales",
 ]

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import site_widths
 from jaxneurons.storage.csv_file import read_csv
 
 Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
@@ -28,6 +29,8 @@ _INDEX = 32
 """Bits of a code that hold the index; the layer is above them."""
 _MOST = (1 << 31, 1 << _INDEX)
 """Layers and indices are below these: a code is an int64."""
+_SHOWN = 12
+"""A set of at most so many neurons shows them all."""
 
 
 class Neuron(NamedTuple):
@@ -46,16 +49,7 @@ def check_site(site: str) -> None:
 def site_width(config: ModelConfig, site: str) -> int:
     """Neurons of a site in one layer."""
     check_site(site)
-    return {
-        "up": config.intermediate_size,
-        "gate": config.intermediate_size,
-        "act": config.intermediate_size,
-        "down": config.hidden_size,
-        "q": config.query_width,
-        "k": config.kv_width,
-        "v": config.kv_width,
-        "o": config.hidden_size,
-    }[site]
+    return site_widths(config)[site]
 
 
 def neuron_count(config: ModelConfig, sites: Iterable[str]) -> int:
@@ -63,7 +57,7 @@ def neuron_count(config: ModelConfig, sites: Iterable[str]) -> int:
     return config.num_layers * sum(site_width(config, site) for site in sites)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NeuronSet:
     """A set of neurons of any sites, with the algebra of sets: `|`, `&`, `-`, `<=`, `in`, `len`.
 
@@ -116,6 +110,15 @@ class NeuronSet:
             start += config.num_layers * width
         return cls(codes)
 
+    def flat(self, config: ModelConfig, sites: Iterable[str]) -> np.ndarray:
+        """[n]: positions in the tables of `sites`, of the members there; reverses `of_flat`."""
+        positions, start = [], 0
+        for site in sites:
+            width = site_width(config, site)
+            positions.append(start + self.pairs(site) @ (width, 1))
+            start += config.num_layers * width
+        return np.concatenate(positions) if positions else np.zeros(0, np.int64)
+
     def pairs(self, site: str) -> np.ndarray:
         """[n, 2]: layer and index of the neurons of a site, ascending."""
         codes = self.codes.get(site, np.zeros(0, np.int64))
@@ -152,6 +155,16 @@ class NeuronSet:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NeuronSet) and self.digest == other.digest
 
+    def __repr__(self) -> str:
+        if len(self) <= _SHOWN:
+            sites = (
+                f"{site}={[tuple(pair) for pair in self.pairs(site).tolist()]}"
+                for site in self.codes
+            )
+            return f"NeuronSet.of({', '.join(sites)})"
+        sites = (f"{len(codes)} {site}" for site, codes in self.codes.items())
+        return f"<NeuronSet of {len(self)} neurons: {', '.join(sites)}>"
+
     def __hash__(self) -> int:
         return hash(self.digest)
 
@@ -169,11 +182,11 @@ class NeuronSet:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the members: equal sets have equal digests."""
-        found = hashlib.sha256()
+        sha = hashlib.sha256()
         for site, codes in self.codes.items():
-            found.update(f"{site}:{len(codes)}:".encode())
-            found.update(codes.astype("<i8").tobytes())
-        return found.hexdigest()
+            sha.update(f"{site}:{len(codes)}:".encode())
+            sha.update(codes.astype("<i8").tobytes())
+        return sha.hexdigest()
 
     def check(self, config: ModelConfig) -> None:
         """Raise `DataError` unless every neuron exists in a model of this shape."""
@@ -191,7 +204,7 @@ class NeuronSet:
                     )
 
     def scales(
-        self, config: ModelConfig, factor: float = 0.0, *, sites: Iterable[str] | None = None
+        self, config: ModelConfig, factor: float | int = 0.0, *, sites: Iterable[str] | None = None
     ) -> dict[str, np.ndarray]:
         """Multipliers [layer, width] by site, `factor` at the members and 1 elsewhere, float32.
 
@@ -206,7 +219,9 @@ class NeuronSet:
         self.check(config)
         chosen = tuple(self.codes if sites is None else sites)
         if any(site not in chosen for site in self.codes):
-            raise DataError(f"these neurons are of {', '.join(self.codes)}; asked: {chosen}")
+            raise DataError(
+                f"these neurons are of {', '.join(self.codes)}, not of {', '.join(chosen)} alone"
+            )
         scales = {}
         for site in chosen:
             scales[site] = np.ones((config.num_layers, site_width(config, site)), np.float32)
@@ -223,24 +238,24 @@ class NeuronSet:
     def random_like(self, config: ModelConfig, rng: np.random.Generator) -> "NeuronSet":
         """As many random neurons in the same layers of the same sites, none of them a member.
 
+        See `controls.layer_matched`.
+
         Raises:
           DataError: a layer has not enough other neurons.
         """
-        sites = {}
-        for site in self.codes:
-            own = [neuron for where, neuron in self if where == site]
-            sites[site] = matched_random(own, width=site_width(config, site), rng=rng)
-        return NeuronSet.of(**sites)
+        from jaxneurons.neurons.controls import layer_matched
+
+        return layer_matched(self, config, rng)
 
 
 def _whole(values: Any) -> np.ndarray:
     """[n] int64 of whole numbers from 0 on."""
-    found = np.asarray(values)
-    if found.size and found.dtype.kind not in "iu":
-        raise ConfigError(f"whole numbers are needed, got {found.reshape(-1)[0]!r}")
-    if found.size and not 0 <= int(found.min()) <= int(found.max()) < 1 << 63:
-        raise ConfigError(f"numbers from 0 to 2**63 - 1 are needed, got {int(found.min())}")
-    return found.astype(np.int64).reshape(-1)
+    numbers = np.asarray(values)
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise ConfigError(f"whole numbers are needed, got {numbers.reshape(-1)[0]!r}")
+    if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << 63:
+        raise ConfigError(f"numbers from 0 to 2**63 - 1 are needed, got {int(numbers.min())}")
+    return numbers.astype(np.int64).reshape(-1)
 
 
 def _encode(pairs: Iterable[Any]) -> np.ndarray:
@@ -268,37 +283,57 @@ def _encode(pairs: Iterable[Any]) -> np.ndarray:
     return (table[:, 0] << _INDEX) + table[:, 1]
 
 
-def matched_random(
-    neurons: Sequence[Neuron], *, width: int, rng: np.random.Generator
-) -> list[Neuron]:
-    """As many random neurons in the same layers, none of them in `neurons`.
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Neurons of one site in an order that counts: the best first, or as they were drawn.
+
+    Iterates as a set does: site and neuron.
+
+    Attributes:
+      ranking: (layer, index), the first first.
+      site: of all of them.
+    """
+
+    ranking: tuple[Neuron, ...]
+    site: str
+
+    def __post_init__(self) -> None:
+        check_site(self.site)
+
+    @property
+    def neurons(self) -> NeuronSet:
+        """The neurons as a set."""
+        return NeuronSet.of(**{self.site: self.ranking})
+
+    def __iter__(self) -> Iterator[tuple[str, Neuron]]:
+        for neuron in self.ranking:
+            yield self.site, neuron
+
+    def __len__(self) -> int:
+        return len(self.ranking)
+
+
+def stack_scales(
+    sets: Sequence[NeuronSet],
+    config: ModelConfig,
+    factor: float | int = 0.0,
+    *,
+    sites: Iterable[str] = (),
+) -> dict[str, np.ndarray]:
+    """`NeuronSet.scales` of several sets: [set, layer, width] by site, float32.
+
+    Args:
+      sets: whose neurons are multiplied; an empty one leaves the model untouched.
+      config: the model's shape.
+      factor: 0 turns neurons off.
+      sites: sites to return in any case, beside those of any set.
 
     Raises:
-      DataError: a layer has not enough other neurons, or a neuron is none of `width`.
+      DataError: a neuron that this model does not have.
     """
-    layers: dict[int, set[int]] = {}
-    for layer, index in neurons:
-        if not 0 <= index < width:
-            raise DataError(f"layer {layer}: neuron {index} is none of {width}")
-        layers.setdefault(layer, set()).add(index)
-    drawn: list[Neuron] = []
-    for layer, indices in sorted(layers.items()):
-        taken = sorted(indices)
-        others = np.setdiff1d(np.arange(width), taken)
-        if len(others) < len(taken):
-            raise DataError(f"layer {layer}: {len(taken)} of {width} neurons leave no control set")
-        picked = rng.choice(others, size=len(taken), replace=False)
-        drawn += [Neuron(layer, int(index)) for index in np.sort(picked)]
-    return drawn
-
-
-def random_neurons(
-    config: ModelConfig, sites: Iterable[str], k: int, rng: np.random.Generator
-) -> NeuronSet:
-    """k neurons drawn at random, without replacement, from some sites of the whole model."""
-    sites = tuple(sites)
-    flat = rng.choice(neuron_count(config, sites), size=k, replace=False)
-    return NeuronSet.of_flat(flat, config, sites)
+    chosen = tuple(dict.fromkeys([*sites, *(site for members in sets for site in members.codes)]))
+    scales = [members.scales(config, factor, sites=chosen) for members in sets]
+    return {site: np.stack([of_set[site] for of_set in scales]) for site in chosen}
 
 
 def neuron_table(neurons: NeuronSet, **columns: Mapping[str, np.ndarray]) -> str:
@@ -325,7 +360,7 @@ def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
       DataError: a file that cannot be read or is not of this format; names the line.
     """
     path = Path(path)
-    found: dict[str, list[tuple[int, int]]] = {}
+    pairs: dict[str, list[tuple[int, int]]] = {}
     for line, row in read_csv(path, ("site", "layer", "index")):
         site, numbers = row["site"].strip(), [row["layer"].strip(), row["index"].strip()]
         if site not in SITES or not all(_NUMBER.fullmatch(number) for number in numbers):
@@ -337,5 +372,5 @@ def read_neurons(path: str | os.PathLike[str]) -> NeuronSet:
             _encode([pair])
         except ConfigError as error:
             raise DataError(f"{path}: line {line}: {error}") from None
-        found.setdefault(site, []).append(pair)
-    return NeuronSet.of(**found)
+        pairs.setdefault(site, []).append(pair)
+    return NeuronSet.of(**pairs)

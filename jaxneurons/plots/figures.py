@@ -138,7 +138,6 @@ def heat_map(
       rotation: of the columns' names, in degrees.
     """
     from matplotlib import colormaps
-    from matplotlib.collections import PolyCollection
 
     small = max(values.shape) <= NUMBERED
     longest = min(max(map(columns_of, rows)), NAME)
@@ -153,7 +152,22 @@ def heat_map(
     axes.grid(visible=False)
     shades = colormaps[colours].with_extremes(bad="#DDDDDD")
     image = axes.imshow(values, cmap=shades, vmin=limits[0], vmax=limits[1], aspect="auto")
-    for (i, j), value in np.ndenumerate(values) if small else ():
+    if small:
+        _number_cells(axes, values, shades, limits)
+    if boxed:
+        _frame_cells(axes, boxed, weight=1.2 if small else 0.4)
+    axes.tick_params(labelsize=8, length=0)
+    name_x(axes, columns, label=xlabel, rotation=rotation)
+    name_y(axes, rows, label=ylabel)
+    entitle(axes, title, beside=beside)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, shrink=0.8, pad=0.02).outline.set_visible(False)
+    return figure
+
+
+def _number_cells(axes: Any, values: np.ndarray, shades: Any, limits: tuple[float, float]) -> None:
+    """Write each cell's number in black or white, whichever its colour lets be read."""
+    for (i, j), value in np.ndenumerate(values):
         middle = (value - limits[0]) / max(limits[1] - limits[0], 1e-30)
         dark = np.isfinite(value) and np.dot(shades(middle)[:3], (0.3, 0.6, 0.1)) < 0.5
         note(
@@ -165,23 +179,19 @@ def heat_map(
             fontsize=7,
             color="white" if dark else "black",
         )
-    if boxed:
-        corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
-        middles = np.array([(j, i) for i, j in boxed])
-        weight = 1.2 if small else 0.4
-        frames = PolyCollection(list(middles[:, None] + corners), fc="none", ec="black", lw=weight)
-        axes.add_collection(frames, autolim=False)
-    axes.tick_params(labelsize=8, length=0)
-    name_x(axes, columns, label=xlabel, rotation=rotation)
-    name_y(axes, rows, label=ylabel)
-    entitle(axes, title, beside=beside)
-    axes.spines[:].set_visible(False)
-    figure.colorbar(image, shrink=0.8, pad=0.02).outline.set_visible(False)
-    return figure
+
+
+def _frame_cells(axes: Any, cells: Sequence[tuple[int, int]], *, weight: float) -> None:
+    from matplotlib.collections import PolyCollection
+
+    corners = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
+    middles = np.array([(j, i) for i, j in cells])
+    frames = PolyCollection(list(middles[:, None] + corners), fc="none", ec="black", lw=weight)
+    axes.add_collection(frames, autolim=False)
 
 
 def neuron_map(
-    found: Mapping[str, Mapping[Neuron, float]],
+    groups: Mapping[str, Mapping[Neuron, float]],
     path: str | os.PathLike[str],
     *,
     num_layers: int,
@@ -192,7 +202,7 @@ def neuron_map(
     """Layers x neurons: where the query-relevant neurons of each group are, and how heavy.
 
     Args:
-      found: by group, accumulated naica of each neuron.
+      groups: by name, accumulated naica of each neuron.
       path: the PNG to write.
       num_layers: layers of the model.
       width: neurons per layer of the site.
@@ -207,27 +217,9 @@ def neuron_map(
     plane = figure.add_subplot(grid[0])
     side = figure.add_subplot(grid[1], sharey=plane)
 
-    heaviest = max((max(group.values(), default=0.0) for group in found.values()), default=0.0)
-    left = np.zeros(num_layers)
-    layers = np.arange(num_layers)
-    entries = []
-    for i, (name, group) in enumerate(found.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        sizes = [12 + 130 * value / max(heaviest, 1e-30) for value in group.values()]
-        drawn = plane.scatter(
-            [neuron.index for neuron in group],
-            [neuron.layer for neuron in group],
-            s=sizes,
-            color=colour,
-            alpha=0.7,
-            linewidths=0,
-        )
-        entries.append((drawn, name))
-        counts = np.bincount([neuron.layer for neuron in group], minlength=num_layers)
-        side.barh(layers, counts, left=left, color=colour, height=0.85)
-        left += counts
+    entries = _scatter_groups(plane, side, groups, num_layers)
     if common:
-        drawn = plane.scatter(
+        crosses = plane.scatter(
             [neuron.index for neuron in common],
             [neuron.layer for neuron in common],
             marker="x",
@@ -235,7 +227,7 @@ def neuron_map(
             color="#444444",
             linewidths=1,
         )
-        entries.insert(0, (drawn, "common, left out"))
+        entries.insert(0, (crosses, "common, left out"))
     plane.set(xlim=(-width * 0.01, width * 1.01), ylim=(-0.8, num_layers - 0.2))
     describe_axes(plane, x="neuron (index in the layer)", y="layer")
     describe_axes(side, x="neurons")
@@ -244,9 +236,35 @@ def neuron_map(
     side.tick_params(labelleft=False)
     for axes in (plane, side):
         axes.spines[["top", "right"]].set_visible(False)
-    across = 7 if max(len(name) for name in found) <= 14 else 3
+    across = 7 if max(len(name) for name in groups) <= 14 else 3
     handles = legend(figure, entries, loc="outside lower center", ncols=min(len(entries), across))
     for handle in handles:
         if hasattr(handle, "set_sizes"):
             handle.set_sizes([40])
     return save_figure(figure, path)
+
+
+def _scatter_groups(
+    plane: Any, side: Any, groups: Mapping[str, Mapping[Neuron, float]], num_layers: int
+) -> list[tuple[Any, str]]:
+    """A dot for each neuron in the plane, and how many a layer has beside it; for the legend."""
+    heaviest = max((max(group.values(), default=0.0) for group in groups.values()), default=0.0)
+    left = np.zeros(num_layers)
+    layers = np.arange(num_layers)
+    entries = []
+    for i, (name, group) in enumerate(groups.items()):
+        colour = PALETTE[i % len(PALETTE)]
+        sizes = [12 + 130 * value / max(heaviest, 1e-30) for value in group.values()]
+        dots = plane.scatter(
+            [neuron.index for neuron in group],
+            [neuron.layer for neuron in group],
+            s=sizes,
+            color=colour,
+            alpha=0.7,
+            linewidths=0,
+        )
+        entries.append((dots, name))
+        counts = np.bincount([neuron.layer for neuron in group], minlength=num_layers)
+        side.barh(layers, counts, left=left, color=colour, height=0.85)
+        left += counts
+    return entries

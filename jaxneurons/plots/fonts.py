@@ -43,7 +43,7 @@ NOT_LETTERS = ("last resort", ".lastresort", "adobe blank", "adobe notdef")
 """Families that have every character, none of them legible."""
 
 EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC", "FULLWIDTH")
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 class MissingFontWarning(UserWarning):
@@ -75,15 +75,15 @@ def _unseen(character: str) -> bool:
 
 @functools.lru_cache(256)
 def _search(missing: frozenset[int]) -> tuple[tuple[str, ...], frozenset[int]]:
-    found = []
+    families = []
     for family, path in _installed():
         has = missing & _characters(path)
         if has:
-            found.append(family)
+            families.append(family)
             missing -= has
         if not missing:
             break
-    return tuple(found), missing
+    return tuple(families), missing
 
 
 @functools.cache
@@ -126,10 +126,10 @@ def warn_of(characters: Iterable[str]) -> None:
     for character in sorted(set(characters)):
         script = script_of(character)
         examples[script] = examples.get(script, "") + character
-    new = {script: shown for script, shown in examples.items() if script not in _told}
+    new = {script: shown for script, shown in examples.items() if script not in _warned}
     if not new:
         return
-    _told.update(new)
+    _warned.update(new)
     listed = ", ".join(f"{script} ({shown[:5]})" for script, shown in new.items())
     packages = dict.fromkeys(map(_package, new))
     warnings.warn(
@@ -171,13 +171,13 @@ class LetteredFigure(Figure):
     """
 
     def draw(self, renderer: Any) -> None:
-        """Settle every text, then draw."""
-        warn_of(self.settle())
+        """Choose the fonts of every text, then draw."""
+        warn_of(self.choose_fonts())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said by warn_of
             super().draw(renderer)
 
-    def settle(self) -> str:
+    def choose_fonts(self) -> str:
         """Take texts literally and choose their fonts; the characters that no font has."""
         lacking = ""
         for text in self._texts():

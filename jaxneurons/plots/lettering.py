@@ -78,7 +78,7 @@ def name_x(axes: Any, names: Sequence[str], *, label: str = "", rotation: int = 
         rotation = 90
     axes.set_xticks(
         range(0, len(names), step),
-        [name(each) for each in names[::step]],
+        [name(text) for text in names[::step]],
         rotation=rotation,
         ha="center" if rotation in (0, 90) else "right",
     )
@@ -88,7 +88,7 @@ def name_x(axes: Any, names: Sequence[str], *, label: str = "", rotation: int = 
 def name_y(axes: Any, names: Sequence[str], *, label: str = "") -> None:
     """Names at 0, 1, ... along the vertical axis; see `name_x`."""
     step = _step(len(names), _share(axes, 1) - 1.2, PITCH)
-    axes.set_yticks(range(0, len(names), step), [name(each) for each in names[::step]])
+    axes.set_yticks(range(0, len(names), step), [name(text) for text in names[::step]])
     describe_axes(axes, y=_thinned(label, step))
 
 

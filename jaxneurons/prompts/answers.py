@@ -12,11 +12,12 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from jaxneurons.errors import DataError
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.prompts.matching import SPACELESS
+from jaxneurons.storage.settings import check_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,9 +53,10 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[int,
     Raises:
       DataError: the prompt is empty.
     """
+    check_argument("the prompt", str, text)
     if not text.strip():
         raise DataError("the prompt is empty; write the text that the answer is to follow")
-    ids = tuple(tokenizer(text)["input_ids"])  # type: ignore[arg-type]
+    ids = _ids(tokenizer, text, special=True)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if len(ids) > 1 and ids[-1] == eos and not _ends_with(text, tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers close every text; a prompt stays open
@@ -150,13 +152,15 @@ def encode_answer(
       DataError: the answer is empty, has no token of its own, its first token would swallow the end
         of the prompt, or the tokenizer does not know it.
     """
+    check_argument("the answer", str, answer)
+    check_argument("form", TargetForm, form)
     if not answer.strip():
         raise DataError("the answer is empty")
     if form == "bare":
         single = tokenizer.convert_tokens_to_ids(answer)
         if isinstance(single, int) and single >= 0 and single != tokenizer.unk_token_id:
             return (single,)
-        return _known(tokenizer, answer, _bare(tokenizer, answer))
+        return _known(tokenizer, answer, _ids(tokenizer, answer))
     before = encode_prompt(tokenizer, prompt)
     likeliest = separators(prompt, answer) if separator is None else (separator,)
     for between in likeliest:
@@ -188,13 +192,16 @@ def _continuing(
         return None  # a model goes on with a token that holds the space
     # The end of the prompt may be one token there and two before the answer ("\n\n", "-" + "-x"):
     # the model has read it as the prompt's, and goes on with the answer's own.
-    own = _bare(tokenizer, between + answer)
+    alone = _ids(tokenizer, between + answer)
     text = _text(tokenizer, before) + between + answer
-    return own if own and _text(tokenizer, before + own) == text else None
+    return alone if alone and _text(tokenizer, before + alone) == text else None
 
 
-def _bare(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+def _ids(
+    tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool = False
+) -> tuple[int, ...]:
+    """Ids of a text by itself, with or without the tokens that the tokenizer puts around it."""
+    return tuple(cast("list[int]", tokenizer(text, add_special_tokens=special)["input_ids"]))
 
 
 def _known(
@@ -254,8 +261,8 @@ def encode_query(
             f"holds {max_length}; shorten the prompt"
         )
     if vocab_size is not None:
-        for each in (ids, target, *choices):
-            check_ids(each, vocab_size, tokenizer)
+        for sequence in (ids, target, *choices):
+            check_ids(sequence, vocab_size, tokenizer)
     if len(set(choices)) < len(choices):
         raise DataError(
             f"the options {', '.join(options)} are not told apart by this tokenizer; "
@@ -289,18 +296,18 @@ _OPTION = re.compile(r"^\s*([A-Z])[^\S\n]*[.):](?=\s*\S)", re.MULTILINE)
 def option_letters(prompt: str) -> tuple[str, ...]:
     """Option letters of a multi-choice prompt: the last run of lines that start "A.", "B.", ..."""
     letters: list[str] = []
-    found: list[str] = []
+    run: list[str] = []
     for letter in _OPTION.findall(prompt):
         if letter == "A":
             letters = ["A"]
         elif letters and ord(letter) == ord(letters[-1]) + 1:
             letters.append(letter)
-        if len(letters) > 1 or not found:  # a lone "A:" after the options is no run
-            found = letters
-    return tuple(found)
+        if len(letters) > 1 or not run:  # a lone "A:" after the options is no run
+            run = letters
+    return tuple(run)
 
 
 def option_lines(prompt: str) -> tuple[str, ...]:
     """Letters of all lines that look like options, but for a lone "A:" that asks for the answer."""
-    found = tuple(_OPTION.findall(prompt))
-    return found[:-1] if len(found) > 1 and found[-1] == "A" else found
+    lines = tuple(_OPTION.findall(prompt))
+    return lines[:-1] if len(lines) > 1 and lines[-1] == "A" else lines

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxneurons.errors import ConfigError
 from jaxneurons.prompts.answers import TokenPrompt
+from jaxneurons.storage.settings import check_argument, check_number
 
 PLAN_TOKENS = 512
 """Tokens that each row of a batch of prompts with answers stands for: longer prompts take more."""
@@ -76,8 +76,7 @@ def by_length(prompts: Sequence[Sequence[int]], rows: int) -> list[PromptBatch]:
     Raises:
       ConfigError: fewer than one row.
     """
-    if rows < 1:
-        raise ConfigError(f"batch size must be at least 1, got {rows!r}")
+    check_number("batch size", rows, least=1)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
@@ -136,8 +135,9 @@ def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[
     Raises:
       ConfigError: a batch size below 1.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ConfigError(f"batch size must be at least 1, got {batch_size!r}")
+    check_argument("prompts", Sequence[TokenPrompt], prompts)
+    if batch_size is not None:
+        check_number("batch size", batch_size, least=1)
     size = batch_size or default_batch_size()
     shapes: dict[tuple[int, int, int, int], list[int]] = {}
     for i, prompt in enumerate(prompts):

@@ -60,22 +60,24 @@ def answers(generated: str, expected: str, *, ended: bool = False) -> bool:
       ended: whether the model stopped after `generated`: then nothing was cut short, and "New"
         does not give "New York".
     """
-    said, wanted = _words(generated), _words(expected)
-    if not wanted:
+    spoken, needed = _words(generated), _words(expected)
+    if not needed:
         return _same_signs(generated, expected)
-    if not said:
+    if not spoken:
         return False
-    length = min(len(said), len(wanted))
-    last, full = said[length - 1], wanted[length - 1]
-    if [w.text for w in said[: length - 1]] != [w.text for w in wanted[: length - 1]]:
+    length = min(len(spoken), len(needed))
+    last, full = spoken[length - 1], needed[length - 1]
+    if [w.text for w in spoken[: length - 1]] != [w.text for w in needed[: length - 1]]:
         return False
-    if last.text == full.text or (length == len(wanted) and _goes_on(last, full)):
-        whole = len(said) >= len(wanted)
-        if not whole and not ended:
-            tail = _normal(generated)[said[-1].end :].rstrip(" \ufffd")
-            whole = _normal(expected)[full.end :].startswith(tail)
-        return whole and _same_units(generated, expected) and _same_symbol(generated, expected)
-    cut = not ended and length == len(said) and not _normal(generated)[last.end :].rstrip("\ufffd")
+    if last.text == full.text or (length == len(needed) and _goes_on(last, full)):
+        complete = len(spoken) >= len(needed)
+        if not complete and not ended:
+            tail = _normal(generated)[spoken[-1].end :].rstrip(" \ufffd")
+            complete = _normal(expected)[full.end :].startswith(tail)
+        return complete and _same_units(generated, expected) and _same_symbol(generated, expected)
+    cut = (
+        not ended and length == len(spoken) and not _normal(generated)[last.end :].rstrip("\ufffd")
+    )
     return cut and _letters(last.text) >= SHORTEST and full.text.startswith(last.text)
 
 
@@ -86,31 +88,31 @@ def _letters(word: str) -> int:
     return sum(kind != "mark" for kind in kinds[last + 1 :])
 
 
-def _goes_on(said: _Word, wanted: _Word) -> bool:
+def _goes_on(word: _Word, expected: _Word) -> bool:
     """Whether a word of a script without spaces begins with the wanted one."""
-    if wanted.kind not in ("spaceless", "hiragana") or len(wanted.text) < 2:
+    if expected.kind not in ("spaceless", "hiragana") or len(expected.text) < 2:
         return False  # one letter begins too many words
-    return said.text.startswith(wanted.text) and _kind(said.text[len(wanted.text)]) != "mark"
+    return word.text.startswith(expected.text) and _kind(word.text[len(expected.text)]) != "mark"
 
 
 def _same_symbol(generated: str, expected: str) -> bool:
     """Whether the case agrees, if the answer is one or two letters: "he" is not helium's symbol."""
     if not re.fullmatch("[A-Za-z]{1,2}", expected.strip()):
         return True
-    found = _segment(unicodedata.normalize("NFKC", generated))
-    return bool(found) and found[0].text == expected.strip()
+    segments = _segment(unicodedata.normalize("NFKC", generated))
+    return bool(segments) and segments[0].text == expected.strip()
 
 
 def _same_units(generated: str, expected: str) -> bool:
     """Whether currencies and percent signs agree, where both texts have some."""
-    wanted = _units(_normal(expected))
-    if not wanted:
+    needed = _units(_normal(expected))
+    if not needed:
         return True
     end = _words(generated)[min(len(_words(generated)), len(_words(expected))) - 1].end
     text = _normal(generated)
     after = text[end:].lstrip(" ")[:1]
-    said = _units(text[:end] + after)
-    return not said or said == wanted
+    units = _units(text[:end] + after)
+    return not units or units == needed
 
 
 def _units(text: str) -> set[str]:
@@ -119,24 +121,24 @@ def _units(text: str) -> set[str]:
 
 def _same_signs(generated: str, expected: str) -> bool:
     """Whether the text begins with an object that has no letter or digit: "+", an emoji."""
-    said, wanted = (
+    spoken, sign = (
         "".join(c for c in unicodedata.normalize("NFKC", text) if not _invisible(c)).strip()
         for text in (generated, expected)
     )
-    seen = any(unicodedata.category(c)[0] in "SP" and c != "\ufffd" for c in wanted)
-    if not seen or not said.startswith(wanted):
+    visible = any(unicodedata.category(c)[0] in "SP" and c != "\ufffd" for c in sign)
+    if not visible or not spoken.startswith(sign):
         return False
-    following = said[len(wanted) :][:1]
-    if not following or unicodedata.category(wanted[-1]) == "So":
+    following = spoken[len(sign) :][:1]
+    if not following or unicodedata.category(sign[-1]) == "So":
         return True
     # "+" is neither "++" nor "+="; "+." ends a sentence.
     more = unicodedata.category(following).startswith("S") and following != "\ufffd"
-    return not more and following != wanted[-1]
+    return not more and following != sign[-1]
 
 
 def any_answers(generated: str, expected: Sequence[str], *, ended: bool = False) -> bool:
     """Whether generated text gives one of the expected objects."""
-    return any(answers(generated, one, ended=ended) for one in expected)
+    return any(answers(generated, answer, ended=ended) for answer in expected)
 
 
 def words(text: str) -> list[str]:
@@ -200,7 +202,7 @@ def _kind(character: str) -> str:
 
 
 def _segment(text: str) -> tuple[_Word, ...]:
-    found, place = [], 0
+    segments, place = [], 0
     while place < len(text):
         kind = _kind(text[place])
         if not kind:
@@ -214,8 +216,8 @@ def _segment(text: str) -> tuple[_Word, ...]:
         if kind == "letter":
             word = _signed(text, start) + word.replace(",", ".") + _sharps(text, place)
             place += len(_sharps(text, place))
-        found.append(_Word(word, start, place, kind))
-    return tuple(found)
+        segments.append(_Word(word, start, place, kind))
+    return tuple(segments)
 
 
 def _belongs(text: str, place: int, kind: str) -> bool:
@@ -242,11 +244,11 @@ def _sharps(text: str, end: int) -> str:
     """The "+", "++" or "#" directly after letters; "" if something goes on after it."""
     if text[end - 1].isdecimal():
         return ""
-    found = text[end : end + 1 + (text[end : end + 2] == "++")]
-    after = text[end + len(found) : end + len(found) + 1]
-    if not found or found[0] not in _SHARPS or (found != "++" and after and _kind(after)):
+    sharps = text[end : end + 1 + (text[end : end + 2] == "++")]
+    after = text[end + len(sharps) : end + len(sharps) + 1]
+    if not sharps or sharps[0] not in _SHARPS or (sharps != "++" and after and _kind(after)):
         return ""
-    return "" if after and after in _SHARPS else found
+    return "" if after and after in _SHARPS else sharps
 
 
 ERRORS = ("repeats the prompt", "starts with The", "says A.", "says nothing", "other")
@@ -254,19 +256,19 @@ ERRORS = ("repeats the prompt", "starts with The", "says A.", "says nothing", "o
 
 def error_class(generated: str, prompt: str) -> str:
     """What kind of wrong answer this is: one of `ERRORS` (arXiv 2502.17355, error analysis)."""
-    said = words(generated)
-    if not said:
+    spoken = words(generated)
+    if not spoken:
         return "says nothing"
     if re.match(r"\s*A\s*\.", generated):
         return "says A."
-    if said[0] == "the":
+    if spoken[0] == "the":
         return "starts with The"
-    asked = words(prompt)
-    whole = said[:-1]  # the last word may be cut short
-    if not whole and len(said[0]) < SHORTEST:
+    prompted = words(prompt)
+    complete = spoken[:-1]  # the last word may be cut short
+    if not complete and len(spoken[0]) < SHORTEST:
         return "other"
-    for start in range(len(asked) - len(said) + 1):
-        end = start + len(whole)
-        if asked[start:end] == whole and asked[end].startswith(said[-1]):
+    for start in range(len(prompted) - len(spoken) + 1):
+        end = start + len(complete)
+        if prompted[start:end] == complete and prompted[end].startswith(spoken[-1]):
             return "repeats the prompt"
     return "other"

@@ -23,6 +23,7 @@ import numpy as np
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.storage.csv_file import read_csv
 from jaxneurons.storage.json_file import read_values
+from jaxneurons.storage.settings import as_path, check_argument, check_number
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -79,19 +80,19 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     Raises:
       DataError: a file that cannot be read, or a question without text or answer; says which.
     """
-    path = Path(path)
-    found: dict[str, Question] = {}
+    path = as_path("path", path)
+    questions: dict[str, Question] = {}
     for number, (where, record) in enumerate(_records(path), 1):
         try:
-            one = _question(record, number)
+            question = _question(record, number)
         except DataError as error:
             raise DataError(f"{path}: {where}: {error}") from None
-        if one.id in found:
-            raise DataError(f"{path}: {where}: the id {one.id!r} is there twice")
-        found[one.id] = one
-    if not found:
+        if question.id in questions:
+            raise DataError(f"{path}: {where}: the id {question.id!r} is there twice")
+        questions[question.id] = question
+    if not questions:
         raise DataError(f"{path}: holds no questions")
-    return list(found.values())
+    return list(questions.values())
 
 
 def _records(path: Path) -> list[tuple[str, Any]]:
@@ -141,7 +142,7 @@ def _question(record: Any, number: int) -> Question:
     )
 
 
-def _same(text: str) -> str:
+def _bare(text: str) -> str:
     """What two answers that are one have in common: all but case, spaces and outer punctuation.
 
     Punctuation inside stays, as do signs before a number: "-1" is not "1", "C++" not "C".
@@ -162,10 +163,10 @@ def _wordings(
             f"question {question.id!r}: no wordings in language {question.language!r}; "
             + near_matches(question.language, templates)
         )
-    own = templates[question.language]
-    if not 1 <= count <= len(own):
-        raise DataError(f"wordings must be from 1 to {len(own)}")
-    return own[:count]
+    wordings = templates[question.language]
+    if not 1 <= count <= len(wordings):
+        raise DataError(f"wordings must be from 1 to {len(wordings)}")
+    return wordings[:count]
 
 
 def multi_choice(
@@ -195,47 +196,72 @@ def multi_choice(
     Raises:
       DataError: an unknown language, an empty answer, or numbers of options or wordings that there
         are not.
+      ConfigError: arguments of other types.
     """
+    check_argument("questions", Sequence[Question], questions)
+    check_argument("options", int, options)
+    check_argument("wordings", int, wordings)
+    check_number("seed", seed, least=0)
     if not 2 <= options <= len(LETTERS):
         raise DataError(f"options must be from 2 to {len(LETTERS)}, got {options}")
-    pools: dict[tuple[str, str, str], dict[str, str]] = {}
-    for one in questions:
-        _wordings(one, templates, wordings)
-        if not one.answer.strip():
-            raise DataError(f"question {one.id!r}: its answer is empty")
-        pool = pools.setdefault(one.pool, {})
-        # Of equal answers the first in the alphabet: which it is must not depend on their order.
-        pool[_same(one.answer)] = min(pool.get(_same(one.answer), one.answer), one.answer)
-    made, left_out = {}, {}
-    for one in questions:
-        pool = pools[one.pool]
-        others = sorted(text for same, text in pool.items() if same != _same(one.answer))
+    for question in questions:
+        _wordings(question, templates, wordings)
+        if not question.answer.strip():
+            raise DataError(f"question {question.id!r}: its answer is empty")
+    pools = _pools(questions)
+    records, left_out = {}, {}
+    for question in questions:
+        pool = pools[question.pool].items()
+        others = sorted(text for bare, text in pool if bare != _bare(question.answer))
         if len(others) < options - 1:
-            left_out[one.id] = (
-                f"group {one.group!r} has {len(others)} other answers, {options - 1} needed"
+            left_out[question.id] = (
+                f"group {question.group!r} has {len(others)} other answers, {options - 1} needed"
             )
             continue
-        key = hashlib.sha256(f"{one.group}\0{one.language}\0{one.text}".encode()).digest()
-        rng = np.random.default_rng([seed, *key[:8]])
-        sentences, labels = [], []
-        for template in _wordings(one, templates, wordings):
-            chosen = [others[i] for i in rng.choice(len(others), options - 1, replace=False)]
-            place = int(rng.integers(options))
-            chosen.insert(place, one.answer)
-            lines = (f" {LETTERS[i]}. {' '.join(text.split())}" for i, text in enumerate(chosen))
-            sentences.append(
-                template.replace("{options}", "\n".join(lines)).replace("{question}", one.text)
-            )
-            labels.append(LETTERS[place])
-        made[one.id] = {
+        texts = _wordings(question, templates, wordings)
+        sentences, labels = _shuffled(question, others, texts, options=options, seed=seed)
+        records[question.id] = {
             "sentences": sentences,
             "obj_label": labels,
-            "relation_name": one.group,
-            "ori_label": one.answer,
-            "language": one.language,
-            **({"relation": one.relation} if one.relation else {}),
+            "relation_name": question.group,
+            "ori_label": question.answer,
+            "language": question.language,
+            **({"relation": question.relation} if question.relation else {}),
         }
-    return made, left_out
+    return records, left_out
+
+
+def _pools(questions: Sequence[Question]) -> dict[tuple[str, str, str], dict[str, str]]:
+    """Of each pool, the answers that differ: what they have in common, and how they are written."""
+    pools: dict[tuple[str, str, str], dict[str, str]] = {}
+    for question in questions:
+        pool, key = pools.setdefault(question.pool, {}), _bare(question.answer)
+        # Of equal answers the first in the alphabet: which it is must not depend on their order.
+        pool[key] = min(pool.get(key, question.answer), question.answer)
+    return pools
+
+
+def _shuffled(
+    question: Question,
+    others: Sequence[str],
+    templates: Sequence[str],
+    *,
+    options: int,
+    seed: int,
+) -> tuple[list[str], list[str]]:
+    """Prompts of a question with options drawn and shuffled anew in each, and the right letters."""
+    key = f"{question.group}\0{question.language}\0{question.text}".encode()
+    rng = np.random.default_rng([seed, *hashlib.sha256(key).digest()[:8]])
+    sentences, labels = [], []
+    for template in templates:
+        chosen = [others[int(i)] for i in rng.choice(len(others), options - 1, replace=False)]
+        place = int(rng.integers(options))
+        chosen.insert(place, question.answer)
+        lines = (f" {LETTERS[i]}. {' '.join(text.split())}" for i, text in enumerate(chosen))
+        filled = template.replace("{options}", "\n".join(lines))
+        sentences.append(filled.replace("{question}", question.text))
+        labels.append(LETTERS[place])
+    return sentences, labels
 
 
 def free_form(questions: Sequence[Question], *, wordings: int = 3) -> list[dict[str, Any]]:
@@ -245,21 +271,22 @@ def free_form(questions: Sequence[Question], *, wordings: int = 3) -> list[dict[
 
     Raises:
       DataError: an unknown language, or numbers of wordings that there are not.
+      ConfigError: arguments of other types.
     """
-    made = []
-    for one in questions:
-        made.append(
-            {
-                "id": one.id,
-                "group": one.group,
-                "prompts": [
-                    template.replace("{question}", one.text)
-                    for template in _wordings(one, FREE_TEMPLATES, wordings)
-                ],
-                "answer": one.answer,
-            }
-        )
-    return made
+    check_argument("questions", Sequence[Question], questions)
+    check_argument("wordings", int, wordings)
+    return [
+        {
+            "id": question.id,
+            "group": question.group,
+            "prompts": [
+                template.replace("{question}", question.text)
+                for template in _wordings(question, FREE_TEMPLATES, wordings)
+            ],
+            "answer": question.answer,
+        }
+        for question in questions
+    ]
 
 
 class Parts(NamedTuple):
@@ -285,9 +312,9 @@ def take_apart(prompt: str) -> Parts:
     Raises:
       DataError: no such options in it, from A on and each on a line of its own.
     """
-    found = list(_OPTION_LINE.finditer(prompt))
-    starts = [i for i, match in enumerate(found) if match.group(1) == "A"]
-    run = found[starts[-1] :] if starts else []
+    matches = list(_OPTION_LINE.finditer(prompt))
+    starts = [i for i, match in enumerate(matches) if match.group(1) == "A"]
+    run = matches[starts[-1] :] if starts else []
     letters = [match.group(1) for match in run]
     joined = all(b.start() == a.end() + 1 for a, b in itertools.pairwise(run))
     if len(run) < 2 or letters != list(LETTERS[: len(run)]) or not joined:
@@ -314,7 +341,7 @@ def free_questions(records: Mapping[str, Mapping[str, Any]]) -> list[Question]:
     Raises:
       DataError: a record whose wordings differ in their answer, or have no question in common.
     """
-    found = []
+    questions = []
     for name, record in records.items():
         parts = [take_apart(sentence) for sentence in record["sentences"]]
         answers = {
@@ -332,7 +359,7 @@ def free_questions(records: Mapping[str, Mapping[str, Any]]) -> list[Question]:
         if not text.strip():
             raise DataError(f"question {name!r}: its wordings have no question in common")
         group = str(record.get("relation_name", "all"))
-        found.append(
+        questions.append(
             Question(
                 name,
                 text.strip(),
@@ -342,4 +369,4 @@ def free_questions(records: Mapping[str, Mapping[str, Any]]) -> list[Question]:
                 str(record.get("relation", "")),
             )
         )
-    return found
+    return questions

@@ -24,6 +24,8 @@ from typing import Any
 from jaxneurons.errors import DataError
 from jaxneurons.prompts.answers import option_letters, option_lines
 from jaxneurons.storage.json_file import read_values
+from jaxneurons.storage.settings import as_path, check_argument
+from jaxneurons.storage.typed_json import typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def read_queries(path: str | os.PathLike[str]) -> list[Query]:
       DataError: the file cannot be read, is not JSON, or a query is unusable; says file, query and
         what is wrong.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not os.path.lexists(path):
         raise DataError(f"{path}: no such query file")
     return _checked(path, _records(path, read_values(path)))
@@ -71,6 +73,7 @@ def parse_queries(where: str, records: Mapping[str, Any]) -> list[Query]:
     Raises:
       DataError: a query is unusable; says which and what is wrong.
     """
+    check_argument("records", Mapping, records)
     return _checked(where, records.items())
 
 
@@ -78,7 +81,7 @@ def _checked(path: Path | str, records: Iterable[tuple[str, Any]]) -> list[Query
     queries = [_query(path, *item) for item in records]
     if not queries:
         raise DataError(f"{path}: holds no queries")
-    seen: set[str] = set()
+    ids: set[str] = set()
     for query in queries:
         try:
             "".join((query.id, query.group, *query.prompts, *query.answers)).encode()
@@ -86,17 +89,17 @@ def _checked(path: Path | str, records: Iterable[tuple[str, Any]]) -> list[Query
             raise DataError(
                 f"{path}: query {query.id!r}: holds half a surrogate pair (\\ud800 to \\udfff)"
             ) from None
-        if query.id in seen:
+        if query.id in ids:
             raise DataError(f"{path}: query {query.id!r} is there twice; ids must be unique")
-        seen.add(query.id)
+        ids.add(query.id)
     return queries
 
 
-def _records(path: Path, whole: Any) -> Iterable[tuple[str, Any]]:
+def _records(path: Path, value: Any) -> Iterable[tuple[str, Any]]:
     """(id, record) of each query, from one JSON value or from the values of JSON Lines."""
-    if isinstance(whole, Mapping) and not {"prompt", "prompts"} & whole.keys():
-        return list(whole.items())
-    records = whole if isinstance(whole, list) else [whole]
+    if isinstance(value, Mapping) and not {"prompt", "prompts"} & value.keys():
+        return list(value.items())
+    records = value if isinstance(value, list) else [value]
     return [
         (_name(f"{path}: query {n + 1}", "id", record, str(n)), record)
         for n, record in enumerate(records)
@@ -109,6 +112,8 @@ def _query(path: Path | str, name: str, record: Any) -> Query:
         raise DataError(f"{where}: an object is needed, got {type(record).__name__}")
     if "sentences" in record:
         return _multi_choice(where, name, record)
+    if "answers" in record:  # as a run keeps its queries
+        return typed(Query, record, where)
     if not {"prompt", "prompts"} & record.keys():
         raise DataError(
             f"{where}: neither 'sentences' (multi-choice) nor 'prompts' (cloze) is there; "
@@ -131,8 +136,10 @@ def _multi_choice(where: str, name: str, record: Mapping[str, Any]) -> Query:
     options = tuple(option_letters(prompt) for prompt in prompts)
     for i, (label, letters) in enumerate(zip(labels, options, strict=True)):
         if label not in letters:
-            found = "the options " + ", ".join(letters) if letters else "no options"
-            raise DataError(f"{where}: label {label!r} is no option: sentence {i + 1} has {found}")
+            offered = "the options " + ", ".join(letters) if letters else "no options"
+            raise DataError(
+                f"{where}: label {label!r} is no option: sentence {i + 1} has {offered}"
+            )
         lines = option_lines(prompts[i])
         if len(letters) < 2 or lines[-len(letters) :] != letters:
             raise DataError(

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy as np
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.storage.csv_file import read_csv
 from jaxneurons.storage.json_file import read_value
+from jaxneurons.storage.settings import as_path, check_argument, check_number
 
 TEMPLATE_SETS = ("plain", "zero-shot", "answer")
 NEUTRAL = "After a while they were talking about {}"
@@ -73,18 +73,18 @@ class Relation:
           DataError: no template in any of them.
         """
         sets = tuple(sets)
-        found = wordings(self.templates, sets)
-        if not found:
+        templates = wordings(self.templates, sets)
+        if not templates:
             raise DataError(
                 f"relation {self.name!r} has no template set {', '.join(map(repr, sets))}; "
                 + near_matches("".join(sets[:1]), self.templates)
             )
-        return found
+        return templates
 
 
 def wordings(templates: Mapping[str, tuple[str, ...]], sets: Iterable[str]) -> tuple[str, ...]:
     """The templates of some sets together, each once; sets that are not there are passed over."""
-    return tuple(dict.fromkeys(one for name in sets for one in templates.get(name, ())))
+    return tuple(dict.fromkeys(template for name in sets for template in templates.get(name, ())))
 
 
 def prompt(template: str, subject: str) -> str:
@@ -94,10 +94,10 @@ def prompt(template: str, subject: str) -> str:
 
 def objects(triples: Iterable[Triple]) -> dict[str, tuple[str, ...]]:
     """Every right answer by subject: a relation may have several."""
-    found: dict[str, dict[str, None]] = {}
+    answers_by_subject: dict[str, dict[str, None]] = {}
     for triple in triples:
-        found.setdefault(triple.subject, {})[triple.object] = None
-    return {subject: tuple(answers) for subject, answers in found.items()}
+        answers_by_subject.setdefault(triple.subject, {})[triple.object] = None
+    return {subject: tuple(answers) for subject, answers in answers_by_subject.items()}
 
 
 def read_relation(path: str | os.PathLike[str]) -> Relation:
@@ -106,7 +106,7 @@ def read_relation(path: str | os.PathLike[str]) -> Relation:
     Raises:
       DataError: a file that cannot be read or is not of this format; names file and entry.
     """
-    path = Path(path)
+    path = as_path("path", path)
     values = read_value(path)
     if not isinstance(values, dict) or not isinstance(values.get("samples"), list):
         raise DataError(f"{path}: not a relation: an object with name and samples is needed")
@@ -124,11 +124,11 @@ def read_relation(path: str | os.PathLike[str]) -> Relation:
     if not templates:
         raise DataError(f"{path}: no templates: prompt_templates is needed")
     translations = {}
-    for language, found in _object(values, "translations", str(path)).items():
+    for language, texts in _object(values, "translations", str(path)).items():
         where = f"{path}: translations: {language}"
-        if not isinstance(found, dict):
+        if not isinstance(texts, dict):
             raise DataError(f"{where}: must be an object with prompt_templates")
-        sets = _template_sets(found, where, english=False)
+        sets = _template_sets(texts, where, english=False)
         translations[language] = Translation(sets, others.get(language, {}))
     neutral = values.get("neutral_template", NEUTRAL)
     if not isinstance(neutral, str) or neutral.count("{}") != 1 or not neutral.endswith("{}"):
@@ -145,12 +145,12 @@ def read_relation(path: str | os.PathLike[str]) -> Relation:
 
 
 def _object(values: Any, key: str, where: str) -> dict[str, Any]:
-    found = values.get(key)
-    if found is None:
+    value = values.get(key)
+    if value is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise DataError(f"{where}: {key} must be an object")
-    return found
+    return value
 
 
 def _triple(sample: Any, where: str) -> Triple:
@@ -171,19 +171,19 @@ def _template_sets(
         "zero-shot": _templates(values.get("prompt_templates_zs"), f"{where}: prompt_templates_zs"),
         "answer": tuple(map(answer_form, plain)) if english else (),
     }
-    for name, found in _object(values, "templates", where).items():
-        sets[name] = _templates(found, f"{where}: templates: {name}")
-    return {name: found for name, found in sets.items() if found}
+    for name, templates in _object(values, "templates", where).items():
+        sets[name] = _templates(templates, f"{where}: templates: {name}")
+    return {name: templates for name, templates in sets.items() if templates}
 
 
-def _templates(found: Any, where: str) -> tuple[str, ...]:
-    found = [] if found is None else found
-    if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
+def _templates(templates: Any, where: str) -> tuple[str, ...]:
+    templates = [] if templates is None else templates
+    if not isinstance(templates, list) or not all(isinstance(t, str) for t in templates):
         raise DataError(f"{where} must be a list of strings")
-    for template in found:
+    for template in templates:
         if template.count("{}") != 1:
             raise DataError(f"{where}: {template!r} must have one {{}} for the subject")
-    return tuple(found)
+    return tuple(templates)
 
 
 def answer_form(template: str) -> str:
@@ -200,13 +200,13 @@ def read_relations(directory: str | os.PathLike[str]) -> list[Relation]:
     Raises:
       DataError: no such directory, no relations in it, or a file that is not one.
     """
-    directory = Path(directory)
+    directory = as_path("directory", directory)
     if not directory.is_dir():
         raise DataError(f"{directory}: no such directory")
-    found = [read_relation(path) for path in sorted(directory.glob("*.json"))]
-    if not found:
+    relations = [read_relation(path) for path in sorted(directory.glob("*.json"))]
+    if not relations:
         raise DataError(f"{directory}: no relation files (*.json)")
-    return found
+    return relations
 
 
 def read_counts(path: str | os.PathLike[str]) -> dict[tuple[str, Triple], float]:
@@ -215,8 +215,8 @@ def read_counts(path: str | os.PathLike[str]) -> dict[tuple[str, Triple], float]
     Raises:
       DataError: a file that cannot be read or is not of this format; names the line.
     """
-    path = Path(path)
-    found: dict[tuple[str, Triple], float] = {}
+    path = as_path("path", path)
+    counts: dict[tuple[str, Triple], float] = {}
     for line, row in read_csv(path, ("relation", "subject", "object", "count")):
         relation, subject, object_ = (row[key].strip() for key in ("relation", "subject", "object"))
         try:
@@ -228,12 +228,12 @@ def read_counts(path: str | os.PathLike[str]) -> dict[tuple[str, Triple], float]
                 f"{path}: line {line}: needs relation, subject, object and a count of 0 or more"
             )
         fact = relation, Triple(subject, object_)
-        if found.setdefault(fact, count) != count:
+        if counts.setdefault(fact, count) != count:
             raise DataError(
                 f"{path}: line {line}: the fact {', '.join((relation, subject, object_))} is there "
-                f"twice, with the counts {found[fact]:g} and {count:g}"
+                f"twice, with the counts {counts[fact]:g} and {count:g}"
             )
-    return found
+    return counts
 
 
 def bundled_relations() -> list[Relation]:
@@ -260,23 +260,27 @@ def split(relation: Relation, *, evaluation: int = 50, seed: int = 0) -> Split:
 
     Raises:
       DataError: a relation of one subject.
+      ConfigError: `evaluation` below 1, or arguments of other types.
     """
+    check_argument("relation", Relation, relation)
+    check_number("evaluation", evaluation, least=1)
+    check_number("seed", seed, least=0)
     subjects = sorted({triple.subject for triple in relation.triples})
     if len(subjects) < 2:
         raise DataError(f"relation {relation.name!r} has one subject; it cannot be split")
     counts = dict.fromkeys(subjects, 0)
     for triple in relation.triples:
         counts[triple.subject] += 1
-    wanted = min(evaluation, len(relation.triples) // 2)
+    held_out = min(evaluation, len(relation.triples) // 2)
     held: set[str] = set()
     total = 0
     for number in np.random.default_rng(seed).permutation(len(subjects)):
         subject = subjects[int(number)]
-        if total and total + counts[subject] > wanted:
+        if total and total + counts[subject] > held_out:
             continue
         held.add(subject)
         total += counts[subject]
-        if total >= wanted:
+        if total >= held_out:
             break
     return Split(
         detection=tuple(t for t in relation.triples if t.subject not in held),

@@ -5,52 +5,42 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
-    from jaxneurons.qrnca.analyses import (
-        against_rows,
-        count_rows,
-        kind_rows,
-        layer_rows,
-        neuron_rows,
-        overlap_rows,
-        word_rows,
-    )
+    from jaxneurons.lab.bundled import bundled_queries
+    from jaxneurons.prompts.queries import Query, parse_queries, read_queries
     from jaxneurons.qrnca.caveats import (
         CaveatWarning,
         LowOptionMassWarning,
         UnlikelyAnswerWarning,
         UnresolvedWarning,
     )
-    from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
-    from jaxneurons.qrnca.locating import Located, locate
+    from jaxneurons.qrnca.demonstration import Demo, demo
+    from jaxneurons.qrnca.locating import locate
     from jaxneurons.qrnca.method import QRNCAConfig, QueryNeurons
-    from jaxneurons.qrnca.prediction import predict
-    from jaxneurons.qrnca.run import Run, make_run, open_run
-    from jaxneurons.qrnca.trials import run_trials
+    from jaxneurons.qrnca.run import Run, open_run
+    from jaxneurons.qrnca.stages import analyse, edit, evaluate, predict
+    from jaxneurons.storage.tables import Tables
 
 __getattr__, __dir__ = face(__name__, __file__)
 
 __all__ = [
     "CaveatWarning",
-    "Located",
+    "Demo",
     "LowOptionMassWarning",
     "QRNCAConfig",
+    "Query",
     "QueryNeurons",
     "Run",
+    "Tables",
     "UnlikelyAnswerWarning",
     "UnresolvedWarning",
-    "against_rows",
-    "change_rows",
-    "count_rows",
-    "editing_rows",
-    "evaluation_rows",
-    "kind_rows",
-    "layer_rows",
+    "analyse",
+    "bundled_queries",
+    "demo",
+    "edit",
+    "evaluate",
     "locate",
-    "make_run",
-    "neuron_rows",
     "open_run",
-    "overlap_rows",
+    "parse_queries",
     "predict",
-    "run_trials",
-    "word_rows",
+    "read_queries",
 ]

@@ -5,28 +5,31 @@ Section "analyses" of arXiv 2406.10868, as tidy rows.
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons.checkpoints.loading import LM
+from jaxneurons.engine.readout import words
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.model import layers
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.neurons.sets import Neuron, Ranking
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca import pcr
+from jaxneurons.qrnca.caveats import CaveatWarning
 from jaxneurons.qrnca.effects import change_rows, evaluation_rows
-from jaxneurons.qrnca.run import Progress, Run, make_run
+from jaxneurons.qrnca.locating import locate
+from jaxneurons.qrnca.run import Run
 from jaxneurons.qrnca.trials import OWN, run_trials
+from jaxneurons.storage.progress import Progress
+from jaxneurons.storage.tables import Row
 
-Row = dict[str, Any]
 KINDS = ("up", "gate", "act")
 """Kinds of neurons that share their numbering."""
+KINDS_LIMIT = 60
+"""Queries that kinds are compared on, at most, unless told otherwise."""
 
 
 def neuron_rows(run: Run) -> list[Row]:
@@ -39,8 +42,7 @@ def neuron_rows(run: Run) -> list[Row]:
         weight: dict[Neuron, float] = {}
         count: dict[Neuron, int] = {}
         for query in members:
-            found = run.located.neurons[query]
-            for neuron, naica in zip(found.neurons, found.naica, strict=True):
+            for neuron, naica in zip(run[query].ranking, run[query].naica, strict=True):
                 weight[neuron] = weight.get(neuron, 0.0) + naica
                 count[neuron] = count.get(neuron, 0) + 1
         for neuron in sorted(weight):
@@ -62,7 +64,7 @@ def count_rows(run: Run) -> list[Row]:
     """Query-relevant neurons per query, by group: mean, spread, and how many different ones."""
     rows = []
     for group, members in {"all": [q.id for q in run.queries], **run.groups}.items():
-        sets = [run.located.neurons[query].neurons for query in members]
+        sets = [run[query].ranking for query in members]
         sizes = np.array([len(each) for each in sets])
         rows.append(
             {
@@ -125,50 +127,14 @@ def layer_rows(run: Run, neurons: Sequence[Row]) -> list[Row]:
     ]
 
 
-def written_directions(lm: LM, neurons: Sequence[Neuron], site: str) -> jax.Array:
-    """What each neuron adds to the residual stream per unit of activation, [neuron, hidden].
-
-    Raises:
-      ConfigError: a site that writes nothing by itself (q, k, v).
-    """
-    at = tuple(np.array(neurons, np.int32).reshape(-1, 2).T)
-    if site in KINDS:
-        return jnp.asarray(lm.params["layers"]["ffn"]["down"]["kernel"])[at]
-    if site in ("down", "o"):
-        return jax.nn.one_hot(at[1], lm.config.hidden_size)
-    raise ConfigError(
-        f"neurons of site {site!r} write nothing to the residual stream by themselves"
-    )
-
-
-def words(
-    lm: LM, neurons: Sequence[Neuron], *, site: str = "up", count: int = 8
-) -> list[tuple[list[str], list[str]]]:
-    """Tokens that each neuron promotes and demotes most, through the unembedding.
-
-    The neuron's row of the down projection, weighted by the final norm, times the unembedding: for
-    a positive activation, and without what the layers above do to it.
-    """
-    if not neurons:
-        return []
-    direction = written_directions(lm, neurons, site) * lm.params["final_norm"]["scale"]
-    logits = layers.project(lm.params, direction, lm.config)
-    both = (jax.lax.top_k(logits, count)[1], jax.lax.top_k(-logits, count)[1])
-    up, down = (np.asarray(ids).tolist() for ids in both)
-
-    def text(ids: list[int]) -> list[str]:
-        return [str(lm.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in ids]
-
-    return [(text(a), text(b)) for a, b in zip(up, down, strict=True)]
-
-
 def word_rows(run: Run, neurons: Sequence[Row], *, each: int = 5) -> list[Row]:
     """What the common neurons say, and the `each` heaviest neurons of every group."""
-    chosen = [("common", neuron, count) for neuron, count in run.located.common]
+    chosen = [("common", neuron, count) for neuron, count in run.common]
     for group in run.groups:
         own = sorted((r for r in neurons if r["group"] == group), key=lambda r: -r["naica"])
         chosen += [(group, Neuron(r["layer"], r["index"]), r["queries"]) for r in own[:each]]
-    said = words(run.lm, [neuron for _, neuron, _ in chosen], site=run.settings.site)
+    ranking = Ranking(tuple(neuron for _, neuron, _ in chosen), run.settings.site)
+    said = words(run.lm, ranking)
     return [
         {
             "group": group,
@@ -205,11 +171,21 @@ def average_overlap(a: Sequence[Any], b: Sequence[Any]) -> float:
 
 
 def kind_rows(
-    run: Run, *, kinds: Sequence[str] = KINDS, limit: int = 60, progress: Progress | None = None
+    run: Run,
+    *,
+    kinds: Sequence[str] = KINDS,
+    limit: int = KINDS_LIMIT,
+    out: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """The same queries located at other sites: do they name the same neurons, and which matter?
 
-    Each site is a run of its own, in `sites/` of the run directory.
+    Args:
+      run: whose queries, with its settings but the site.
+      kinds: sites, of `KINDS`.
+      limit: of queries.
+      out: where each site is a run of its own, in `sites/`; None: they stay in memory.
+      progress: called with how many prompts of a site are done, of how many.
 
     Returns:
       A row for each pair of sites: mean shared share and average overlap of the queries' rankings;
@@ -218,40 +194,47 @@ def kind_rows(
     Raises:
       ConfigError: sites that do not share their numbering, or fewer than two.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(f"sites to compare are of {', '.join(KINDS)}; got {kind!r}")
-    if len(set(kinds)) < 2:
-        raise ConfigError(f"at least two of {', '.join(KINDS)} are needed to compare")
+    check_kinds(kinds)
     queries = balanced(run.queries, limit)
     pcr.unrelated_queries(queries)  # before hours of locating: there must be two groups
     qrnca.check_count(len(queries), run.settings.common)
-    runs = {
-        kind: make_run(
-            run.path / "sites" / f"{kind}-{len(queries)}",
-            run.lm,
-            queries,
-            dataclasses.replace(run.settings, site=kind),
-            batch_size=run.batch_size,
-            cache_bytes=0,  # each is evaluated once, with one method
-            progress=progress,
-        )
-        for kind in kinds
-    }
+    runs = {}
+    for kind in kinds:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CaveatWarning)  # given when the run was located
+            runs[kind] = locate(
+                run.lm,
+                queries,
+                settings=dataclasses.replace(run.settings, site=kind),
+                out=None if out is None else out / "sites" / f"{kind}-{len(queries)}",
+                batch_size=run.batch_size,
+                cache_bytes=0,  # each is evaluated once, with one method
+                progress=progress,
+            )
     effects = []
-    for kind, own in runs.items():
-        outcomes = run_trials(own, methods=(OWN,))
-        rows = evaluation_rows(change_rows(own, outcomes))
+    for kind, at_site in runs.items():
+        outcomes = run_trials(at_site, methods=(OWN,))
+        rows = evaluation_rows(change_rows(at_site, outcomes))
         effects += [{"site": kind, **row} for row in rows if row["group"] == "all"]
-    rankings = {
-        kind: {query: found.neurons for query, found in own.located.neurons.items()}
-        for kind, own in runs.items()
-    }
+    rankings = {kind: _rankings(at_site) for kind, at_site in runs.items()}
     pairs = [
         {"site": a, "other": b, **_agreement(rankings[a], rankings[b])}
         for a, b in itertools.combinations(kinds, 2)
     ]
     return pairs, effects
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Raise `ConfigError` unless these are two sites or more that share their numbering."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"sites to compare are of {', '.join(KINDS)}; got {kind!r}")
+    if len(set(kinds)) < 2:
+        raise ConfigError(f"at least two of {', '.join(KINDS)} are needed to compare")
+
+
+def _rankings(run: Run) -> dict[str, list[Neuron]]:
+    return {query: located.ranking for query, located in run.items()}
 
 
 def _agreement(
@@ -281,30 +264,30 @@ def _agreement(
     }
 
 
-def against_rows(run: Run, other: Path) -> list[Row]:
+def against_rows(run: Run, other: Run, name: str) -> list[Row]:
     """The same queries in another run: multi-choice beside cloze, or another rule or prompt set.
 
     A row for each group and for all: how far the neurons of queries of one id agree.
 
-    Raises:
-      DataError: no query in both, or another model's neurons.
-    """
-    from jaxneurons.qrnca.run import open_run
+    Args:
+      run: whose queries and groups the rows are of.
+      other: the run that it is compared with.
+      name: of the other run.
 
-    second = open_run(other, run.lm)
-    if second.settings.site not in KINDS or run.settings.site not in KINDS:
-        same = second.settings.site == run.settings.site
-        if not same:
-            raise DataError(f"{other}: neurons of site {second.settings.site!r} are other neurons")
-    mine = {query: found.neurons for query, found in run.located.neurons.items()}
-    theirs = {query: found.neurons for query, found in second.located.neurons.items()}
+    Raises:
+      DataError: no query in both, or neurons of sites that do not share their numbering.
+    """
+    sites = {run.settings.site, other.settings.site}
+    if len(sites) > 1 and not sites <= set(KINDS):
+        raise DataError(f"{name}: neurons of site {other.settings.site!r} are other neurons")
+    rankings, others = _rankings(run), _rankings(other)
     rows = []
-    for group, members in {"all": list(mine), **run.groups}.items():
-        both = [query for query in members if query in theirs]
+    for group, members in {"all": list(rankings), **run.groups}.items():
+        both = [query for query in members if query in others]
         if not both:
             continue
-        found = _agreement({q: mine[q] for q in both}, theirs)
-        rows.append({"group": group, "other": str(other), **found})
+        agreement = _agreement({query: rankings[query] for query in both}, others)
+        rows.append({"group": group, "other": name, **agreement})
     if not rows:
-        raise DataError(f"{other}: no query of it has the id of one here")
+        raise DataError(f"{name}: no query of it has the id of one here")
     return rows

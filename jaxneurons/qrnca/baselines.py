@@ -6,9 +6,9 @@ Section "evaluation" of arXiv 2406.10868, and a control matched in layer and act
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
-
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.neurons.controls import generator, random_positions
+from jaxneurons.neurons.sets import Neuron, NeuronSet, Ranking, site_width
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca.method import PromptScores, QRNCAConfig, QueryNeurons
 
@@ -21,11 +21,9 @@ METHODS = (
     "random",
 )
 MATCHED = "matched random"
-"""`matched_neurons`, drawn for each prompt."""
+"""`controls.activation_matched`, drawn for each prompt."""
 SHARED = 0.5
 """Knowledge Neuron*: a neuron must be in the coarse sets of more than this share of the prompts."""
-NEAREST = 16
-"""A matched neuron is one of so many of the layer whose activation is nearest."""
 
 
 def knowledge_neurons(prompts: Sequence[PromptScores], count: int) -> list[int]:
@@ -39,12 +37,12 @@ def knowledge_neurons(prompts: Sequence[PromptScores], count: int) -> list[int]:
       Flat indices, best first; fewer where fewer are shared.
     """
     sums: dict[int, float] = {}
-    seen: dict[int, int] = {}
+    occurrences: dict[int, int] = {}
     for prompt in prompts:
         for neuron, score in zip(prompt.neurons.tolist(), prompt.scores.tolist(), strict=True):
             sums[neuron] = sums.get(neuron, 0.0) + score
-            seen[neuron] = seen.get(neuron, 0) + 1
-    shared = [n for n in sums if seen[n] > SHARED * len(prompts)]
+            occurrences[neuron] = occurrences.get(neuron, 0) + 1
+    shared = [n for n in sums if occurrences[n] > SHARED * len(prompts)]
     return _best(sums, shared, count)
 
 
@@ -60,76 +58,52 @@ def active_neurons(prompts: Sequence[PromptScores], count: int) -> list[int]:
     return _best(sums, sums, count)
 
 
-def matched_neurons(
-    neurons: Sequence[Neuron], activations: np.ndarray, rng: np.random.Generator
-) -> list[Neuron]:
-    """For each neuron a random other one of its layer that is about as active, none of them twice.
-
-    Args:
-      neurons: to be matched.
-      activations: |activation| of every neuron, [layer, width].
-      rng: draws among the `NEAREST`.
-    """
-    taken: dict[int, list[int]] = {}
-    for layer, index in neurons:
-        taken.setdefault(layer, []).append(index)
-    found = []
-    for layer, index in neurons:
-        gaps = np.abs(activations[layer] - activations[layer, index])
-        gaps[taken[layer]] = np.inf
-        free = min(NEAREST, len(gaps) - len(taken[layer]))
-        if free < 1:  # the layer is used up
-            continue
-        close = np.flatnonzero(gaps <= np.partition(gaps, free - 1)[free - 1])
-        near = close[np.argsort(gaps[close], kind="stable")][:free]
-        found.append(Neuron(layer, int(near[int(rng.integers(free))])))
-        taken[layer].append(found[-1].index)
-    return found
-
-
 def method_sets(
     prompts: Mapping[str, Sequence[PromptScores]],
-    own: Mapping[str, QueryNeurons],
-    common: Iterable[Neuron],
+    located: Mapping[str, QueryNeurons],
+    common: NeuronSet,
     *,
-    layers: int,
-    width: int,
+    config: ModelConfig,
     settings: QRNCAConfig,
     seed: int = 0,
-) -> dict[str, dict[str, list[Neuron]]]:
+) -> dict[str, dict[str, Ranking]]:
     """By method and query, neurons: as many as QRNCA has for the query, at most.
 
     Args:
       prompts: what is known of each query's prompts.
-      own: QRNCA's neurons of each query.
+      located: QRNCA's neurons of each query.
       common: the neurons that QRNCA leaves out.
-      layers: of the model.
-      width: neurons of the site in a layer.
+      config: the model's shape.
       settings: of the run.
       seed: of the random sets.
+
+    Returns:
+      Rankings, each method's best first; the random ones in the order of the draw.
     """
-    left_out = {neuron.layer * width + neuron.index for neuron in common}
-    clusters = {name: qrnca.merge(found, settings) for name, found in prompts.items()}
+    site, width = settings.site, site_width(config, settings.site)
+    left_out = set(common.flat(config, (site,)).tolist())
+    clusters = {name: qrnca.merge(scores, settings) for name, scores in prompts.items()}
     counts: dict[int, int] = {}
     for cluster in clusters.values():
         for neuron in cluster:
             counts[neuron] = counts.get(neuron, 0) + 1
-    rng = np.random.default_rng(seed)
-    found: dict[str, dict[str, list[Neuron]]] = {method: {} for method in METHODS}
-    for name, neurons in own.items():
-        cluster, size = clusters[name], len(neurons.neurons)
+    rng = generator(seed)
+    sets: dict[str, dict[str, Ranking]] = {method: {} for method in METHODS}
+    for name, query in located.items():
+        cluster, size = clusters[name], len(query.ranking)
         naica = {n: na * math.log(len(clusters) / (counts[n] + 1)) for n, na in cluster.items()}
         flat = {
             "with common neurons": _best(naica, cluster, size),
             "without ICA": _best(cluster, [n for n in cluster if n not in left_out], size),
             "Knowledge Neuron*": knowledge_neurons(prompts[name], size),
             "activation": active_neurons(prompts[name], size),
-            "random": rng.choice(layers * width, size, replace=False).tolist(),
+            "random": random_positions(config, (site,), size, rng).tolist(),
         }
-        for method, members in flat.items():
-            found[method][name] = [Neuron(*divmod(int(n), width)) for n in members]
-        found["QRNCA"][name] = list(neurons.neurons)
-    return found
+        for method, positions in flat.items():
+            ranking = tuple(Neuron(*divmod(int(n), width)) for n in positions)
+            sets[method][name] = Ranking(ranking, site)
+        sets["QRNCA"][name] = Ranking(tuple(query.ranking), query.site)
+    return sets
 
 
 def _best(scores: Mapping[int, float], allowed: Iterable[int], size: int) -> list[int]:

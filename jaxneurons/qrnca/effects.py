@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.qrnca import pcr
 from jaxneurons.qrnca.baselines import MATCHED
 from jaxneurons.qrnca.locating import NO_GROUP
 from jaxneurons.qrnca.method import PromptScores
 from jaxneurons.qrnca.pcr import Interval
 from jaxneurons.qrnca.run import Run
-from jaxneurons.qrnca.trials import OWN, Outcomes
+from jaxneurons.qrnca.trials import OWN, Outcome, Outcomes
 
 Row = dict[str, Any]
 
@@ -72,7 +73,7 @@ def evaluation_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:
     for row in rows:
         for group in dict.fromkeys((NO_GROUP, row["group"])):
             table.setdefault((group, row["method"], row["change"]), []).append(row)
-    found = []
+    averages = []
     for group in dict.fromkeys((NO_GROUP, *(row["group"] for row in rows))):
         for method, change in keys:
             members = table[group, method, change]
@@ -83,7 +84,7 @@ def evaluation_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:
                 beyond = Interval(float("nan"), float("nan"), float("nan"))
             else:
                 beyond = pcr.mean(related - _column(members, "matched"), seed=seed)
-            found.append(
+            averages.append(
                 {
                     "group": group,
                     "method": method,
@@ -98,7 +99,7 @@ def evaluation_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:
                     **_spread("beyond", beyond),
                 }
             )
-    return found
+    return averages
 
 
 def editing_rows(run: Run, outcomes: Outcomes, *, seed: int = 0) -> list[Row]:
@@ -110,39 +111,40 @@ def editing_rows(run: Run, outcomes: Outcomes, *, seed: int = 0) -> list[Row]:
     right, every other one the reverse.
     """
     keys = list(dict.fromkeys((method, change) for method, change, _ in outcomes.related))
-    found = []
+    rows = []
     for group, members in {NO_GROUP: [query.id for query in run.queries], **run.groups}.items():
         for method, change in keys:
             up = change == "boost"
-            own = np.array([_turned(outcomes.related[method, change, q], up) for q in members])
+            # [query, 2]: prompts that turned, and that could.
+            turned = np.array([_turned(outcomes.related[method, change, q], up) for q in members])
             other = np.array([_turned(outcomes.unrelated[method, change, q], up) for q in members])
             index = pcr.resamples(len(members), seed=seed)
             with np.errstate(invalid="ignore", divide="ignore"):
-                draws = own[index, 0].sum(1) / own[index, 1].sum(1)
-            found.append(
+                draws = turned[index, 0].sum(1) / turned[index, 1].sum(1)
+            rows.append(
                 {
                     "group": group,
                     "method": method,
                     "change": change,
                     "turns": "wrong to right" if up else "right to wrong",
-                    "prompts": int(own[:, 1].sum()),
-                    "turned": int(own[:, 0].sum()),
-                    **_spread("rate", pcr.interval(_divide(*own.sum(0)), draws)),
+                    "prompts": int(turned[:, 1].sum()),
+                    "turned": int(turned[:, 0].sum()),
+                    **_spread("rate", pcr.interval(_divide(*turned.sum(0)), draws)),
                     "unrelated": _none(_divide(*other.sum(0))),
                 }
             )
-    return found
+    return rows
 
 
 def completeness_share(
-    prompts: Iterable[PromptScores], neurons: Iterable[Neuron], width: int
+    prompts: Iterable[PromptScores], neurons: NeuronSet, *, config: ModelConfig, site: str
 ) -> float:
     """Share of all attribution (sum over every layer) that some neurons hold in a query's prompts.
 
     Scores that a prompt did not keep, below its threshold, count 0: a lower bound for neurons that
     are not QRNCA's. NaN where the sum is not positive.
     """
-    flat = [neuron.layer * width + neuron.index for neuron in neurons]
+    flat = neurons.flat(config, (site,))
     held = whole = 0.0
     for prompt in prompts:
         held += float(prompt.scores[np.isin(prompt.neurons, flat)].sum(dtype=np.float64))
@@ -154,17 +156,21 @@ def _share(run: Run, outcomes: Outcomes, method: str, query: str) -> float | Non
     if method == MATCHED:
         return None  # they differ by prompt
     neurons = outcomes.sets[method][query]
-    return _none(completeness_share(run.located.prompts[query], neurons, run.width))
+    return _none(
+        completeness_share(
+            run.prompts[query], neurons, config=run.lm.config, site=run.settings.site
+        )
+    )
 
 
-def _turned(outcome: Any, up: bool) -> tuple[int, int]:
+def _turned(outcome: Outcome, up: bool) -> tuple[int, int]:
     """Prompts whose answer turned, and that could."""
     can = ~outcome.right_before if up else outcome.right_before
     return int((can & (outcome.right_after != outcome.right_before)).sum()), int(can.sum())
 
 
-def _divide(a: Any, b: Any) -> float:
-    return float(a / b) if b else float("nan")
+def _divide(turned: np.integer, prompts: np.integer) -> float:
+    return float(turned / prompts) if prompts else float("nan")
 
 
 def _column(rows: list[Row], name: str) -> np.ndarray:
@@ -175,9 +181,9 @@ def _none(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
-def _spread(name: str, found: Interval) -> dict[str, float | None]:
+def _spread(name: str, estimate: Interval) -> dict[str, float | None]:
     return {
-        name: _none(found.value),
-        f"{name}_low": _none(found.low),
-        f"{name}_high": _none(found.high),
+        name: _none(estimate.value),
+        f"{name}_low": _none(estimate.low),
+        f"{name}_high": _none(estimate.high),
     }

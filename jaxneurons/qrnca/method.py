@@ -12,21 +12,23 @@ Texts", arXiv 2406.10868 (earlier: NA-ICA). From top to bottom:
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.engine.attribution import Attribution, attribute
-from jaxneurons.engine.last_position import changes, last_position, scaled_answers
+from jaxneurons.engine.last_position import last_position, scaled_answers, unchanged
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.engine.rows import Prefill, prefill
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.finite import NotFiniteError, explain
-from jaxneurons.neurons.sets import Neuron, check_site
+from jaxneurons.neurons.sets import Neuron, NeuronSet, Site
+from jaxneurons.prompts.answers import TargetForm
 from jaxneurons.prompts.batches import Batch
+from jaxneurons.storage.settings import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +38,17 @@ class QRNCAConfig:
     Attributes:
       quadrature: the paper's formula is k / m with m = 16 nodes; `Quadrature()` is the adaptive
         rule, which converges.
-      threshold: t: a prompt keeps the neurons above this share of its largest score.
-      prompts: |Q|: prompts of a query that are used, at most.
-      common: u: a neuron in more than this share of the clusters is common and left out.
-      top: v: neurons of a query, before the common ones are removed.
-      normalise: Z of `na`: "coarse", the sum over the query's cluster (the public code), or "all",
-        over every neuron (the paper's text).
+      threshold: a prompt keeps the neurons above this share of its largest score (t in the paper).
+      prompts: prompts of a query that are used, at most (|Q|).
+      common: a neuron in more than this share of the clusters is common and left out (u).
+      top: neurons of a query, before the common ones are removed (v).
+      normalise: what `na` is divided by (Z): "coarse", the sum over the query's cluster (the public
+        code), or "all", over every neuron (the paper's text).
       form: "context": the answer token that the model would say there; "bare": the letter looked
         up in the vocabulary (the public code).
       decimals: scores are rounded to so many decimals before prompts are summed; None: not at all.
-      site: the neurons; the paper attributes to the up projection.
+      site: the neurons: up, gate, act, down, q, k, v or o; the paper attributes to the up
+        projection.
     """
 
     quadrature: Quadrature = Quadrature("right", 16)
@@ -53,23 +56,19 @@ class QRNCAConfig:
     prompts: int = 3
     common: float = 0.30
     top: int = 20
-    normalise: str = "coarse"
-    form: str = "context"
+    normalise: Literal["coarse", "all"] = "coarse"
+    form: TargetForm = "context"
     decimals: int | None = None
-    site: str = "up"
+    site: Site = "up"
 
     def __post_init__(self) -> None:
-        check_site(self.site)
+        check_fields(self)
         for name in ("threshold", "common"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")
         for name in ("prompts", "top"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.normalise not in ("coarse", "all"):
-            raise ConfigError(f"normalise must be 'coarse' or 'all', got {self.normalise!r}")
-        if self.form not in ("context", "bare"):
-            raise ConfigError(f"form must be 'context' or 'bare', got {self.form!r}")
 
     @classmethod
     def reference(cls, **changes: Any) -> "QRNCAConfig":
@@ -84,6 +83,8 @@ class QRNCAConfig:
 
 ACTIVE = 64
 """Neurons of highest activation that are kept of every prompt."""
+SHOWN = 5
+"""Neurons of a query that its `repr` shows."""
 
 
 class PromptScores(NamedTuple):
@@ -122,20 +123,36 @@ class PromptScores(NamedTuple):
     choice: int = -1
 
 
-class QueryNeurons(NamedTuple):
-    """The query-relevant neurons of one query, best first.
+@dataclasses.dataclass(frozen=True, repr=False)
+class QueryNeurons:
+    """The query-relevant neurons of one query.
 
     Attributes:
-      neurons: (layer, index).
+      ranking: the neurons, best first; the scores are in the same order.
       naica: na * ica of each.
       na: share of the query's attribution.
       ica: log of clusters / (clusters with the neuron + 1).
+      site: that they are neurons of.
     """
 
-    neurons: list[Neuron]
+    ranking: list[Neuron]
     naica: list[float]
     na: list[float]
     ica: list[float]
+    site: Site
+
+    @functools.cached_property
+    def neurons(self) -> NeuronSet:
+        """The neurons as a set, with their site."""
+        return NeuronSet.of(**{self.site: self.ranking})
+
+    def __repr__(self) -> str:
+        best = (
+            f"({n.layer}, {n.index}) {naica:.3g}"
+            for n, naica in zip(self.ranking[:SHOWN], self.naica, strict=False)
+        )
+        more = ", ..." if len(self.ranking) > SHOWN else ""
+        return f"QueryNeurons({len(self.ranking)} at {self.site!r}: {', '.join(best)}{more})"
 
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
@@ -151,8 +168,8 @@ def run_prompts(params: Any, batch: Batch, *, config: ModelConfig, site: str) ->
     )
 
 
-class _Said(NamedTuple):
-    """What the model says after prompts, untouched: see `PromptScores`."""
+class _Answered(NamedTuple):
+    """The model's answers after prompts, untouched: see `PromptScores`."""
 
     options: jax.Array
     correct: jax.Array
@@ -165,8 +182,8 @@ class _Said(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def _attribute(
     params: Any, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
-) -> tuple[Attribution, _Said]:
-    found = attribute(
+) -> tuple[Attribution, _Answered]:
+    attribution = attribute(
         params,
         pre,
         config=config,
@@ -178,22 +195,27 @@ def _attribute(
         first = jax.nn.softmax(pre.logits[:, 0], axis=-1)
         options = jnp.take_along_axis(first, batch.options[..., 0], axis=-1)
     else:  # whole: those that begin alike too
-        untouched = changes([[((), 1.0)] * len(batch.tokens)])
-        asked = jnp.asarray(batch.options)
-        said = scaled_answers(params, last_position(pre), untouched, config=config, options=asked)
-        options = jnp.exp(said.options[0])
+        untouched = unchanged(len(batch.tokens))
+        answers = scaled_answers(
+            params,
+            last_position(pre),
+            untouched,
+            config=config,
+            options=jnp.asarray(batch.options),
+        )
+        options = jnp.exp(answers.options[0])
     top = pre.logits.argmax(-1)
-    own = jnp.take_along_axis(pre.logits, pre.targets[..., None], axis=-1)[..., 0]
-    behind = own - pre.logits.max(-1)
-    where = behind.argmin(-1)[:, None]
+    target = jnp.take_along_axis(pre.logits, pre.targets[..., None], axis=-1)[..., 0]
+    behind = target - pre.logits.max(-1)
+    furthest = behind.argmin(-1)[:, None]
     strength = jnp.abs(pre.captured[settings.site][:, :, 0]).astype(jnp.float32).swapaxes(0, 1)
     strength = strength.reshape(len(batch.tokens), -1)
     activation, active = jax.lax.top_k(strength, min(ACTIVE, strength.shape[1]))
-    return found, _Said(
+    return attribution, _Answered(
         options=options,
         correct=jnp.all(top == pre.targets, axis=-1),
         odds=jnp.exp(behind.min(-1)),
-        choice=jnp.take_along_axis(top, where, axis=-1)[:, 0],
+        choice=jnp.take_along_axis(top, furthest, axis=-1)[:, 0],
         active=active,
         activation=activation,
     )
@@ -210,35 +232,37 @@ def attribute_batch(
     Raises:
       NotFiniteError: scores of a prompt that are not finite: float16 overflows in some models.
     """
-    found, said = jax.device_get(_attribute(params, batch, pre, config=config, settings=settings))
+    attribution, answered = jax.device_get(
+        _attribute(params, batch, pre, config=config, settings=settings)
+    )
     results = {}
     for row, index in enumerate(batch.index.tolist()):
         if index < 0:
             continue
-        scores = found.scores[row].reshape(-1)
-        if not (np.isfinite(scores).all() and np.isfinite(found.probability[row])):
+        scores = attribution.scores[row].reshape(-1)
+        if not (np.isfinite(scores).all() and np.isfinite(attribution.probability[row])):
             ids = np.concatenate([batch.tokens[row, : batch.lengths[row]], batch.targets[row, :-1]])
             raise NotFiniteError(index, explain(params, ids, config=config))
         neurons = coarse(scores, settings.threshold)
-        if said.options.shape[1]:
-            right = batch.answers_by_option[row][said.options[row].argmax()]
-            mass, correct = float(said.options[row].sum()), bool(right)
+        if answered.options.shape[1]:
+            right = batch.answers_by_option[row][answered.options[row].argmax()]
+            mass, correct = float(answered.options[row].sum()), bool(right)
         else:
-            mass, correct = float("nan"), bool(said.correct[row])
+            mass, correct = float("nan"), bool(answered.correct[row])
         results[index] = PromptScores(
             neurons=neurons,
             scores=scores[neurons],
             total=float(scores.sum(dtype=np.float64)),
-            probability=float(found.probability[row]),
+            probability=float(attribution.probability[row]),
             option_mass=mass,
             correct=correct,
-            gap=found.gap[row],
-            error=found.error[row],
-            nodes=int(found.nodes[row].sum()),
-            active=said.active[row],
-            activation=said.activation[row],
-            odds=float(said.odds[row]),
-            choice=int(said.choice[row]),
+            gap=attribution.gap[row],
+            error=attribution.error[row],
+            nodes=int(attribution.nodes[row].sum()),
+            active=answered.active[row],
+            activation=answered.activation[row],
+            odds=float(answered.odds[row]),
+            choice=int(answered.choice[row]),
         )
     return results
 
@@ -296,18 +320,19 @@ def rank(
     common = {neuron for neuron, count in counts.items() if count > most}
     ica = {neuron: float(np.log(len(clusters) / (n + 1))) for neuron, n in counts.items()}
 
-    found = {}
+    ranked = {}
     for name, cluster in clusters.items():
         scored = sorted(((-na * ica[n], n) for n, na in cluster.items()))
         best = [n for score, n in scored[: settings.top] if score < 0 and n not in common]
-        found[name] = QueryNeurons(
-            neurons=[Neuron(*divmod(n, width)) for n in best],
+        ranked[name] = QueryNeurons(
+            ranking=[Neuron(*divmod(n, width)) for n in best],
             naica=[cluster[n] * ica[n] for n in best],
             na=[cluster[n] for n in best],
             ica=[ica[n] for n in best],
+            site=settings.site,
         )
     shared = sorted(((counts[n], n) for n in common), key=lambda pair: (-pair[0], pair[1]))
-    return found, [(Neuron(*divmod(n, width)), count) for count, n in shared]
+    return ranked, [(Neuron(*divmod(n, width)), count) for count, n in shared]
 
 
 def check_count(queries: int, common: float = QRNCAConfig.common) -> None:

@@ -69,16 +69,16 @@ def ratio(
     if len(related) != len(unrelated) or not len(related):
         raise DataError(f"{len(related)} related and {len(unrelated)} unrelated changes")
     index = resamples(len(related), draws=draws, seed=seed)
-    own, other = related[index].mean(1), unrelated[index].mean(1)
+    means, unrelated_means = related[index].mean(1), unrelated[index].mean(1)
     sizes, others = np.abs(related), np.abs(unrelated)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(np.abs(np.divide(related.mean(), unrelated.mean())))
-        values = np.abs(own / other)
+        values = np.abs(means / unrelated_means)
         absolute = float(np.divide(sizes.mean(), others.mean()))
         absolutes = sizes[index].mean(1) / others[index].mean(1)
     return Ratio(
-        interval(float(related.mean()), own),
-        interval(float(unrelated.mean()), other),
+        interval(float(related.mean()), means),
+        interval(float(unrelated.mean()), unrelated_means),
         interval(value, values),
         interval(absolute, absolutes),
     )
@@ -102,17 +102,17 @@ def unrelated_queries(queries: Sequence[Query], seed: int = 0) -> dict[str, str]
             "come from other groups; give queries of at least two"
         )
     rng = np.random.default_rng(seed)
-    shuffled = [[own[i] for i in rng.permutation(len(own))] for own in groups.values()]
+    shuffled = [[ids[i] for i in rng.permutation(len(ids))] for ids in groups.values()]
     shuffled.sort(key=len, reverse=True)
-    order = [name for own in shuffled for name in own]
+    order = [name for ids in shuffled for name in ids]
     group_of = {query.id: query.group for query in queries}
     most, count = len(shuffled[0]), len(order)
     if 2 * most > count:
         rest = order[most:]
-        found = {name: rest[i % len(rest)] for i, name in enumerate(order[:most])}
-        found.update(zip(rest, order[:most], strict=False))
-        return {query.id: found[query.id] for query in queries}
-    # At random, and where that meets the own group, swapped with one that mends it.
+        unrelated = {name: rest[i % len(rest)] for i, name in enumerate(order[:most])}
+        unrelated.update(zip(rest, order[:most], strict=False))
+        return {query.id: unrelated[query.id] for query in queries}
+    # At random, and where that meets the same group, swapped with one that mends it.
     target = [order[i] for i in rng.permutation(count)]
     group = [group_of[name] for name in order]
     for a in range(count):
@@ -120,8 +120,8 @@ def unrelated_queries(queries: Sequence[Query], seed: int = 0) -> dict[str, str]
             if group_of[target[b]] != group[a] and group_of[target[a]] != group[b]:
                 target[a], target[b] = target[b], target[a]
                 break
-    if any(group_of[name] == own for name, own in zip(target, group, strict=True)):
+    if any(group_of[a] == b for a, b in zip(target, group, strict=True)):
         # A shift by the largest group meets no group twice.
         target = [order[(i + most) % count] for i in range(count)]
-    found = dict(zip(order, target, strict=True))
-    return {query.id: found[query.id] for query in queries}
+    unrelated = dict(zip(order, target, strict=True))
+    return {query.id: unrelated[query.id] for query in queries}

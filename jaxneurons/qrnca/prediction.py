@@ -3,7 +3,7 @@
 Section "applications" of arXiv 2406.10868, whose protocol is not in the paper's text; this is ours:
 
 1. The queries of each group are dealt into two halves. QRNCA's scores of one half (clusters, ica,
-   common neurons) give the group's pool of neurons; the other half is asked, and the reverse.
+   common neurons) give the group's pool of neurons; the other half is read, and the reverse.
 2. Each option is read off the pool, and the highest is the answer:
 
    - `presented`: the option's letter is put after the prompt; the pool's mean activation there.
@@ -20,29 +20,35 @@ Section "applications" of arXiv 2406.10868, whose protocol is not in the paper's
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import itertools
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxneurons.engine.readout import INNER
 from jaxneurons.engine.rows import prefill
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.transformer import forward
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.model.transformer import Params, forward
+from jaxneurons.neurons.controls import generator, layer_matched_at_most
+from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import past_shared_tokens
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca import pcr
-from jaxneurons.qrnca.analyses import KINDS
-from jaxneurons.qrnca.run import Progress, Run
+from jaxneurons.qrnca.locating import NO_GROUP
+from jaxneurons.qrnca.run import Run
+from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import digest
 
 Row = dict[str, Any]
+Chosen = dict[tuple[str, int], dict[str, NeuronSet]]
+"""By group and half of its queries, the pools that their answers are read off."""
 READOUTS = ("presented", "signed", "direct")
-POOLS = ("own", "another group's", "random")
 HALVES = 2
 FORMAT = 2
 """Of the parts; counts up when what is in them, or how it is computed, changes."""
@@ -50,7 +56,7 @@ FORMAT = 2
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
 def _read(
-    params: Any, batch: batches.Batch, where: jax.Array, *, config: ModelConfig, site: str
+    params: Params, batch: batches.Batch, where: jax.Array, *, config: ModelConfig, site: str
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Option log-probabilities [row, option]; activations, contributions [row, option, neuron]."""
     pre = prefill(
@@ -75,10 +81,10 @@ def _read(
     written = params["layers"]["ffn"]["down"]["kernel"][layer, index] * act[..., None]
     written = written * params["final_norm"]["scale"]
     if config.tied:
-        said = params["embed"]["embedding"][options]
+        unembedding = params["embed"]["embedding"][options]
     else:
-        said = jnp.moveaxis(params["unembed"]["kernel"][:, options], 0, -1)
-    added = jnp.einsum("rnh,roh->ron", written, said)
+        unembedding = jnp.moveaxis(params["unembed"]["kernel"][:, options], 0, -1)
+    added = jnp.einsum("rnh,roh->ron", written, unembedding)
     chance = jnp.take_along_axis(jax.nn.log_softmax(pre.logits[:, 0]), options, axis=-1)
     return chance, seen, added
 
@@ -89,28 +95,28 @@ def halves(groups: Mapping[str, Sequence[str]], seed: int = 0) -> dict[str, int]
     Raises:
       DataError: a group of one query.
     """
-    rng = np.random.default_rng(seed)
-    found = {}
+    rng = generator(seed)
+    half = {}
     for group, members in groups.items():
         if len(members) < HALVES:
             raise DataError(
-                f"group {group!r} has {len(members)} query: one half locates, the other is asked"
+                f"group {group!r} has {len(members)} query: one half locates, the other is read"
             )
         for place, i in enumerate(rng.permutation(len(members)).tolist()):
-            found[members[i]] = place % HALVES
-    return found
+            half[members[i]] = place % HALVES
+    return half
 
 
-def pools(run: Run, half: Mapping[str, int], located_in: int) -> dict[str, list[Neuron]]:
-    """The neurons of each group from the queries of one half alone, in order of layer and index."""
+def pools(run: Run, half: Mapping[str, int], located_in: int) -> dict[str, NeuronSet]:
+    """The neurons of each group from the queries of one half alone."""
     clusters = {
-        name: qrnca.merge(found, run.settings)
-        for name, found in run.located.prompts.items()
+        name: qrnca.merge(scores, run.settings)
+        for name, scores in run.prompts.items()
         if half[name] == located_in
     }
     neurons, _ = qrnca.rank(clusters, width=run.width, settings=run.settings)
     return {
-        group: sorted({n for query in members if query in neurons for n in neurons[query].neurons})
+        group: _union(neurons[query].neurons for query in members if query in neurons)
         for group, members in run.groups.items()
     }
 
@@ -124,84 +130,65 @@ def predict(run: Run, *, seed: int = 0, progress: Progress | None = None) -> lis
     Args:
       run: of multi-choice queries, neurons of a feed-forward site.
       seed: of halves and random neurons.
-      progress: told how many prompts are done.
+      progress: called with how many prompts are done, of how many.
 
     Raises:
       DataError: queries without options, one group only, or a group of one query.
     """
-    if run.settings.site not in KINDS:
-        raise DataError(f"prediction needs neurons of {', '.join(KINDS)}, not {run.settings.site}")
+    if run.settings.site not in INNER:
+        raise DataError(f"prediction needs neurons of {', '.join(INNER)}, not {run.settings.site}")
     free = [query.id for query in run.queries if not all(query.options)]
     if free:
         raise DataError(
             f"query {free[0]!r} has no options: prediction chooses one, so multi-choice queries "
             "are needed (`jaxneurons qrnca questions` makes them)"
         )
-    groups = run.groups
-    if len(groups) < 2:
+    if len(run.groups) < 2:
         raise DataError("one group only: prediction is compared with another group's neurons")
-    half = halves(groups, seed)
-    rng = np.random.default_rng(seed)
-    names = list(groups)
-    chosen: dict[tuple[str, int], dict[str, list[Neuron]]] = {}  # by group and half asked
-    for asked in range(HALVES):
-        own = pools(run, half, (asked + 1) % HALVES)
-        for number, group in enumerate(names):
-            chosen[group, asked] = {
-                "own": own[group],
-                "another group's": own[names[(number + 1) % len(names)]],
-                "random": _random_like(own[group], run.width, rng),
-            }
+    half = halves(run.groups, seed)
+    chosen = _pools_and_controls(run, half, seed)
     union = {
-        group: sorted(
-            {n for h in range(HALVES) for pool in chosen[group, h].values() for n in pool}
-        )
-        for group in names
+        group: _union(pool for number in range(HALVES) for pool in chosen[group, number].values())
+        for group in run.groups
     }
     values = _collect(run, union, seed, progress)
-    return _rows(run, chosen, union, values, half, seed)
+    return _rows(run, _scores(run, chosen, union, values, half), seed)
 
 
-def _random_like(neurons: Sequence[Neuron], width: int, rng: np.random.Generator) -> list[Neuron]:
-    """As many random neurons of the same layers, none of them in `neurons`, or all left."""
-    found: list[Neuron] = []
-    for layer in sorted({neuron.layer for neuron in neurons}):
-        taken = [neuron.index for neuron in neurons if neuron.layer == layer]
-        others = np.setdiff1d(np.arange(width), taken)
-        drawn = rng.permutation(others)[: len(taken)]
-        found += [Neuron(layer, index) for index in sorted(drawn.tolist())]
-    return found
+def _union(sets: Iterable[NeuronSet]) -> NeuronSet:
+    return functools.reduce(operator.or_, sets, NeuronSet())
+
+
+def _pools_and_controls(run: Run, half: Mapping[str, int], seed: int) -> Chosen:
+    """The pools of each group's queries in each half, from the other half."""
+    rng = generator(seed)
+    names = list(run.groups)
+    chosen: Chosen = {}
+    for number in range(HALVES):
+        located = pools(run, half, (number + 1) % HALVES)
+        for place, group in enumerate(names):
+            chosen[group, number] = {
+                "own": located[group],
+                "another group's": located[names[(place + 1) % len(names)]],
+                "random": layer_matched_at_most(located[group], run.lm.config, rng),
+            }
+    return chosen
 
 
 def _collect(
-    run: Run, union: dict[str, list[Neuron]], seed: int, progress: Progress | None
+    run: Run, union: Mapping[str, NeuronSet], seed: int, progress: Progress | None
 ) -> list[dict[str, np.ndarray]]:
     """For each prompt: option chances, and activations and contributions of its group's neurons."""
-    prompts, owners = [past_shared_tokens(p) for p in run.located.encoded], run.owners()
+    prompts = [past_shared_tokens(prompt) for prompt in run.encoded]
     group_of = {query.id: query.group for query in run.queries}
-    size = max(1, *(len(neurons) for neurons in union.values()))
-    where = {}
-    for group, neurons in union.items():
-        where[group] = np.zeros((size, 2), np.int32)
-        where[group][: len(neurons)] = np.array(neurons, np.int32).reshape(-1, 2)
-    key = digest([union, seed, FORMAT])[:16]
-    plan = batches.plan(prompts, run.batch_size)
+    groups = [group_of[query] for query in run.owners()]
+    pairs = {group: neurons.pairs(run.settings.site) for group, neurons in union.items()}
+    key = digest([{group: table.tolist() for group, table in pairs.items()}, seed, FORMAT])[:16]
     values: list[dict[str, np.ndarray]] = [{} for _ in prompts]
     done = 0
-    for number, batch in enumerate(plan):
-        name = f"predict-{key}-{number:05d}"
-        part = run.store.load(name)
-        if part is None:
-            rows = [owners[i] if i >= 0 else owners[batch.index[0]] for i in batch.index.tolist()]
-            at = jnp.asarray(np.stack([where[group_of[query]] for query in rows]))
-            found = jax.device_get(
-                _read(run.lm.params, batch, at, config=run.lm.config, site=run.settings.site)
-            )
-            part = {
-                "right": batch.answers_by_option.argmax(1),
-                **dict(zip(("chance", "presented", "direct"), found, strict=True)),
-            }
-            run.store.save(name, part)
+    for number, batch in enumerate(batches.plan(prompts, run.batch_size)):
+        make = functools.partial(_read_batch, run, batch, groups, pairs)
+        part = run.store.part(f"predict-{key}-{number:05d}", make)
         for row, index in enumerate(batch.index.tolist()):
             if index >= 0:
                 values[index] = {name: np.asarray(array[row]) for name, array in part.items()}
@@ -211,57 +198,94 @@ def _collect(
     return values
 
 
-def _rows(
+def _read_batch(
+    run: Run, batch: batches.Batch, groups: Sequence[str], pairs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The part of a batch.
+
+    Args:
+      run: of the queries.
+      batch: of its prompts.
+      groups: of every prompt of the run.
+      pairs: [neuron, 2] layer and index, by group.
+    """
+    size = max(1, *map(len, pairs.values()))
+    rows = [groups[i if i >= 0 else int(batch.index[0])] for i in batch.index.tolist()]
+    where = np.stack([np.pad(pairs[g], ((0, size - len(pairs[g])), (0, 0))) for g in rows])
+    config, site = run.lm.config, run.settings.site
+    at = jnp.asarray(where.astype(np.int32))
+    read = jax.device_get(_read(run.lm.params, batch, at, config=config, site=site))
+    arrays = dict(zip(("chance", "presented", "direct"), read, strict=True))
+    return {"right": batch.answers_by_option.argmax(1), **arrays}
+
+
+class Scores(NamedTuple):
+    """How each query's prompts came out.
+
+    Attributes:
+      right: by readout and pool, and by query, whether each prompt is answered right.
+      sizes: by group and pool, the neurons of the pool in each half.
+      uniform: by query, what choosing at random answers right on each prompt.
+    """
+
+    right: dict[tuple[str, str], dict[str, list[bool]]]
+    sizes: dict[tuple[str, str], list[int]]
+    uniform: dict[str, list[float]]
+
+
+def _scores(
     run: Run,
-    chosen: dict[tuple[str, int], dict[str, list[Neuron]]],
-    union: dict[str, list[Neuron]],
-    values: list[dict[str, np.ndarray]],
-    half: dict[str, int],
-    seed: int,
-) -> list[Row]:
-    owners = run.owners()
-    own_prompts: dict[str, list[int]] = {}
-    for index, owner in enumerate(owners):
-        own_prompts.setdefault(owner, []).append(index)
-    scores: dict[tuple[str, str], dict[str, list[bool]]] = {}
-    sizes: dict[tuple[str, str], list[int]] = {}
-    uniform: dict[str, list[float]] = {}
+    chosen: Chosen,
+    union: Mapping[str, NeuronSet],
+    values: Sequence[dict[str, np.ndarray]],
+    half: Mapping[str, int],
+) -> Scores:
+    site = run.settings.site
+    prompts_of: dict[str, list[int]] = {}
+    for index, owner in enumerate(run.owners()):
+        prompts_of.setdefault(owner, []).append(index)
+    scores = Scores({}, {}, {})
     for group, members in run.groups.items():
-        place = {neuron: i for i, neuron in enumerate(union[group])}
         for query in members:
-            mine = own_prompts[query]
-            uniform[query] = [1 / len(values[i]["chance"]) for i in mine]
-            said = [bool(values[i]["chance"].argmax() == values[i]["right"]) for i in mine]
-            scores.setdefault(("prompting", ""), {})[query] = said
-        for asked in range(HALVES):
-            located = [i for q in members if half[q] != asked for i in own_prompts[q]]
+            prompts = [values[i] for i in prompts_of[query]]
+            scores.uniform[query] = [1 / len(value["chance"]) for value in prompts]
+            right = [bool(value["chance"].argmax() == value["right"]) for value in prompts]
+            scores.right.setdefault(("prompting", ""), {})[query] = right
+        for number in range(HALVES):
+            located = [i for q in members if half[q] != number for i in prompts_of[q]]
             sign = np.sign(np.mean([_lean(values[i]) for i in located], axis=0))
-            for pool, neurons in chosen[group, asked].items():
-                at = [place[neuron] for neuron in neurons]
-                sizes.setdefault((group, pool), []).append(len(at))
-                for query in (q for q in members if half[q] == asked):
-                    for readout in READOUTS:
-                        right = [_right(values[i], readout, at, sign) for i in own_prompts[query]]
-                        scores.setdefault((readout, pool), {})[query] = right
-    groups = {"all": [query.id for query in run.queries], **run.groups}
-    rows = []
-    for group, members in groups.items():
-        for (readout, pool), found in scores.items():
-            each = np.array([np.mean(found[query]) for query in members])
-            own = pcr.mean(each, seed=seed)
-            counts = [n for (g, p), all_ in sizes.items() for n in all_ if p == pool]
-            if group != "all":
-                counts = sizes.get((group, pool), [])
+            read = [query for query in members if half[query] == number]
+            for pool, neurons in chosen[group, number].items():
+                everything, codes = union[group].codes.get(site, ()), neurons.codes.get(site, ())
+                at = np.flatnonzero(np.isin(everything, codes))
+                scores.sizes.setdefault((group, pool), []).append(len(at))
+                for query, readout in itertools.product(read, READOUTS):
+                    right = [_right(values[i], readout, at, sign) for i in prompts_of[query]]
+                    scores.right.setdefault((readout, pool), {})[query] = right
+    return scores
+
+
+def _rows(run: Run, scores: Scores, seed: int) -> list[Row]:
+    rows: list[Row] = []
+    for group, members in {NO_GROUP: [query.id for query in run.queries], **run.groups}.items():
+        for (readout, pool), right in scores.right.items():
+            accuracy = pcr.mean(np.array([np.mean(right[query]) for query in members]), seed=seed)
+            sizes = [
+                size
+                for (name, other), of_halves in scores.sizes.items()
+                for size in of_halves
+                if other == pool and group in (NO_GROUP, name)
+            ]
             rows.append(
                 {
                     "group": group,
                     "readout": readout,
                     "pool": pool or None,
-                    "neurons": float(np.mean(counts)) if counts else None,
+                    "neurons": float(np.mean(sizes)) if sizes else None,
                     "queries": len(members),
-                    "accuracy": own.value,
-                    "accuracy_low": own.low,
-                    "accuracy_high": own.high,
+                    "accuracy": accuracy.value,
+                    "accuracy_low": accuracy.low,
+                    "accuracy_high": accuracy.high,
                 }
             )
         rows.append(
@@ -271,7 +295,7 @@ def _rows(
                 "pool": None,
                 "neurons": None,
                 "queries": len(members),
-                "accuracy": float(np.mean([np.mean(uniform[query]) for query in members])),
+                "accuracy": float(np.mean([np.mean(scores.uniform[query]) for query in members])),
                 "accuracy_low": None,
                 "accuracy_high": None,
             }
@@ -285,8 +309,8 @@ def _lean(value: dict[str, np.ndarray]) -> np.ndarray:
     return value["presented"][right].mean(0) - value["presented"][~right].mean(0)
 
 
-def _right(value: dict[str, np.ndarray], readout: str, at: list[int], sign: np.ndarray) -> bool:
-    if not at:
+def _right(value: dict[str, np.ndarray], readout: str, at: np.ndarray, sign: np.ndarray) -> bool:
+    if not len(at):
         return False
     table = value["direct" if readout == "direct" else "presented"][:, at]
     if readout == "signed":

@@ -66,30 +66,31 @@ class Caches:
     """The batches that a run directory keeps, by number.
 
     Args:
-      path: the run directory.
+      path: the run directory; None: a run in memory, of which nothing is kept.
       limit: bytes that all of them may take; default: `default_limit`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], limit: int | None = None):
-        self.path = Path(path) / "caches"
-        self.limit = default_limit(path) if limit is None else limit
-
-    def _file(self, number: int) -> Path:
-        return self.path / f"{number:05d}.bin"
+    def __init__(self, path: str | os.PathLike[str] | None, limit: int | None = None):
+        self.path = None if path is None else Path(path) / "caches"
+        self.limit = limit if path is None or limit is not None else default_limit(path)
 
     def size(self) -> int:
         """Bytes kept."""
+        if self.path is None:
+            return 0
         return sum(file.stat().st_size for file in self.path.glob("*.bin"))
 
     def keep(self, number: int, batch: Batch, prompts: Prompts) -> bool:
         """Write a batch, unless the limit (or the disk) has no room for it; whether it did."""
+        if self.path is None or self.limit is None:
+            return False
         leaves = jax.tree.leaves(prompts)
         if self.size() + sum(leaf.nbytes for leaf in leaves) > self.limit:
             return False
         arrays = [np.ascontiguousarray(leaf) for leaf in jax.device_get(leaves)]
-        head = json.dumps([_of(batch), *([a.dtype.name, a.shape] for a in arrays)]).encode()
+        head = json.dumps([_subject(batch), *([a.dtype.name, a.shape] for a in arrays)]).encode()
         check = zlib.crc32(head)
-        file = self._file(number)
+        file = _file(self.path, number)
         writing = file.with_suffix(".tmp")
         try:
             self.path.mkdir(exist_ok=True)
@@ -111,8 +112,10 @@ class Caches:
 
     def load(self, number: int, batch: Batch) -> Prompts | None:
         """A batch, or None where it is not kept, or not as it was written, or is another."""
+        if self.path is None:
+            return None
         try:
-            with self._file(number).open("rb") as file:
+            with _file(self.path, number).open("rb") as file:
                 head = file.readline()[:-1]
                 raw = np.fromfile(file, np.uint8)
         except OSError:
@@ -121,8 +124,8 @@ class Caches:
             return None
         if zlib.crc32(raw[:-4].data, zlib.crc32(head)) != int.from_bytes(raw[-4:].tobytes(), "big"):
             return None
-        of, *arrays = json.loads(head)
-        if of != _of(batch):
+        subject, *arrays = json.loads(head)
+        if subject != _subject(batch):
             return None
         leaves, at = [], 0
         for name, shape in arrays:
@@ -145,7 +148,11 @@ class Caches:
                 yield reading.popleft().result()
 
 
-def _of(batch: Batch) -> str:
+def _file(directory: Path, number: int) -> Path:
+    return directory / f"{number:05d}.bin"
+
+
+def _subject(batch: Batch) -> str:
     """What a file is about: its layout and its prompts."""
     prompts = [batch.tokens.tolist(), batch.lengths.tolist(), batch.targets.tolist()]
     return digest([LastPosition._fields, Prompts._fields, prompts])

@@ -4,28 +4,36 @@ The whole answer for each trial and prompt, on the keys and values of the prompt
 locating kept, else it is run once more. Finished batches are kept in the run directory.
 """
 
+import dataclasses
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons.engine.last_position import changes, scaled_answers
-from jaxneurons.errors import DataError
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.engine.last_position import Answers, changes, scaled_answers
+from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.neurons.controls import activation_matched, generator
+from jaxneurons.neurons.sets import NeuronSet, Ranking
 from jaxneurons.prompts import batches
-from jaxneurons.qrnca.baselines import MATCHED, METHODS, matched_neurons, method_sets
+from jaxneurons.qrnca.baselines import MATCHED, METHODS, method_sets
 from jaxneurons.qrnca.method import run_prompts
 from jaxneurons.qrnca.pcr import FACTORS, unrelated_queries
 from jaxneurons.qrnca.prompt_cache import Caches, Prompts, prompts_of
-from jaxneurons.qrnca.run import Progress, Run
+from jaxneurons.qrnca.run import Run
+from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import digest
 
 OWN = "QRNCA"
 SMALLEST = float(np.finfo(np.float32).tiny)
-Sets = Mapping[str, Mapping[str, Sequence[Neuron]]]
+UNTOUCHED = (NeuronSet(), 1.0)
+"""No neurons, and their factor."""
+FORMAT = 5
+"""Of the parts; counts up when what is in them, or how it is computed, changes."""
+Sets = Mapping[str, Mapping[str, NeuronSet]]
 """By method and query, neurons."""
 
 
@@ -47,7 +55,7 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What some prompts came to, as `evaluate.Answers` has it.
+    """What some prompts came to, as `Answers` has it.
 
     Attributes:
       before: probability of the whole answer, model untouched, [prompt].
@@ -86,9 +94,77 @@ class Outcomes(NamedTuple):
     related: dict[tuple[str, str, str], Outcome]
     unrelated: dict[tuple[str, str, str], Outcome]
     matched: dict[tuple[str, str, str], Outcome]
-    sets: dict[str, dict[str, list[Neuron]]]
+    sets: dict[str, dict[str, NeuronSet]]
     other: dict[str, str]
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is changed on the prompts of each query.
+
+    Attributes:
+      rankings: by method and query, the neurons, in the order in which controls are drawn for them.
+      factors: by change, what the neurons' activations are multiplied by.
+      sources: by query, itself and the queries that have it as their unrelated one.
+      seed: of the controls.
+    """
+
+    rankings: Mapping[str, Mapping[str, Ranking]]
+    factors: Mapping[str, float]
+    sources: Mapping[str, Sequence[str]]
+    seed: int
+
+    @functools.cached_property
+    def trials(self) -> dict[str, list[Trial]]:
+        """The trials on each query's prompts, in the order of the rows of a part."""
+        return {
+            query: [
+                Trial(method, change, source, matched)
+                for method in self.rankings
+                for change in self.factors
+                for source in range(len(sources))
+                for matched in (False, True)
+                # One control for each set on its own query; on unrelated ones that of QRNCA's
+                # alone.
+                if not matched or (method != "random" and source == 0) or method == OWN
+            ]
+            for query, sources in self.sources.items()
+        }
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Names the parts. Everything in order: it decides which row is whose, and the controls."""
+        named = [
+            [method, {query: list(map(list, order.ranking)) for query, order in by_query.items()}]
+            for method, by_query in self.rankings.items()
+        ]
+        sources = {query: list(names) for query, names in self.sources.items()}
+        return digest([named, list(self.factors.items()), self.seed, sources, FORMAT])[:16]
+
+    def changes(
+        self, query: str, prompt: int, active: Mapping[str, np.ndarray]
+    ) -> list[tuple[NeuronSet, float]]:
+        """Neurons and factor of each trial on a prompt of a query; the first is no change.
+
+        Args:
+          query: whose prompt it is.
+          prompt: its number in the run: the controls are drawn for it.
+          active: |activation| there of every neuron, [layer, width] by site.
+        """
+        rng = generator(self.seed, prompt)
+        controls: dict[tuple[str, int], NeuronSet] = {}
+        by_trial = [UNTOUCHED]
+        for method, change, source, matched in self.trials[query]:
+            ranking = self.rankings[method][self.sources[query][source]]
+            if not matched:
+                neurons = ranking.neurons
+            else:
+                if (method, source) not in controls:  # the same ones for every change
+                    controls[method, source] = activation_matched(ranking, active, rng)
+                neurons = controls[method, source]
+            by_trial.append((neurons, self.factors[change]))
+        return by_trial
 
 
 def run_trials(
@@ -108,152 +184,183 @@ def run_trials(
       extra: neurons of your own for every query, by a name of your own.
       factors: by name, what the neurons' activations are multiplied by.
       seed: of the unrelated queries and the random sets.
-      progress: told how many prompts are done.
+      progress: called with how many prompts are done, of how many.
 
     Raises:
-      DataError: one group only.
+      ConfigError: a method that is none.
+      DataError: one group only; of neurons of your own: a query without them, neurons that the
+        model does not have, or of another site than the run's.
     """
     other = unrelated_queries(run.queries, seed)
-    located = run.located
-    sets = method_sets(
-        located.prompts,
-        located.neurons,
-        [neuron for neuron, _ in located.common],
-        layers=run.layers,
-        width=run.width,
-        settings=run.settings,
-        seed=seed,
-    )
-    sets = {method: sets[method] for method in methods}
-    sets |= {
-        name: {q: list(dict.fromkeys(own)) for q, own in by_query.items()}
-        for name, by_query in (extra or {}).items()
-    }
     sources: dict[str, list[str]] = {query.id: [query.id] for query in run.queries}
     for query, unrelated in other.items():
         sources[unrelated].append(query)
-    trials = {
-        query: [
-            Trial(method, change, source, matched)
-            for method in sets
-            for change in factors
-            for source in range(len(own))
-            for matched in (False, True)
-            # One control for each set on its own query; on unrelated ones that of QRNCA's alone.
-            if not matched or (method != "random" and source == 0) or method == OWN
-        ]
-        for query, own in sources.items()
+    plan = Plan(_rankings(run, methods, extra or {}, seed), dict(factors), sources, seed)
+    planned = batches.plan(run.encoded, run.batch_size)
+    parts = _parts(run, plan, planned, progress)
+    sets = {
+        method: {query: ranking.neurons for query, ranking in by_query.items()}
+        for method, by_query in plan.rankings.items()
     }
-    # In order: it decides which row is whose, and which random neurons are drawn.
-    named = [[m, {q: list(map(list, own)) for q, own in by.items()}] for m, by in sets.items()]
-    key = digest([named, list(factors.items()), seed, sources, FORMAT])[:16]
-    prompts, owners = run.located.encoded, run.owners()
-    plan = batches.plan(prompts, run.batch_size)
-    parts = [run.store.load(f"trials-{key}-{number:05d}") for number in range(len(plan))]
-    missing = [(n, batch) for n, batch in enumerate(plan) if parts[n] is None]
-    kept = Caches(run.path).ahead(missing)
-    results: dict[int, dict[str, np.ndarray]] = {}
     seconds = 0.0
-    for number, batch in enumerate(plan):
-        part = parts[number]
-        if part is None:
-            start = time.perf_counter()
-            part = _run_batch(
-                run, next(kept), batch, owners, trials, sets, sources, dict(factors), seed
-            )
-            part["seconds"] = np.array(time.perf_counter() - start)
-            run.store.save(f"trials-{key}-{number:05d}", part)
+    for part in parts:  # one after the other, as they were computed
         seconds += float(part["seconds"])
-        for row, index in enumerate(batch.index.tolist()):
-            if index >= 0:
-                count = 1 + len(trials[owners[index]])
-                results[index] = {name: part[name][:count, row] for name in ("p", "right")}
+    outcomes = Outcomes({}, {}, {}, sets, other, seconds)
+    for query, (p, right) in _by_query(run, plan, planned, parts).items():
+        _assign(outcomes, plan, query, p, right)
+    return outcomes
+
+
+def _rankings(
+    run: Run, methods: Sequence[str], extra: Sets, seed: int
+) -> dict[str, dict[str, Ranking]]:
+    """The neurons of each method, and of a user's sets in the order of layer and index."""
+    site = run.settings.site
+    common = NeuronSet.of(**{site: [neuron for neuron, _ in run.common]})
+    known = method_sets(
+        run.prompts,
+        run,
+        common,
+        config=run.lm.config,
+        settings=run.settings,
+        seed=seed,
+    )
+    for method in methods:
+        if method not in known:
+            raise ConfigError(f"unknown method {method!r}; {near_matches(method, METHODS)}")
+    rankings = {method: known[method] for method in methods}
+    for name, by_query in extra.items():
+        if missing := [query.id for query in run.queries if query.id not in by_query]:
+            raise DataError(f"{name!r} has no neurons for query {missing[0]!r}")
+        for neurons in by_query.values():
+            neurons.check(run.lm.config)
+            if set(neurons.codes) - {site}:
+                raise DataError(
+                    f"this run is of neurons at {site!r}, {name!r} has some at "
+                    f"{', '.join(neurons.codes)}"
+                )
+        rankings[name] = {
+            query: Ranking(tuple(neuron for _, neuron in neurons), site)
+            for query, neurons in by_query.items()
+        }
+    return rankings
+
+
+def _parts(
+    run: Run, plan: Plan, planned: Sequence[batches.Batch], progress: Progress | None
+) -> list[dict[str, np.ndarray]]:
+    """The part of each batch: `p` and `right` [1 + trial, row], and `seconds`."""
+    names = [f"trials-{plan.key}-{number:05d}" for number in range(len(planned))]
+    # Prompts that were kept are read ahead of the batches that need them.
+    missing = [
+        (number, batch)
+        for number, batch in enumerate(planned)
+        if run.store.load(names[number]) is None
+    ]
+    kept = Caches(run.path).ahead(missing)
+    parts, done = [], 0
+    for name, batch in zip(names, planned, strict=True):
+        parts.append(run.store.part(name, functools.partial(_run_batch, run, plan, batch, kept)))
+        done += int((batch.index >= 0).sum())
         if progress is not None:
-            progress(len(results), len(prompts))
-    by_query: dict[str, list[dict[str, np.ndarray]]] = {}
-    for index, owner in enumerate(owners):
-        by_query.setdefault(owner, []).append(results[index])
-    found = Outcomes({}, {}, {}, sets, other, seconds)
-    for query, each in by_query.items():
-        p = np.stack([one["p"] for one in each], axis=-1).astype(np.float64)
-        right = np.stack([one["right"] for one in each], axis=-1)
-        for number, trial in enumerate(trials[query], 1):
-            outcome = Outcome(p[0], right[0], p[number], right[number])
-            whose = sources[query][trial.source]
-            if not trial.matched:
-                where = found.unrelated if trial.source else found.related
-                where[trial.method, trial.change, whose] = outcome
-            elif not trial.source:
-                found.matched[trial.method, trial.change, whose] = outcome
-            if trial.matched and trial.method == OWN:  # the control as a method of its own
-                where = found.unrelated if trial.source else found.related
-                where[MATCHED, trial.change, whose] = outcome
-    return found
-
-
-FORMAT = 5
-"""Of the parts; counts up when what is in them, or how it is computed, changes."""
+            progress(done, len(run.encoded))
+    return parts
 
 
 def _run_batch(
-    run: Run,
-    kept: Prompts | None,
-    batch: batches.Batch,
-    owners: list[str],
-    trials: dict[str, list[Trial]],
-    sets: dict[str, dict[str, list[Neuron]]],
-    sources: dict[str, list[str]],
-    factors: dict[str, float],
-    seed: int,
+    run: Run, plan: Plan, batch: batches.Batch, kept: Iterator[Prompts | None]
 ) -> dict[str, np.ndarray]:
+    """The part of a batch, whose prompts are the next of `kept`."""
+    start = time.perf_counter()
+    prompts = next(kept)
     config, site = run.lm.config, run.settings.site
-    if kept is None:
+    if prompts is None:
         pre = run_prompts(run.lm.params, batch, config=config, site=site)
-        kept = prompts_of(pre, site=site, seq=batch.tokens.shape[1])
-    active = np.abs(np.asarray(kept.active, np.float32)).swapaxes(0, 1)
-    # The prompts of a batch may have different numbers of trials; the first is the untouched model.
-    most = max(len(trials[owners[index]]) for index in batch.index.tolist() if index >= 0)
-    changed: list[list[tuple[list[Neuron], float]]] = [
-        [([], 1.0) for _ in batch.index] for _ in range(1 + most)
+        prompts = prompts_of(pre, site=site, seq=batch.tokens.shape[1])
+    active = np.abs(np.asarray(prompts.active, np.float32)).swapaxes(0, 1)
+    owners = run.owners()
+    rows: list[list[tuple[NeuronSet, float]]] = [
+        plan.changes(owners[index], index, {site: active[row]}) if index >= 0 else []
+        for row, index in enumerate(batch.index.tolist())
     ]
-    for row, index in enumerate(batch.index.tolist()):
-        if index < 0:
-            continue
-        rng = np.random.default_rng([seed, index])
-        own = sources[owners[index]]
-        matched: dict[tuple[str, int], list[Neuron]] = {}
-        for place, trial in enumerate(trials[owners[index]], 1):
-            method, change, source, is_matched = trial
-            neurons = sets[method][own[source]]
-            if is_matched:
-                if (method, source) not in matched:  # the same ones for every change
-                    matched[method, source] = matched_neurons(neurons, active[row], rng)
-                neurons = matched[method, source]
-            changed[place][row] = neurons, factors[change]
-    found = jax.device_get(
+    # The prompts of a batch may have different numbers of trials.
+    by_trial = [
+        [row[trial] if trial < len(row) else UNTOUCHED for row in rows]
+        for trial in range(max(map(len, rows)))
+    ]
+    answers = jax.device_get(
         scaled_answers(
             run.lm.params,
-            kept.last,
-            changes(changed),
+            prompts.last,
+            changes(by_trial, site=site),
             config=config,
             site=site,
             options=jnp.asarray(batch.options),
         )
     )
-    for row, index in enumerate(batch.index.tolist()):
-        lost = np.flatnonzero(~np.isfinite(found.probability[:, row]))
-        if index >= 0 and len(lost):
-            place = int(lost[0])
-            trial = trials[owners[index]][place - 1] if place else None
-            what = (
-                f"with {trial.method}'s neurons changed ({trial.change})" if trial else "untouched"
-            )
-            dtype = run.lm.params["embed"]["embedding"].dtype
-            raise DataError(
-                f"query {owners[index]!r}: the answer's probability {what} is not finite in "
-                f"{dtype}; load the model in bfloat16 or float32"
-            )
-    right = found.first
+    _check_finite(run, plan, batch, answers)
+    right = answers.first
     if batch.options.shape[1]:
-        right = found.options.argmax(-1) == batch.answers_by_option.argmax(1)
-    return {"p": found.probability, "right": right}
+        right = answers.options.argmax(-1) == batch.answers_by_option.argmax(1)
+    return {
+        "p": answers.probability,
+        "right": right,
+        "seconds": np.array(time.perf_counter() - start),
+    }
+
+
+def _check_finite(run: Run, plan: Plan, batch: batches.Batch, answers: Answers) -> None:
+    """Raise `DataError` for the first prompt of a batch whose probability is not finite."""
+    owners = run.owners()
+    for row, index in enumerate(batch.index.tolist()):
+        lost = np.flatnonzero(~np.isfinite(answers.probability[:, row]))
+        if index < 0 or not len(lost):
+            continue
+        what = "untouched"
+        if lost[0]:
+            trial = plan.trials[owners[index]][int(lost[0]) - 1]
+            what = f"with {trial.method}'s neurons changed ({trial.change})"
+        raise DataError(
+            f"query {owners[index]!r}: the answer's probability {what} is not finite in "
+            f"{run.lm.params['embed']['embedding'].dtype}; load the model in bfloat16 or float32"
+        )
+
+
+def _by_query(
+    run: Run,
+    plan: Plan,
+    planned: Sequence[batches.Batch],
+    parts: Sequence[Mapping[str, np.ndarray]],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By query: probability and whether it is right, [1 + trial, prompt]."""
+    owners = run.owners()
+    by_prompt: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for batch, part in zip(planned, parts, strict=True):
+        for row, index in enumerate(batch.index.tolist()):
+            if index >= 0:
+                count = 1 + len(plan.trials[owners[index]])
+                by_prompt[index] = part["p"][:count, row], part["right"][:count, row]
+    by_query: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for index, owner in enumerate(owners):
+        by_query.setdefault(owner, []).append(by_prompt[index])
+    return {
+        query: (
+            np.stack([p for p, _ in prompts], axis=-1).astype(np.float64),
+            np.stack([right for _, right in prompts], axis=-1),
+        )
+        for query, prompts in by_query.items()
+    }
+
+
+def _assign(outcomes: Outcomes, plan: Plan, query: str, p: np.ndarray, right: np.ndarray) -> None:
+    """Put the trials on a query's prompts, [1 + trial, prompt], where they belong."""
+    for number, trial in enumerate(plan.trials[query], 1):
+        outcome = Outcome(p[0], right[0], p[number], right[number])
+        key = trial.method, trial.change, plan.sources[query][trial.source]
+        table = outcomes.unrelated if trial.source else outcomes.related
+        if not trial.matched:
+            table[key] = outcome
+        elif not trial.source:
+            outcomes.matched[key] = outcome
+        if trial.matched and trial.method == OWN:  # the control as a method of its own
+            table[MATCHED, trial.change, key[2]] = outcome

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.errors import DataError
+from jaxneurons.neurons.controls import layer_matched_sets
 from jaxneurons.neurons.sets import ATTENTION, FFN, NeuronSet, neuron_count
 from jaxneurons.prompts.matching import ERRORS, error_class, words
 from jaxneurons.prompts.relations import Triple, objects, wordings
@@ -144,11 +145,11 @@ def ablation(study: Study) -> Tables:
     sets = own_sets(neurons) + random_sets(study.random(study.settings.seeds))
     rows = measure(study, "ablation", sets, [*study.evaluation, *study.detection])
     for name, one in neurons.items():
-        rng = np.random.default_rng([study.settings.seed, 3, *name.encode()])
+        settings = study.settings
         try:
-            matched = [
-                one.random_like(study.lm.config, rng) for _ in range(study.settings.sweep_seeds)
-            ]
+            matched = layer_matched_sets(
+                one, study.lm.config, seed=settings.seed, name=name, count=settings.sweep_seeds
+            )
         except DataError:  # more than half of a layer: no such control
             continue
         labels = [({"off": "matched", "seed": seed}, each) for seed, each in enumerate(matched)]

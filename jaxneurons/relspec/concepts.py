@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxneurons.engine.experts import Examples
-from jaxneurons.neurons.sets import NeuronSet, neuron_count, random_neurons
+from jaxneurons.neurons.controls import CONCEPTS, generator, random_neurons
+from jaxneurons.neurons.sets import NeuronSet, neuron_count
 from jaxneurons.relspec import method as relspec
 from jaxneurons.relspec.analyses import Tables, measure, own_sets
 from jaxneurons.relspec.method import Prompt
@@ -47,7 +48,7 @@ def concepts(study: Study) -> Tables:
     if len(checked) > 1:
         prompts = _concept_prompts("validation", fresh, checked, VALIDATION_PROMPTS // 2, seed)
         told = _told_apart(prompts, checked, 1, seed)
-        chosen = random_neurons(study.lm.config, sites, study.k, np.random.default_rng([seed, 4]))
+        chosen = random_neurons(study.lm.config, sites, study.k, generator(seed, CONCEPTS))
         validated = [
             {
                 "concept": kind,

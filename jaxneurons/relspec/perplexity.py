@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxneurons.engine.ablation import default_shape, kept
+from jaxneurons.engine.ablation import default_shape
 from jaxneurons.errors import DataError
 from jaxneurons.model import finite, layers
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import forward
-from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.neurons.sets import NeuronSet, stack_scales
 from jaxneurons.prompts import batches
 from jaxneurons.relspec.analyses import Tables
 from jaxneurons.relspec.method import Prompt
@@ -29,14 +29,13 @@ def sentence_loss(
     params: Any,
     tokens: Int[Array, "sentence seq"],
     lengths: Int[Array, " sentence"],
-    keep: dict[str, Bool[Array, "set layer width"]],
+    scales: dict[str, Float[Array, "set layer width"]],
     *,
     config: ModelConfig,
 ) -> Float[Array, "set sentence"]:
     """Sum of -log p of every token after the first, with neurons off: natural logarithms."""
 
-    def one(keep: Any) -> Array:
-        scales = {site: values[:, None, None] for site, values in keep.items()}
+    def of_set(scales: Any) -> Array:
         out = forward(params, tokens, config=config, lengths=lengths, at="all", scales=scales)
         real = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
         if tokens.shape[1] <= batches.LENGTH_TOKENS:
@@ -49,7 +48,7 @@ def sentence_loss(
             ).T
         return jnp.sum(jnp.where(real, losses, 0), axis=-1)
 
-    return jax.lax.map(one, keep)
+    return jax.lax.map(of_set, scales)
 
 
 def _losses(logits: Array, tokens: Array) -> Array:
@@ -72,7 +71,8 @@ def perplexity(study: Study) -> Tables:
         part = f"perplexity-{name}"
         done = study.run.load(part)
         if done is None:
-            masks = kept([NeuronSet(), one, *controls], config, study.settings.sites)
+            sets = [NeuronSet(), one, *controls]
+            masks = stack_scales(sets, config, sites=study.settings.sites)
             loss = np.zeros((len(offs), len(texts)))
             for batch in batches.by_length(sentences, default_shape().prompts):
                 found = sentence_loss(
@@ -84,7 +84,7 @@ def perplexity(study: Study) -> Tables:
                     if len(lost):
                         ids = batch.tokens[row, : batch.lengths[row]]
                         off = int(lost[0])
-                        scales = {s: jnp.asarray(m[off, :, None, None]) for s, m in masks.items()}
+                        scales = {s: m[off] for s, m in masks.items()}
                         where = finite.explain(study.lm.params, ids, config=config, scales=scales)
                         raise DataError(f"{name!r}, sentence {texts[index]!r}: {where}")
             done = {"loss": loss}

@@ -20,7 +20,8 @@ from jaxneurons.engine.ablation import Shape, default_shape
 from jaxneurons.engine.experts import Examples, Expertise, expertise, resolve_k
 from jaxneurons.engine.responses import ResponseStore
 from jaxneurons.errors import DataError, near_matches
-from jaxneurons.neurons.sets import SITES, NeuronSet, neuron_count, random_neurons
+from jaxneurons.neurons.controls import random_sets
+from jaxneurons.neurons.sets import NeuronSet, neuron_count
 from jaxneurons.prompts.relations import Relation, Split, split
 from jaxneurons.relspec import method as relspec
 from jaxneurons.relspec.asking import Asking, Tell, check_steps
@@ -272,16 +273,7 @@ class Study(Asking):
     ) -> list[NeuronSet]:
         """As many sets of random neurons."""
         sites, k = tuple(sites or self.settings.sites), self.k if k is None else k
-        numbers = [SITES.index(site) for site in sites]
-        return [
-            random_neurons(
-                self.lm.config,
-                sites,
-                k,
-                np.random.default_rng([self.settings.seed, 2, number, k, *numbers]),
-            )
-            for number in range(seeds)
-        ]
+        return random_sets(self.lm.config, sites, k, seed=self.settings.seed, count=seeds)
 
     # --- provenance -------------------------------------------------------------------------------
 

@@ -31,9 +31,9 @@ def read_csv(
     """
     text = read_text(path)
     first, _, rest = text.partition("\n")
-    skipped, given = 0, first.strip().strip('"')
-    if given[:4].lower() == "sep=" and len(given) == 5:
-        text, skipped, delimiters = rest, 1, (given[4],)
+    skipped, separator = 0, first.strip().strip('"')
+    if separator[:4].lower() == "sep=" and len(separator) == 5:
+        text, skipped, delimiters = rest, 1, (separator[4],)
     elif first.rstrip("\r\n").lower() == "sep=\t":
         text, skipped, delimiters = rest, 1, ("\t",)
     else:
@@ -42,8 +42,8 @@ def read_csv(
     for name in (*required, *optional):
         if names.count(name) > 1:
             raise DataError(f"{path}: the column {name!r} is there twice")
-    wanted = {name: names.index(name) for name in (*required, *optional) if name in names}
-    found = []
+    places = {name: names.index(name) for name in (*required, *optional) if name in names}
+    rows = []
     for line, cells in _rows(path, text, delimiter, skipped):
         if any(cell.strip() for cell in cells[len(names) :]):
             raise DataError(
@@ -51,8 +51,8 @@ def read_csv(
                 f"that hold {delimiter!r} between double quotes"
             )
         row = dict.fromkeys((*required, *optional), "")
-        found.append((line, row | {n: cells[i] for n, i in wanted.items() if i < len(cells)}))
-    return found[1:]
+        rows.append((line, row | {n: cells[i] for n, i in places.items() if i < len(cells)}))
+    return rows[1:]
 
 
 def _header(
@@ -69,8 +69,8 @@ def _header(
         if set(required) <= set(names):
             return delimiter, names
         best = max(best, names, key=len)
-    found = "its first row is " + ", ".join(map(repr, best[:12])) if best else "it is empty"
-    raise DataError(f"{path}: needs the columns {', '.join(required)}; {found}")
+    description = "its first row is " + ", ".join(map(repr, best[:12])) if best else "it is empty"
+    raise DataError(f"{path}: needs the columns {', '.join(required)}; {description}")
 
 
 def _rows(

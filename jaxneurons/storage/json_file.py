@@ -80,13 +80,13 @@ def _check_pairs(where: str, value: Any) -> None:
     """Raise unless every text in a value can be written down again."""
     todo = [value]
     while todo:
-        one = todo.pop()
-        if isinstance(one, dict):
-            todo += [*one.keys(), *one.values()]
-        elif isinstance(one, list):
-            todo += one
-        elif isinstance(one, str) and any("\ud800" <= letter <= "\udfff" for letter in one):
-            text = ascii(one if len(one) < 50 else one[:50] + "...")
+        part = todo.pop()
+        if isinstance(part, dict):
+            todo += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            todo += part
+        elif isinstance(part, str) and any("\ud800" <= letter <= "\udfff" for letter in part):
+            text = ascii(part if len(part) < 50 else part[:50] + "...")
             _refuse(where, f"{text} holds half a surrogate pair (\\ud800 to \\udfff)")
 
 

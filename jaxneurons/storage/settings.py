@@ -6,9 +6,11 @@ refused when the settings are made and not after an hour of work.
 
 import dataclasses
 import functools
+import os
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxneurons.errors import ConfigError, close_matches
@@ -63,6 +65,34 @@ def check_argument(name: str, kind: Any, value: Any) -> None:
     """
     if (wrong := mismatch(kind, value)) is not None:
         raise ConfigError(f"{name}{explain(wrong)}")
+
+
+def as_path(name: str, value: Any) -> Path:
+    """An argument that is a path.
+
+    Args:
+      name: the argument's, for the message.
+      value: what was passed.
+
+    Raises:
+      ConfigError: it is neither a string nor a path, or cannot name a file.
+    """
+    check_argument(name, str | os.PathLike, value)
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise ConfigError(f"{name} must be a path; got {shorten(value)}")
+    return Path(text)
+
+
+def check_number(name: str, value: Any, *, least: int) -> None:
+    """Raise unless an argument is an integer of at least so much.
+
+    Raises:
+      ConfigError: it is not; says what is needed and what came.
+    """
+    check_argument(name, int, value)
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value!r}")
 
 
 def explain(wrong: Mismatch) -> str:
@@ -145,6 +175,8 @@ _NAMES: dict[Any, tuple[str, str]] = {
     bool: ("True or False", "booleans"),
     types.NoneType: ("None", "Nones"),
     None: ("None", "Nones"),
+    os.PathLike: ("a path", "paths"),
+    Callable: ("a function", "functions"),
 }
 
 

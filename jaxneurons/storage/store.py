@@ -19,7 +19,8 @@ import numpy as np
 
 from jaxneurons.errors import DataError, WriteError
 
-_IDENTITY = "identity.json"
+PARTS, IDENTITY = "parts", "identity.json"
+"""Of a run directory: where its parts are, and in it what they depend on."""
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -124,15 +125,28 @@ def make_directory(path: Path) -> None:
         raise WriteError(path, error) from None
 
 
+def check_writable(path: Path) -> None:
+    """Raise `WriteError` unless files can be made in a directory, which is made if it is missing.
+
+    For a start: before hours of work whose results would have no place.
+    """
+    make_directory(path)
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise WriteError(path, error) from None
+
+
 def check_not_input(output: Path, *inputs: Path) -> None:
     """Raise `DataError` if an output would take the place of an input, by whatever name."""
-    for one in inputs:
+    for source in inputs:
         try:
-            same = os.path.samefile(output, one)
-        except OSError:  # one is not there
-            same = os.path.abspath(output) == os.path.abspath(one)
+            same = os.path.samefile(output, source)
+        except OSError:  # one of them is not there
+            same = os.path.abspath(output) == os.path.abspath(source)
         if same:
-            raise DataError(f"{output}: is what is read ({one}); give another file to write to")
+            raise DataError(f"{output}: is what is read ({source}); give another file to write to")
 
 
 def digest(value: Any) -> str:
@@ -160,11 +174,11 @@ class Parts(abc.ABC):
         self, name: int | str, make: Callable[[], Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
         """The part of that name; made and kept where it is not there."""
-        found = self.load(name)
-        if found is None:
-            found = {key: np.asarray(value) for key, value in make().items()}
-            self.save(name, found)
-        return found
+        arrays = self.load(name)
+        if arrays is None:
+            arrays = {key: np.asarray(value) for key, value in make().items()}
+            self.save(name, arrays)
+        return arrays
 
 
 class Memory(Parts):
@@ -186,6 +200,35 @@ class Memory(Parts):
         self._parts[name] = dict(arrays)
 
 
+class Overlay(Parts):
+    """Parts that are looked for in several places; new ones go to the first, which alone changes.
+
+    Args:
+      first: where parts are kept.
+      others: where they are looked for next, in this order.
+    """
+
+    def __init__(self, first: Parts, *others: Parts):
+        self._first = first
+        self._others = others
+
+    @property
+    def path(self) -> Path | None:
+        """The directory of the first place."""
+        return self._first.path
+
+    def load(self, name: int | str) -> dict[str, np.ndarray] | None:
+        """A finished part, from the first place that has it; None if none has."""
+        for parts in (self._first, *self._others):
+            if (arrays := parts.load(name)) is not None:
+                return arrays
+        return None
+
+    def save(self, name: int | str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a part in the first place."""
+        self._first.save(name, arrays)
+
+
 class RunDirectory(Parts):
     """A directory of results with numbered or named parts that a later run picks up.
 
@@ -200,50 +243,43 @@ class RunDirectory(Parts):
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]):
         self._path = Path(path)
-        self.parts = self.path / "parts"
-        if self.path.exists() and not self.path.is_dir():
-            raise DataError(f"{self.path}: is a file; give a directory to write results to")
-        known = self.parts / _IDENTITY
-        if known.is_file():
-            self._check(known, identity)
+        self.parts = self._path / PARTS
+        if self.check(path, identity, whole=True):
             return
-        if self.path.is_dir() and not self._is_new():
-            raise DataError(
-                f"{self.path}: holds files but no run of ours; give a new or empty directory"
-            )
         make_directory(self.parts)
-        write_json(known, dict(identity))
+        write_json(self.parts / IDENTITY, dict(identity))
 
     @property
     def path(self) -> Path:
         """The directory."""
         return self._path
 
-    def _is_new(self) -> bool:
-        """Whether nothing is there but what a first write, stopped or refused, leaves behind."""
-        begun = f".{_IDENTITY}."
-        return all(entry == self.parts for entry in self.path.iterdir()) and (
-            not self.parts.exists()
-            or (
-                self.parts.is_dir()
-                and all(entry.name.startswith(begun) for entry in self.parts.iterdir())
-            )
-        )
+    @staticmethod
+    def check(
+        path: str | os.PathLike[str], identity: Mapping[str, Any], *, whole: bool = False
+    ) -> bool:
+        """Whether a run of this identity is in a directory; nothing is written.
 
-    def _check(self, known: Path, identity: Mapping[str, Any]) -> None:
-        try:
-            there = json.loads(known.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            raise DataError(f"{known}: unreadable; give a new directory") from None
-        wanted = json.loads(json.dumps(dict(identity)))
-        if not isinstance(there, dict):
-            raise DataError(f"{known}: unreadable; give a new directory")
-        other = [key for key in wanted if there.get(key) != wanted[key]]
-        if other or there.keys() != wanted.keys():
+        Args:
+          path: the directory; it may be missing.
+          identity: what is known of it.
+          whole: nothing else is to be known of it.
+
+        Raises:
+          DataError: the directory holds another run, or other files.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise DataError(f"{path}: is a file; give a directory to write results to")
+        known = path / PARTS / IDENTITY
+        if known.is_file():
+            _check_identity(known, identity, whole)
+            return True
+        if path.is_dir() and not _is_new(path):
             raise DataError(
-                f"{self.path}: holds a run with another {', '.join(other) or 'layout'}; "
-                "give a new directory, or delete this one"
+                f"{path}: holds files but no run of ours; give a new or empty directory"
             )
+        return False
 
     def _part(self, name: int | str) -> Path:
         return self.parts / (f"{name:05d}.npz" if isinstance(name, int) else f"{name}.npz")
@@ -268,3 +304,28 @@ class RunDirectory(Parts):
         np.savez(buffer, allow_pickle=False, **arrays)
         content = buffer.getvalue()
         write_bytes(self._part(name), content + hashlib.sha256(content).digest())
+
+
+def _is_new(path: Path) -> bool:
+    """Whether nothing is there but what a first write, stopped or refused, leaves behind."""
+    parts, begun = path / PARTS, f".{IDENTITY}."
+    return all(entry == parts for entry in path.iterdir()) and (
+        not parts.exists()
+        or (parts.is_dir() and all(entry.name.startswith(begun) for entry in parts.iterdir()))
+    )
+
+
+def _check_identity(known: Path, identity: Mapping[str, Any], whole: bool) -> None:
+    try:
+        there = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise DataError(f"{known}: unreadable; give a new directory") from None
+    wanted = json.loads(json.dumps(dict(identity)))
+    if not isinstance(there, dict):
+        raise DataError(f"{known}: unreadable; give a new directory")
+    other = [key for key in wanted if there.get(key) != wanted[key]]
+    if other or (whole and there.keys() != wanted.keys()):
+        raise DataError(
+            f"{known.parent.parent}: holds a run with another {', '.join(other) or 'layout'}; "
+            "give a new directory, or delete this one"
+        )

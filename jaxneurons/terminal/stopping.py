@@ -61,14 +61,14 @@ class Stops:
         self.number = number
         raise KeyboardInterrupt
 
-    def _again(self, found: Any) -> None:
+    def _again(self, raised: Any) -> None:
         """Python drops what is raised in a callback of its garbage collector: raise it again."""
-        if isinstance(found.exc_value, KeyboardInterrupt):
+        if isinstance(raised.exc_value, KeyboardInterrupt):
             again = threading.Timer(0.02, _to_main_thread, [self.number])
             again.daemon = True
             again.start()
         else:
-            self._hook(found)
+            self._hook(raised)
 
 
 def _to_main_thread(number: int) -> None:
@@ -101,13 +101,15 @@ def is_broken_pipe(error: OSError) -> bool:
 
 def too_much(error: BaseException) -> str | None:
     """What to say of an error for want of memory or of a number beyond all bounds, else None."""
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and said.startswith("RESOURCE_EXHAUSTED")
+        isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED")
     ):
-        return f"not enough memory ({said[:200] or 'an allocation failed'}); ask for less at once"
+        return (
+            f"not enough memory ({message[:200] or 'an allocation failed'}); ask for less at once"
+        )
     if isinstance(error, OverflowError):
-        return f"a number is too large to compute with ({said[:200]})"
+        return f"a number is too large to compute with ({message[:200]})"
     return None
 
 

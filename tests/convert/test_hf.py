@@ -16,8 +16,9 @@ from support.checkpoints import assert_same, hf_tensors, tiny, write_hf
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.hf import read_hf, stored_dtype
-from jaxneurons.convert.rules import param_shapes, permute, unpermute
+from jaxneurons.convert.rules import permute, unpermute
 from jaxneurons.errors import ConfigError, SourceError
+from jaxneurons.model.parameters import param_shapes
 
 
 @pytest.mark.parametrize("shards", [1, 3])

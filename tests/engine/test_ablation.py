@@ -1,5 +1,7 @@
 """Ablations against PyTorch with the weights themselves zeroed, and a loop without a cache."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,10 @@ from support.models import compiled, tiny_config, tiny_params
 
 import jaxneurons
 from jaxneurons import forward
-from jaxneurons.engine.ablation import Shape, ablated, kept
+from jaxneurons.engine.ablation import Shape, ablate, ablated, generate
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.neurons.sets import FFN, SITES, NeuronSet, random_neurons
+from jaxneurons.neurons.controls import random_neurons
+from jaxneurons.neurons.sets import FFN, SITES, NeuronSet, stack_scales
 from jaxneurons.prompts.batches import by_length
 
 CONFIG = tiny_config()
@@ -45,9 +48,7 @@ def test_equals_a_loop_without_cache(params, sets):
     )
     found = run(params, sets)
     for number, one in enumerate(sets):
-        scales = {
-            s: jnp.asarray(v)[:, None, None] for s, v in one.scales(CONFIG, sites=SITES).items()
-        }
+        scales = one.scales(CONFIG, sites=SITES)
         for prompt, said in zip(PROMPTS, found[number], strict=True):
             tokens = list(prompt)
             for _ in range(3):
@@ -76,12 +77,14 @@ def test_neurons_of_another_model(params):
         run(params, [NeuronSet.of(up=[(99, 0)])])
 
 
-def test_masks():
+def test_scales_of_several_sets():
     one = NeuronSet.of(up=[(1, 2)])
-    masks = kept([one, NeuronSet()], CONFIG, FFN)
-    assert set(masks) == set(FFN)
-    assert np.argwhere(~masks["up"]).tolist() == [[0, 1, 2]]
-    assert masks["gate"].all()
+    scales = stack_scales([one, NeuronSet()], CONFIG, sites=FFN)
+    assert set(scales) == set(FFN)
+    assert np.argwhere(scales["up"] == 0).tolist() == [[0, 1, 2]]
+    assert all((values == 1).sum() >= values.size - 1 for values in scales.values())
+    assert stack_scales([one], CONFIG, 2.5)["up"][0, 1, 2] == 2.5
+    assert stack_scales([NeuronSet()], CONFIG) == {}
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
@@ -118,6 +121,107 @@ def test_equals_pytorch_with_the_weights_zeroed(tmp_path):
                 assert out[0, len(prompt) :].tolist() == found[number][row].tolist()
 
 
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return jaxneurons.load(write_lm(tmp_path_factory.mktemp("lm")))
+
+
+TEXTS = ["The capital of Rome is", "one", "People who live in Paris speak"]
+
+
+@pytest.fixture(scope="module")
+def plain_texts(lm):
+    """One prompt at a time, padded, and no cache: what follows it, as text."""
+    step = compiled(
+        lambda tokens, length, scales: forward(
+            lm.params, tokens, config=lm.config, lengths=length, scales=scales
+        ).logits[0, 0]
+    )
+
+    def texts(scales, steps=4):
+        found = []
+        for text in TEXTS:
+            ids = prompt = lm.tokenizer(text)["input_ids"]
+            while len(ids) < len(prompt) + steps:
+                padded = jnp.array([ids + [0] * (64 - len(ids))])
+                following = int(step(padded, jnp.array([len(ids)]), scales).argmax())
+                if following == lm.tokenizer.eos_token_id:
+                    break
+                ids = [*ids, following]
+            found.append(lm.tokenizer.decode(ids[len(prompt) :]))
+        return found
+
+    return texts
+
+
+def test_texts_of_a_scaled_model(lm, plain_texts):
+    """Multipliers go into `forward` and `generate` as `NeuronSet.scales` gives them."""
+    sets = [random_neurons(lm.config, FFN, 60, np.random.default_rng(n)) for n in range(2)]
+    one, two = (neurons.scales(lm.config, -3.0, sites=FFN) for neurons in sets)
+    off = plain_texts(one), plain_texts(two)
+    untouched = plain_texts(NeuronSet().scales(lm.config, sites=FFN))
+    assert len({untouched[0], off[0][0], off[1][0]}) == 3
+    assert generate(lm, TEXTS, steps=4) == untouched
+    assert generate(lm, TEXTS, steps=4, scales=one) == off[0]
+    # A set for each prompt: [prompt, layer, width].
+    rows = {site: np.stack([one[site], two[site], one[site]]) for site in one}
+    assert generate(lm, TEXTS, steps=4, scales=rows) == [off[0][0], off[1][1], off[0][2]]
+
+
+def test_many_sets_off_at_once(lm):
+    drawn = [random_neurons(lm.config, FFN, 90, np.random.default_rng(n)) for n in range(5)]
+    sets = {f"set {number}": neurons for number, neurons in enumerate(drawn)}
+    ablated = ablate(lm, TEXTS, sets, steps=4)
+    assert list(ablated.untouched) == generate(lm, TEXTS, steps=4)
+    assert list(ablated.off) == list(sets)
+    for name, neurons in sets.items():
+        assert list(ablated[name]) == generate(lm, TEXTS, steps=4, scales=neurons.scales(lm.config))
+    assert len(set(ablated.off.values())) > 1
+    rows = ablated.table().to_pylist()
+    assert len(rows) == len(sets) * len(TEXTS)
+    assert rows[4] == {
+        "off": "set 1",
+        "prompt": TEXTS[1],
+        "untouched": ablated.untouched[1],
+        "text": ablated["set 1"][1],
+    }
+    shown = repr(ablated).splitlines()
+    assert shown[0] == "3 prompts, untouched and with 5 sets off"
+    assert shown[1] == repr(TEXTS[0])
+    assert shown[3] == f"  set 0      {ablated['set 0'][0]!r}"
+    assert ablate(lm, TEXTS, {"nothing": NeuronSet()}, steps=4)["nothing"] == ablated.untouched
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "error", "message"),
+    [
+        ("one", {}, ConfigError, "a list of texts is needed, got 'one'"),
+        (["one"], {"steps": 0}, ConfigError, "steps must be at least 1, got 0"),
+        (["one", " "], {}, DataError, "prompt 2: the prompt is empty"),
+        (["one"], {"steps": 10**6}, DataError, "prompt 1: 'one' has .* tokens and 1000000 are"),
+        (["one"], {"scales": {"upp": np.ones((3, 64))}}, ConfigError, "did you mean 'up'"),
+        (["one"], {"scales": {"up": np.ones((3, 1, 1, 64))}}, ConfigError, "are of shape"),
+    ],
+)
+def test_what_cannot_be_generated(lm, prompts, options, error, message):
+    with pytest.raises(error, match=message):
+        generate(lm, prompts, **options)
+
+
+def test_sets_that_are_none(lm):
+    with pytest.raises(ConfigError, match="set 'mine': a NeuronSet is needed, got"):
+        # Before the types are checked.
+        inspect.unwrap(ablate)(lm, TEXTS, {"mine": [(0, 1)]})
+    with pytest.raises(DataError, match="belong to another"):
+        ablate(lm, TEXTS, {"mine": NeuronSet.of(up=[(99, 1)])})
+
+
+def test_words_that_overflow(lm):
+    scales = {"up": np.full((lm.config.num_layers, lm.config.intermediate_size), 1e38, np.float32)}
+    with pytest.raises(DataError, match="nothing can be generated after 'one': activations"):
+        generate(lm, ["one"], scales=scales)
+
+
 def test_composes_with_a_users_jit(params):
     """Multipliers are arguments: one program for every set."""
     from jaxneurons.model.generation import greedy
@@ -125,15 +229,14 @@ def test_composes_with_a_users_jit(params):
     count = 0
 
     @jax.jit
-    def said(tokens, lengths, keep):
+    def said(tokens, lengths, scales):
         nonlocal count
         count += 1
-        return greedy(params, tokens, config=CONFIG, lengths=lengths, steps=2, scales=keep)
+        return greedy(params, tokens, config=CONFIG, lengths=lengths, steps=2, scales=scales)
 
     for seed in range(3):
         one = random_neurons(CONFIG, FFN, 40, np.random.default_rng(seed))
-        keep = {site: mask[0] for site, mask in kept([one], CONFIG, FFN).items()}
-        said(jnp.ones((2, 4), jnp.int32), jnp.array([4, 2]), keep)
+        said(jnp.ones((2, 4), jnp.int32), jnp.array([4, 2]), one.scales(CONFIG, sites=FFN))
     assert count == 1
 
 

@@ -355,14 +355,14 @@ def test_bfloat16_parameters_give_float32_scores(rule):
     assert difference(out.scores, wide.scores).max() < 0.3
 
 
+@pytest.mark.usefixtures("as_users_call")
 def test_bad_arguments():
     config = tiny_config(num_layers=1)
     params, tokens, targets = case(config)
     with pytest.raises(ConfigError, match="unknown site 'upp'; did you mean 'up'"):
         integrated_gradients(params, tokens, targets, config=config, site="upp")
     with pytest.raises(ConfigError, match=r"got \(3, 7\) and \(2,\)"):
-        # The length of the batch is checked by name, so the shape hook must not see it first.
-        integrated_gradients.__wrapped__(params, tokens, targets[:2], config=config)
+        integrated_gradients(params, tokens, targets[:2], config=config)
 
 
 # --- SmolLM2 --------------------------------------------------------------------------------------

@@ -4,16 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.models import random_tokens, tiny_config, tiny_params
 
 from jaxneurons import forward
 from jaxneurons.engine.attribution import prefill
-from jaxneurons.engine.last_position import TRIALS, changes, last_position, scaled_answers
+from jaxneurons.engine.last_position import (
+    TRIALS,
+    changes,
+    last_position,
+    scaled_answers,
+    unchanged,
+)
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import RopeConfig
-from jaxneurons.neurons.sets import Neuron, matched_random, site_width
+from jaxneurons.neurons.sets import NeuronSet, site_width
 
 CONFIG = tiny_config()
 LENGTHS = np.array([9, 4], np.int32)
@@ -35,7 +39,9 @@ def answers(model, trials, site="up"):
     """`trials`: (neurons, factor) of each trial and prompt."""
     params, _, pre = model
     return jax.device_get(
-        scaled_answers(params, last_position(pre), changes(trials), config=CONFIG, site=site)
+        scaled_answers(
+            params, last_position(pre), changes(trials, site=site), config=CONFIG, site=site
+        )
     )
 
 
@@ -46,14 +52,14 @@ def test_as_a_full_forward_with_the_last_position_scaled(model, site):
     width = site_width(CONFIG, site)
     rng = np.random.default_rng(0)
     sizes, factors = [[0, 5], [37, 8], [1, 30]], [[2.0, 0.0], [2.0, -1.5], [0.0, 2.0]]
-    sets = [[draw(rng, size, width) for size in each] for each in sizes]
+    sets = [[draw(rng, size, site) for size in each] for each in sizes]
     trials = [list(zip(*each, strict=True)) for each in zip(sets, factors, strict=True)]
     p, first, _ = answers(model, trials, site)
     changed = 0
     for trial in range(3):
         for row, length in enumerate(LENGTHS):
             full = np.ones((CONFIG.num_layers, 1, length, width), np.float32)
-            for layer, index in sets[trial][row]:
+            for _, (layer, index) in sets[trial][row]:
                 full[layer, 0, -1, index] = factors[trial][row]
             out = forward(
                 params,
@@ -89,10 +95,9 @@ def test_windows_and_angles_that_depend_on_the_length(changed):
     params, tokens = tiny_params(config), random_tokens(config, (2, 9))
     targets = jnp.array([[5, 3], [11, 2]])
     pre = prefill(params, tokens, targets, config=config, lengths=jnp.array(LENGTHS))
-    neurons = [Neuron(0, 1), Neuron(1, 7), Neuron(2, 30)]
-    found = scaled_answers(
-        params, last_position(pre), changes([[(neurons, 0.0)] * 2]), config=config
-    )
+    neurons = [(0, 1), (1, 7), (2, 30)]
+    off = changes([[(NeuronSet.of(up=neurons), 0.0)] * 2], site="up")
+    found = scaled_answers(params, last_position(pre), off, config=config)
     for row, length in enumerate(LENGTHS):
         whole = jnp.concatenate([tokens[row, :length], targets[row, :1]])[None]
         full = np.ones((config.num_layers, 1, length + 1, 40), np.float32)
@@ -110,12 +115,13 @@ def test_no_trials(model):
         answers(model, [])
 
 
-def draw(rng, size, width):
+def draw(rng, size, site="up"):
+    width = site_width(CONFIG, site)
     places = rng.choice(CONFIG.num_layers * width, size, replace=False)
-    return [Neuron(*divmod(int(place), width)) for place in places]
+    return NeuronSet.of(**{site: [divmod(int(place), width) for place in places]})
 
 
-@pytest.mark.parametrize("neurons", [[], [Neuron(0, 1), Neuron(1, 39)]])
+@pytest.mark.parametrize("neurons", [NeuronSet(), NeuronSet.of(up=[(0, 1), (1, 39)])])
 def test_factor_one_changes_nothing(model, neurons):
     p, first, options = answers(model, [[(neurons, 1.0)] * 2])
     _, _, pre = model
@@ -127,7 +133,7 @@ def test_factor_one_changes_nothing(model, neurons):
 def test_more_trials_than_run_together(model):
     """Each by itself, and as one of many that do not fill the last part."""
     rng = np.random.default_rng(1)
-    trials = [[(draw(rng, 9, 40), 0.0) for _ in range(2)] for _ in range(TRIALS + 3)]
+    trials = [[(draw(rng, 9), 0.0) for _ in range(2)] for _ in range(TRIALS + 3)]
     together = answers(model, trials)
     assert together.probability.shape == (TRIALS + 3, 2)
     for place in (0, TRIALS // 2 + 2, TRIALS + 2):
@@ -142,7 +148,7 @@ def test_the_options_log_probabilities(model):
     found = scaled_answers(
         params,
         last_position(pre),
-        changes([[([], 1.0)] * 2]),
+        unchanged(2),
         config=CONFIG,
         options=options[..., None],
     )
@@ -159,8 +165,9 @@ def test_whole_answers_and_options_by_teacher_forcing(site):
     options = jnp.array([[[5, 3, 8], [5, 3, -1]], [[11, 2, 2], [11, -1, -1]]])
     pre = prefill(params, tokens, targets, config=CONFIG, lengths=jnp.array(LENGTHS))
     width = site_width(CONFIG, site)
-    neurons = [Neuron(0, 1), Neuron(1, 7), Neuron(2, 30)]
-    trials = changes([[([], 1.0)] * 2, [(neurons, -2.0)] * 2])
+    neurons = [(0, 1), (1, 7), (2, 30)]
+    members = NeuronSet.of(**{site: neurons})
+    trials = changes([[(NeuronSet(), 1.0)] * 2, [(members, -2.0)] * 2], site=site)
     found = jax.device_get(
         scaled_answers(
             params, last_position(pre), trials, config=CONFIG, site=site, options=options
@@ -198,34 +205,33 @@ def test_the_whole_answer_is_first_only_if_each_token_is():
     late, early = [*greedy[:2], (greedy[2] + 1) % 48], [(greedy[0] + 1) % 48, *greedy[1:]]
     for answer in (greedy, late, early):
         pre = prefill(params, tokens, jnp.array([answer]), config=CONFIG, lengths=jnp.array([6]))
-        found = scaled_answers(params, last_position(pre), changes([[([], 1.0)]]), config=CONFIG)
+        found = scaled_answers(params, last_position(pre), unchanged(1), config=CONFIG)
         assert bool(found.first[0, 0]) == (answer == greedy)
 
 
-NEURONS = st.sets(st.builds(Neuron, st.integers(0, 3), st.integers(0, 19)), max_size=30)
+def test_multipliers_as_a_set_gives_them(model):
+    """Dense [layer, width] by site, with a factor of its own for each neuron."""
+    a, b = NeuronSet.of(up=[(0, 1), (2, 3)]), NeuronSet.of(up=[(1, 5), (2, 9), (0, 0)])
+    sparse = changes([[(a, 0.0), (b, 2.5)], [(b, 0.0), (NeuronSet(), 1.0)]], site="up")
+    dense = [[a.scales(CONFIG, 0), b.scales(CONFIG, 2.5)], [b.scales(CONFIG, 0), {}]]
+    for got, want in zip(changes(dense, site="up"), sparse, strict=True):
+        np.testing.assert_array_equal(got, want)
+    both = a.scales(CONFIG, 0)["up"] * b.scales(CONFIG, 2.5)["up"]
+    mixed = changes([[{"up": both}]], site="up")
+    by_neuron = {
+        (int(layer), int(index)): float(factor)
+        for layer, index, factor in zip(*(x[0, 0] for x in mixed), strict=True)
+        if layer < CONFIG.num_layers
+    }
+    assert by_neuron == {
+        **dict.fromkeys([(0, 1), (2, 3)], 0.0),
+        **dict.fromkeys([(1, 5), (2, 9), (0, 0)], 2.5),
+    }
 
 
-@given(NEURONS, st.integers(0, 99))
-def test_controls_match(neurons, seed):
-    own = sorted(neurons)
-    counts = np.bincount([n.layer for n in own] or [0], minlength=4) * bool(own)
-    if counts.max() > 10:
-        with pytest.raises(DataError, match=r"layer \d: \d+ of 20 neurons leave no control set"):
-            matched_random(own, width=20, rng=np.random.default_rng(seed))
-        return
-    drawn = matched_random(own, width=20, rng=np.random.default_rng(seed))
-    assert len(drawn) == len(set(drawn)) == len(own)
-    assert not set(drawn) & neurons
-    assert [n.layer for n in drawn] == [n.layer for n in own]
-    assert all(0 <= n.index < 20 for n in drawn)
-    assert drawn == matched_random(own[::-1], width=20, rng=np.random.default_rng(seed))
-
-
-def test_controls_are_random():
-    own = [Neuron(1, n) for n in range(3)]
-    rng = np.random.default_rng(0)
-    drawn = [n.index for _ in range(2000) for n in matched_random(own, width=13, rng=rng)]
-    counts = np.bincount(drawn, minlength=13)
-    assert (counts[:3] == 0).all()
-    assert counts[3:].min() > 500  # 600 expected, standard deviation 20
-    assert counts[3:].max() < 700
+@pytest.mark.parametrize("change", [(NeuronSet.of(down=[(0, 1)]), 0.0), "dense"])
+def test_changes_of_another_site(change):
+    if change == "dense":
+        change = NeuronSet.of(down=[(0, 1)]).scales(CONFIG, 0)
+    with pytest.raises(DataError, match="site 'up' can be changed here, not of down"):
+        changes([[change]], site="up")

@@ -69,11 +69,13 @@ def test_every_rule_weighs_one(rule):
         ({"max_nodes": PANEL_NODES - 1}, f"max_nodes must be at least {PANEL_NODES}"),
     ],
 )
+@pytest.mark.usefixtures("as_users_call")
 def test_bad_values(options, message):
     with pytest.raises(ConfigError, match=message):
         Quadrature(**options)
 
 
+@pytest.mark.usefixtures("as_users_call")
 def test_a_rule_that_is_not_fixed():
     with pytest.raises(ConfigError, match="'gaus' is not a fixed rule; did you mean 'gauss'"):
         nodes_and_weights("gaus", 4)

@@ -90,4 +90,4 @@ def test_locating_names_query_prompt_and_layer(tmp_path):
     queries = read_queries(write_queries(tmp_path / "q.json", cloze(6)))
     settings = QRNCAConfig(quadrature=Quadrature("gauss", 1))
     with pytest.raises(DataError, match=r"query 'fact-\d', prompt [12]: activations are " + FOUND):
-        locate(lm, queries, tmp_path / "run", settings=settings)
+        locate(lm, queries, out=tmp_path / "run", settings=settings)

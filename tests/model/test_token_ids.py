@@ -82,5 +82,5 @@ def test_queries_are_checked_before_anything_runs(lm, tmp_path, where):
     records[2][where] = ["The <SUF> is", "A <SUF> is"] if where == "prompts" else "<SUF>"
     queries = read_queries(write_queries(tmp_path / "q.json", records))
     with pytest.raises(DataError, match=r"query 'fact-2', prompt 1: .*'<SUF>' has the id"):
-        locate(lm, queries, tmp_path / "run")
+        locate(lm, queries, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -310,6 +310,18 @@ def test_scales_of_single_prompts_and_positions():
     assert same.tolist() == [[True] * 5, [True, True, True, False, True]]
 
 
+def test_a_set_for_each_row():
+    """A batch axis in front of [layer, width]: each row as if it were alone with its own."""
+    tokens = random_tokens(CONFIG, (3, 5))  # more rows than layers: no axis taken for another
+    scales = np.ones((3, 2, CONFIG.intermediate_size), np.float32)
+    scales[0, 0, :9], scales[2, 1, 5:20] = 0, 3
+    together = RUN(PARAMS, tokens, scales={"up": scales}).logits
+    for row in range(3):
+        alone = RUN(PARAMS, tokens[row : row + 1], scales={"up": scales[row]}).logits[0]
+        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+    assert np.abs(together - RUN(PARAMS, tokens).logits).max((1, 2)).argmin() == 1
+
+
 def test_batches_of_counterfactuals_by_vmap_and_gradients():
     tokens = random_tokens(CONFIG, (1, 5))
     scales = jnp.ones((3, 2, CONFIG.intermediate_size)).at[1, 0, 4].set(0).at[2, 1, 7].set(2)

@@ -12,10 +12,9 @@ from jaxneurons.neurons.sets import (
     SITES,
     Neuron,
     NeuronSet,
-    matched_random,
+    Ranking,
     neuron_count,
     neuron_table,
-    random_neurons,
     read_neurons,
     site_width,
 )
@@ -77,6 +76,7 @@ def test_flat_positions(dtype):
     offsets = dict(zip(sites, np.cumsum([0, *(t.size for t in tables.values())]), strict=False))
     back = {offsets[site] + tables[site][layer, index] for site, (layer, index) in found}
     assert back == set(chosen.tolist())
+    np.testing.assert_array_equal(found.flat(config, sites), np.sort(chosen))
 
 
 def test_multipliers_and_counts():
@@ -157,11 +157,6 @@ def test_other_neurons_are_no_members():
         assert ("up", pair) not in one
 
 
-def test_controls_of_neurons_that_are_none():
-    with pytest.raises(DataError, match="layer 1: neuron 9 is none of 8"):
-        matched_random([Neuron(1, 9)], width=8, rng=np.random.default_rng(0))
-
-
 def test_bad_members():
     with pytest.raises(ConfigError, match="unknown site 'ups'; did you mean 'up'"):
         NeuronSet.of(ups=[(0, 0)])
@@ -200,16 +195,20 @@ def test_bad_tables(tmp_path, text, message):
         read_neurons(tmp_path / "none.csv")
 
 
-def test_controls():
-    config = tiny_config()
-    one = NeuronSet.of(up=[(0, 3), (2, 1), (2, 4)], down=[(1, 0)])
-    other = one.random_like(config, np.random.default_rng(0))
-    assert not one & other
-    counts = [{s: c.tolist() for s, c in x.layer_counts(3).items()} for x in (one, other)]
-    assert counts[0] == counts[1]
-    drawn = [random_neurons(config, FFN, 20, np.random.default_rng(seed)) for seed in range(200)]
-    assert {len(each) for each in drawn} == {20}
-    seen = drawn[0]
-    for each in drawn[1:]:
-        seen = seen | each
-    assert len(seen) == neuron_count(config, FFN)
+def test_a_ranking_is_a_set_with_an_order():
+    pairs = (Neuron(2, 5), Neuron(0, 1), Neuron(1, 7))
+    ranking = Ranking(pairs, "gate")
+    assert list(ranking) == [("gate", neuron) for neuron in pairs]
+    assert len(ranking) == 3
+    assert ranking.neurons == NeuronSet.of(gate=sorted(pairs))
+    with pytest.raises(ConfigError, match="unknown site 'gat'"):
+        Ranking(pairs, "gat")
+
+
+def test_a_set_shows_its_members_or_how_many():
+    few = NeuronSet.of(up=[(0, 3), (2, 1)], down=[(1, 0)])
+    assert repr(few) == "NeuronSet.of(up=[(0, 3), (2, 1)], down=[(1, 0)])"
+    assert eval(repr(few)) == few
+    many = NeuronSet.of(up=[(0, i) for i in range(300)], q=[(1, 1)])
+    assert repr(many) == "<NeuronSet of 301 neurons: 300 up, 1 q>"
+    assert repr(NeuronSet()) == "NeuronSet.of()"

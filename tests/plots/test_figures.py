@@ -221,8 +221,8 @@ def test_the_heaviest_groups_have_panels():
 
 
 @pytest.fixture
-def nothing_told(monkeypatch):
-    monkeypatch.setattr(fonts, "_told", set())
+def nothing_warned(monkeypatch):
+    monkeypatch.setattr(fonts, "_warned", set())
     fonts._search.cache_clear()
     yield
     fonts._search.cache_clear()
@@ -231,7 +231,7 @@ def nothing_told(monkeypatch):
 DEJAVU = findfont(FontProperties(family=["DejaVu Sans"]))
 
 
-@pytest.mark.usefixtures("nothing_told")
+@pytest.mark.usefixtures("nothing_warned")
 def test_scripts_without_a_font_are_named_once(monkeypatch, tmp_path):
     monkeypatch.setattr(fonts, "_installed", lambda: [("DejaVu Sans", DEJAVU)])
     rows = qrnca_tables(["生物学", "물리학", "ひらがな"])["overlap"]
@@ -248,7 +248,7 @@ def test_scripts_without_a_font_are_named_once(monkeypatch, tmp_path):
     assert message.count("fonts-noto-cjk") == 1
 
 
-@pytest.mark.usefixtures("nothing_told")
+@pytest.mark.usefixtures("nothing_warned")
 def test_a_font_of_the_system_is_found_for_what_the_first_one_lacks(monkeypatch):
     """STIX, which matplotlib ships, has letters that Computer Modern lacks."""
     base = findfont(FontProperties(family=["cmr10"]))
@@ -356,7 +356,7 @@ def test_shortened_keeps_both_ends(text, width):
         assert cell_len(found) >= width - 2
 
 
-def test_a_figure_that_is_saved_by_hand_is_settled_too(tmp_path):
+def test_a_figure_that_is_saved_by_hand_has_its_fonts_too(tmp_path):
     figure = qrnca_plots.overlap(qrnca_tables(["$\\bad{$", "b"])["overlap"], "lab")
     figure.savefig(tmp_path / "own.png")
     assert save_figure(figure, tmp_path / "ours.png").stat().st_size > 5000

@@ -2,20 +2,20 @@
 
 import numpy as np
 import pytest
+from support.models import tiny_config
 
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.neurons.sets import Neuron, NeuronSet
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca.baselines import (
     METHODS,
-    NEAREST,
     active_neurons,
     knowledge_neurons,
-    matched_neurons,
     method_sets,
 )
 from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
 
 WIDTH, LAYERS = 10, 3
+CONFIG = tiny_config(intermediate_size=WIDTH, num_layers=LAYERS)
 
 
 def prompt(scores, active=()):
@@ -49,26 +49,6 @@ def test_active_neurons_by_summed_activation():
     assert active_neurons(prompts, 2) == [6, 7]
 
 
-def test_matched_neurons_are_others_of_the_layer_about_as_active():
-    rng = np.random.default_rng(0)
-    activations = np.sort(rng.gamma(1.0, size=(LAYERS, 400)), axis=1)
-    own = [Neuron(0, 200), Neuron(0, 201), Neuron(2, 399)]
-    draws = [matched_neurons(own, activations, np.random.default_rng(i)) for i in range(50)]
-    for found in draws:
-        assert [neuron.layer for neuron in found] == [0, 0, 2]
-        assert len(set(found)) == 3
-        assert not set(found) & set(own)
-        for (_, index), mine in zip(found, own, strict=True):
-            assert abs(index - mine.index) <= 2 * NEAREST  # sorted: near in rank is near in value
-    assert len({tuple(found) for found in draws}) > 25
-
-
-def test_a_layer_that_is_used_up_gives_fewer():
-    own = [Neuron(0, i) for i in range(7)]
-    found = matched_neurons(own, np.ones((1, WIDTH)), np.random.default_rng(0))
-    assert sorted(found) == [Neuron(0, 7), Neuron(0, 8), Neuron(0, 9)]
-
-
 @pytest.fixture(scope="module")
 def sets():
     """Neuron 0 is in every cluster, thus common; neuron 10 + i is the query's own."""
@@ -83,9 +63,8 @@ def sets():
     clusters = {name: qrnca.merge(found, settings) for name, found in prompts.items()}
     own, common = qrnca.rank(clusters, width=WIDTH, settings=settings)
     assert [neuron for neuron, _ in common] == [Neuron(0, 0)]
-    return own, method_sets(
-        prompts, own, [Neuron(0, 0)], layers=LAYERS, width=WIDTH, settings=settings
-    )
+    common = NeuronSet.of(up=[(0, 0)])
+    return own, method_sets(prompts, own, common, config=CONFIG, settings=settings)
 
 
 def test_common_neurons_and_ica_decide():
@@ -101,11 +80,11 @@ def test_common_neurons_and_ica_decide():
     own, common = qrnca.rank(clusters, width=WIDTH, settings=settings)
     left_out = [neuron for neuron, _ in common]
     assert left_out == [Neuron(0, 5), Neuron(0, 1)]
-    found = method_sets(prompts, own, left_out, layers=LAYERS, width=WIDTH, settings=settings)
-    assert own["q0"].neurons == [Neuron(1, 0)]
-    assert found["with common neurons"]["q0"] == [Neuron(0, 1)]  # naica: log 2 > 0.4 log 4
-    assert found["without ICA"]["q0"] == [Neuron(1, 0)]  # without the common ones
-    assert found["Knowledge Neuron*"]["q0"] == [Neuron(0, 1)]  # by attribution alone
+    found = method_sets(prompts, own, NeuronSet.of(up=left_out), config=CONFIG, settings=settings)
+    assert own["q0"].ranking == [Neuron(1, 0)]
+    assert found["with common neurons"]["q0"].ranking == (Neuron(0, 1),)  # naica: log 2 > 0.4 log 4
+    assert found["without ICA"]["q0"].ranking == (Neuron(1, 0),)  # without the common ones
+    assert found["Knowledge Neuron*"]["q0"].ranking == (Neuron(0, 1),)  # by attribution alone
 
 
 def test_every_method_gives_every_query_at_most_as_many(sets):
@@ -114,19 +93,28 @@ def test_every_method_gives_every_query_at_most_as_many(sets):
     for method, by_query in found.items():
         assert set(by_query) == set(own)
         for name, neurons in by_query.items():
-            assert len(neurons) <= len(own[name].neurons), method
-            assert len(set(neurons)) == len(neurons)
+            assert len(neurons) <= len(own[name].ranking), method
+            assert len(neurons.neurons) == len(neurons)
 
 
 def test_what_each_method_prefers(sets):
     own, found = sets
-    assert own["q3"].neurons == [Neuron(1, 3), Neuron(2, 1)]
-    assert found["QRNCA"]["q3"] == own["q3"].neurons
+    assert own["q3"].ranking == [Neuron(1, 3), Neuron(2, 1)]
+    assert list(found["QRNCA"]["q3"].ranking) == own["q3"].ranking
     # ICA of a neuron in every cluster is log(8 / 9) < 0: without the filter it still comes last.
-    assert found["with common neurons"]["q3"] == own["q3"].neurons
+    assert list(found["with common neurons"]["q3"].ranking) == own["q3"].ranking
     # By attribution alone: the common one would be first, but is left out.
-    assert found["without ICA"]["q3"] == [Neuron(1, 3), Neuron(2, 1)]
+    assert found["without ICA"]["q3"].ranking == (
+        Neuron(1, 3),
+        Neuron(2, 1),
+    )
     # No ICA, and common neurons stay; neuron 21 is in one of two prompts.
-    assert found["Knowledge Neuron*"]["q3"] == [Neuron(0, 0), Neuron(1, 3)]
-    assert found["activation"]["q3"] == [Neuron(2, 9), Neuron(2, 8)]
-    assert len({tuple(neurons) for neurons in found["random"].values()}) > 4
+    assert found["Knowledge Neuron*"]["q3"].ranking == (
+        Neuron(0, 0),
+        Neuron(1, 3),
+    )
+    assert found["activation"]["q3"].ranking == (
+        Neuron(2, 9),
+        Neuron(2, 8),
+    )
+    assert len({neurons.ranking for neurons in found["random"].values()}) > 4

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.fixtures import write_lm
+from support.fixtures import located_run, write_lm
 
 import jaxneurons as jn
 from jaxneurons.cli import app
@@ -13,7 +13,6 @@ from jaxneurons.qrnca.analyses import balanced
 from jaxneurons.qrnca.effects import change_rows, evaluation_rows
 from jaxneurons.qrnca.locating import locate
 from jaxneurons.qrnca.method import QRNCAConfig
-from jaxneurons.qrnca.run import make_run
 from jaxneurons.qrnca.trials import run_trials
 from jaxneurons.storage.tables import read_tables
 
@@ -58,7 +57,7 @@ def test_suppressing_a_lab_facts_own_neurons_hurts_it(tmp_path):
     """What locating is for: own neurons matter, matched ones do not."""
     lm = jn.load("lab")
     queries = balanced(bundled_queries("lab-cloze"), 48)
-    found = make_run(tmp_path / "run", lm, queries, SETTINGS)
+    found = located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS)
     rows = {
         (row["method"], row["change"]): row
         for row in evaluation_rows(change_rows(found, run_trials(found)))

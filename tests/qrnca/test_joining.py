@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.fixtures import cloze, multi_choice, write_lm, write_queries
+from support.fixtures import cloze, located_run, multi_choice, write_lm, write_queries
 
 import jaxneurons
 from jaxneurons import forward
@@ -23,11 +23,11 @@ from jaxneurons.qrnca import joining
 from jaxneurons.qrnca.baselines import MATCHED
 from jaxneurons.qrnca.caveats import LowOptionMassWarning, UnlikelyAnswerWarning
 from jaxneurons.qrnca.joining import join
-from jaxneurons.qrnca.locating import encode_queries, locate
+from jaxneurons.qrnca.locating import locate
 from jaxneurons.qrnca.method import QRNCAConfig, run_prompts
 from jaxneurons.qrnca.pcr import FACTORS
 from jaxneurons.qrnca.prediction import predict
-from jaxneurons.qrnca.run import make_run, open_run
+from jaxneurons.qrnca.run import encode_queries, open_run
 from jaxneurons.qrnca.trials import run_trials
 
 SETTINGS = QRNCAConfig(quadrature=Quadrature("gauss", 2), common=0.6, prompts=1)
@@ -135,7 +135,7 @@ def test_only_wordings_that_are_used_are_decided_in_batches_as_asked(lm, tmp_pat
     monkeypatch.setattr(joining, "run_prompts", seen)
     records = {f"q{n}": {"prompts": [f"{n} or-", f"{n} so-"], "answer": "no"} for n in range(4)}
     queries = parse_queries("test", records)
-    locate(lm, queries, tmp_path / "run", settings=SETTINGS, batch_size=2)
+    locate(lm, queries, out=tmp_path / "run", settings=SETTINGS, batch_size=2)
     assert set(shapes) == {2}
     for query in open_run(tmp_path / "run", lm).queries:
         assert query.separator(0) is not None
@@ -164,12 +164,12 @@ def test_what_was_decided_is_kept_in_the_run(lm, tmp_path, monkeypatch):
         record["prompts"] = [f"{record['id']} second-", "The capital is"]
     queries = read_queries(write_queries(tmp_path / "q.json", records))
     settings = dataclasses.replace(SETTINGS, prompts=2)
-    located = locate(lm, queries, tmp_path / "run", settings=settings)
+    located = locate(lm, queries, out=tmp_path / "run", settings=settings)
     monkeypatch.setattr(joining, "run_prompts", None)  # nothing is decided again
     again = open_run(tmp_path / "run", lm)
     assert {query.separator(0) for query in again.queries} <= {"", " "}
-    assert again.located.encoded == located.encoded
-    assert again.located.neurons == located.neurons
+    assert again.encoded == located.encoded
+    assert again.neurons == located.neurons
 
 
 @pytest.mark.smollm2
@@ -194,7 +194,7 @@ def test_smollm2_decides_as_people_write(smollm2, prompt, answer, between, least
 def test_answers_far_from_the_first_choice_are_warned_of(lm, tmp_path):
     queries = read_queries(write_queries(tmp_path / "q.json", cloze(6)))
     with pytest.warns(UnlikelyAnswerWarning, match="less than 0.01 times as probable") as caught:
-        located = locate(lm, queries, tmp_path / "run", settings=SETTINGS)
+        located = locate(lm, queries, out=tmp_path / "run", settings=SETTINGS)
     found = [scores for query in queries for scores in located.prompts[query.id]]
     odds = []
     for form, scores in zip(located.encoded, found, strict=True):
@@ -224,13 +224,13 @@ def numbers(spaced_lm, tmp_path_factory):
         for n, year in enumerate(["1945", "1812", "1066", "1945", "800", "2001"])
     ]
     queries = read_queries(write_queries(home / "q.json", records))
-    return make_run(home / "run", spaced_lm, queries, SETTINGS, batch_size=4)
+    return located_run(spaced_lm, queries, out=home / "run", settings=SETTINGS, batch_size=4)
 
 
 def test_answers_of_several_tokens_are_judged_whole(numbers):
     """Else every year would be right wherever the model says a space."""
     outcomes = run_trials(numbers)
-    forms = dict(zip(numbers.owners(), numbers.located.encoded, strict=True))
+    forms = dict(zip(numbers.owners(), numbers.encoded, strict=True))
     space = numbers.lm.tokenizer.convert_tokens_to_ids("Ġ")
     assert {form.answer[0] for form in forms.values()} == {space}
     for which in ("related", "unrelated"):
@@ -256,18 +256,18 @@ def letters(spaced_lm, tmp_path_factory):
     home = tmp_path_factory.mktemp("letters")
     queries = read_queries(write_queries(home / "q.json", multi_choice(8)))
     with pytest.warns(LowOptionMassWarning):
-        locate(spaced_lm, queries, home / "run", settings=SETTINGS, batch_size=4)
+        locate(spaced_lm, queries, out=home / "run", settings=SETTINGS, batch_size=4)
     return open_run(home / "run", spaced_lm)
 
 
 def test_options_that_begin_alike_are_compared_whole(letters):
     lm = letters.lm
     outcomes = run_trials(letters, methods=("QRNCA",))
-    for query, form in zip(letters.owners(), letters.located.encoded, strict=True):
+    for query, form in zip(letters.owners(), letters.encoded, strict=True):
         assert len({option[0] for option in form.options}) == 1
         assert {len(option) for option in form.options} == {2}
         p = [whole(lm, form.prompt, option) for option in form.options]
-        (scores,) = letters.located.prompts[query]
+        (scores,) = letters.prompts[query]
         assert scores.option_mass == pytest.approx(sum(p), rel=CLOSE)
         right = form.options[int(np.argmax(p))] == form.answer
         assert scores.correct == right
@@ -284,5 +284,5 @@ def test_prediction_reads_letters_at_their_own_token(letters):
     """What is prompted with is what is compared: the letters, after the space."""
     rows = predict(letters)
     prompting = [row["accuracy"] for row in rows if row["readout"] == "prompting"]
-    correct = [p.correct for found in letters.located.prompts.values() for p in found]
+    correct = [p.correct for found in letters.prompts.values() for p in found]
     assert prompting[0] == pytest.approx(np.mean(correct))

@@ -21,10 +21,11 @@ from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import read_queries
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca.caveats import LowOptionMassWarning, UnresolvedWarning
-from jaxneurons.qrnca.locating import encode_queries, facts_there, locate
+from jaxneurons.qrnca.files import read_facts
+from jaxneurons.qrnca.locating import locate
 from jaxneurons.qrnca.method import QRNCAConfig
-from jaxneurons.qrnca.run import open_run, source_of
-from jaxneurons.terminal.console import show_located
+from jaxneurons.qrnca.run import encode_queries, open_run, source_of
+from jaxneurons.qrnca.views import show_located
 
 # A random model says anything rather than the answer.
 pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.qrnca.caveats.UnlikelyAnswerWarning")
@@ -50,7 +51,7 @@ def queries(tmp_path_factory):
 def whole(lm, queries, tmp_path_factory):
     """An uninterrupted run: (what was returned, its directory)."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    return locate(lm, queries, out, settings=SETTINGS, batch_size=2, cache_bytes=1 << 28), out
+    return locate(lm, queries, out=out, settings=SETTINGS, batch_size=2, cache_bytes=1 << 28), out
 
 
 def contents(out):
@@ -68,7 +69,7 @@ def test_neurons_file(whole, queries):
     assert any(line["neurons"] for line in lines)
     for line in lines:
         found = located.neurons[line["id"]]
-        assert [Neuron(*neuron) for neuron in line["neurons"]] == found.neurons
+        assert [Neuron(*neuron) for neuron in line["neurons"]] == found.ranking
         assert (line["naica"], line["na"], line["ica"]) == (found.naica, found.na, found.ica)
         assert line["naica"] == sorted(line["naica"], reverse=True)
         assert all(value > 0 for value in line["naica"])
@@ -90,7 +91,7 @@ def test_common_file(whole):
 def test_run_file(whole, lm):
     located, out = whole
     run = json.loads((out / "run.json").read_text())
-    assert run == json.loads(json.dumps(located.run))
+    assert run == json.loads(json.dumps(located.facts))
     assert run["model"]["sha256"] == lm.hash
     assert run["model"]["tokenizer_sha256"] == lm.tokenizer_hash
     assert (run["model"]["source"], run["model"]["dtype"]) == (lm.source, "float32")
@@ -127,8 +128,8 @@ def changed(value, path, new):
 ODD = [KeyError, None, True, -1, 2.5, math.nan, "x", [], {}, [1], {"a": 1}]
 
 
-def test_every_value_of_the_run_file_replaced(whole, lm, queries, tmp_path):
-    """What is taken as it is can be shown; all else is written anew from the parts."""
+def test_every_value_of_the_run_file_replaced(whole, tmp_path):
+    """What is read of it is checked; the rest may be anything."""
     located, out = whole
     facts = json.loads((out / "run.json").read_text())
     identity = json.loads((out / "parts" / "identity.json").read_text())
@@ -137,15 +138,18 @@ def test_every_value_of_the_run_file_replaced(whole, lm, queries, tmp_path):
         for odd in ODD:
             made = changed(facts, path, odd)
             (tmp_path / "run.json").write_text(json.dumps(made))
-            found = facts_there(tmp_path / "run.json", identity)
-            if found is not None:
-                taken += 1
-                show_located(dataclasses.replace(located, run=found), tmp_path)
-                assert path[0] != "settings" or made == facts
+            try:
+                read = read_facts(tmp_path / "run.json", identity)
+            except DataError:
+                continue
+            taken += 1
+            show_located(dataclasses.replace(located, facts=read), tmp_path)
+            assert path[0] != "settings" or made == facts
     assert 100 < taken < len(list(places(facts))) * len(ODD) - 100
     (tmp_path / "run.json").write_text(json.dumps(facts))
-    assert facts_there(tmp_path / "run.json", identity) == facts
-    assert facts_there(tmp_path / "none.json", identity) is None
+    assert read_facts(tmp_path / "run.json", identity) == facts
+    with pytest.raises(DataError, match=r"none\.json: cannot be read"):
+        read_facts(tmp_path / "none.json", identity)
 
 
 @pytest.mark.parametrize(
@@ -157,49 +161,35 @@ def test_every_value_of_the_run_file_replaced(whole, lm, queries, tmp_path):
         (("model", "sha256"), "x"),
         (("settings",), KeyError),
         (("settings",), 3),
+        (("settings", "top"), 7),
+        (("settings",), {}),
         (("answers",), 0.5),
         (("answers", "option_mass_mean"), KeyError),
         (("completeness", "gap_max"), None),
         (("seconds",), KeyError),
     ],
 )
-def test_a_damaged_run_file_is_written_anew(whole, lm, queries, tmp_path, path, new):
-    """By `locate`, and by what opens the run with its model."""
+def test_a_damaged_run_file(whole, lm, queries, tmp_path, path, new):
+    """Opening says how to mend it and changes nothing; `locate` writes it anew."""
     _, out = whole
     copy = tmp_path / "run"
     shutil.copytree(out, copy)
     facts = json.loads((out / "run.json").read_text())
     damaged = "[" if new == "[" else json.dumps(changed(facts, path, new))
-    for again in (
-        lambda: open_run(copy, lm).located,
-        lambda: locate(lm, queries, copy, settings=SETTINGS, batch_size=2),
-    ):
-        (copy / "run.json").write_text(damaged)
-        assert json.loads(json.dumps(again().run)) == facts
-        assert json.loads((copy / "run.json").read_text()) == facts
-    assert contents(copy) == contents(out)
     (copy / "run.json").write_text(damaged)
+    with pytest.raises(DataError, match=r"run\.json: .*`jaxneurons qrnca locate .*` makes"):
+        open_run(copy, lm)
+    assert (copy / "run.json").read_text() == damaged
     if path[:1] in ((), ("model",)) and path != ("model", "sha256"):
-        with pytest.raises(DataError, match=r"run\.json: .*; give the model with --model, or run"):
+        with pytest.raises(DataError, match=r"run\.json: .*; give the model with --model, or `jax"):
             source_of(copy)
     else:
         assert source_of(copy) == lm.source
-
-
-def test_other_settings_in_the_run_file(whole, lm, queries, tmp_path):
-    """Which of the two is right cannot be known; `locate` knows its own."""
-    _, out = whole
-    copy = tmp_path / "run"
-    shutil.copytree(out, copy)
-    facts = json.loads((out / "run.json").read_text())
-    for path, new in ((("settings", "top"), 7), (("settings",), {}), (("settings", "x"), 1)):
-        made = changed({**facts, "settings": {**facts["settings"], "x": 0}}, path, new)
-        (copy / "run.json").write_text(json.dumps(made))
-        with pytest.raises(DataError, match=r"run\.json: says other settings than .*writes this"):
-            open_run(copy, lm)
-        locate(lm, queries, copy, settings=SETTINGS, batch_size=2)
-        assert json.loads((copy / "run.json").read_text()) == facts
-        assert open_run(copy, lm).settings == SETTINGS
+    made = locate(lm, queries, out=copy, settings=SETTINGS, batch_size=2)
+    assert json.loads(json.dumps(made.facts)) == facts
+    assert json.loads((copy / "run.json").read_text()) == facts
+    assert contents(copy) == contents(out)
+    assert open_run(copy, lm).settings == SETTINGS
 
 
 @pytest.mark.parametrize("name", ["parts/identity.json", "queries.jsonl"])
@@ -216,15 +206,15 @@ def test_what_a_run_is_opened_with_is_checked(whole, lm, tmp_path, name):
             if path[:1] == ("settings",) and odd not in (KeyError, None, "x"):
                 continue  # test_typed_json.py has them
             (copy / name).write_text(json.dumps(made) + "\n" + rest)
-            said = None
+            message = None
             try:
-                open_run(copy, lm)
+                assert open_run(copy, lm).encoded
             except JaxneuronsError as error:
-                said = str(error)
+                message = str(error)
             if name == "queries.jsonl" and path == ("separators",) and odd is KeyError:
                 made = first  # none is stated either way
-            assert (said is None) == (made == first)
-            assert said is None or str(copy) in said
+            assert (message is None) == (made == first), (path, odd)
+            assert message is None or str(copy) in message
 
 
 def test_no_litter(whole):
@@ -264,9 +254,9 @@ def test_result_is_merge_and_rank_of_the_prompts(whole):
 
 def test_site_and_number_of_prompts(lm, queries, tmp_path):
     settings = QRNCAConfig(quadrature=Quadrature("gauss", 2), site="down", prompts=1)
-    located = locate(lm, queries[:4], tmp_path / "run", settings=settings)
+    located = locate(lm, queries[:4], out=tmp_path / "run", settings=settings)
     assert all(len(found) == 1 for found in located.prompts.values())
-    found = [n for each in located.neurons.values() for n in each.neurons]
+    found = [n for each in located.neurons.values() for n in each.ranking]
     assert found
     assert max(neuron.index for neuron in found) < lm.config.hidden_size
 
@@ -283,7 +273,7 @@ def choices(tmp_path_factory):
 def test_low_option_mass_is_warned_of(lm, choices, tmp_path):
     """A random model knows nothing of letters: four of 363 tokens hold little."""
     with pytest.warns(LowOptionMassWarning, match=r"options hold only \d+\.\d% of the prob"):
-        located = locate(lm, choices, tmp_path / "run", settings=SETTINGS)
+        located = locate(lm, choices, out=tmp_path / "run", settings=SETTINGS)
     prompts = encode_queries(lm, choices, SETTINGS)
     found = [scores for query in choices for scores in located.prompts[query.id]]
     logits = jax.jit(functools.partial(jaxneurons.forward, config=lm.config))
@@ -306,7 +296,7 @@ def test_low_option_mass_is_warned_of(lm, choices, tmp_path):
 
 def test_high_option_mass_is_not(lm, choices, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxneurons.qrnca.caveats.LOW_OPTION_MASS", 0.0)
-    located = locate(lm, choices, tmp_path / "run", settings=SETTINGS)
+    located = locate(lm, choices, out=tmp_path / "run", settings=SETTINGS)
     assert not any(math.isnan(s.option_mass) for each in located.prompts.values() for s in each)
 
 
@@ -334,13 +324,19 @@ def test_stopped_run_gives_the_same_bytes(whole, lm, queries, tmp_path, after):
 
     with pytest.raises(KeyboardInterrupt):
         locate(
-            lm, queries, out, settings=SETTINGS, batch_size=2, cache_bytes=1 << 28, progress=stop
+            lm,
+            queries,
+            out=out,
+            settings=SETTINGS,
+            batch_size=2,
+            cache_bytes=1 << 28,
+            progress=stop,
         )
     assert {p.name for p in out.iterdir()} == {"queries.jsonl", "parts", "caches"}  # and no results
     assert len(list((out / "parts").glob("*.npz"))) == after + 1
     again = []
     located = locate(
-        lm, queries, out, settings=SETTINGS, batch_size=2, progress=lambda *a: again.append(a)
+        lm, queries, out=out, settings=SETTINGS, batch_size=2, progress=lambda *a: again.append(a)
     )
     assert contents(out) == contents(whole[1])
     assert located.neurons == whole[0].neurons
@@ -360,14 +356,14 @@ def test_stop_in_the_middle_of_a_batch(whole, lm, queries, tmp_path, monkeypatch
 
     monkeypatch.setattr(qrnca, "attribute_batch", counted)
     with pytest.raises(SystemExit):
-        locate(lm, queries, out, settings=SETTINGS, batch_size=2)
+        locate(lm, queries, out=out, settings=SETTINGS, batch_size=2)
     assert len(list((out / "parts").glob("*.npz"))) == 2
     (out / "parts" / "00000.npz").write_bytes(b"damaged")
     del computed[:]
     monkeypatch.setattr(
         qrnca, "attribute_batch", lambda *a, **o: computed.append(1) or real(*a, **o)
     )
-    locate(lm, queries, out, settings=SETTINGS, batch_size=2)
+    locate(lm, queries, out=out, settings=SETTINGS, batch_size=2)
     total = len(batches.plan(encode_queries(lm, queries, SETTINGS), 2))
     assert len(computed) == total - 1
     assert contents(out) == contents(whole[1])
@@ -377,16 +373,16 @@ def test_finished_run_computes_nothing_again(whole, lm, queries, monkeypatch):
     located, out = whole
     before = contents(out)
     monkeypatch.setattr(qrnca, "attribute_batch", None)
-    again = locate(lm, queries, out, settings=SETTINGS, batch_size=2)
+    again = locate(lm, queries, out=out, settings=SETTINGS, batch_size=2)
     assert (contents(out), again.neurons) == (before, located.neurons)
 
 
 def test_batch_size_does_not_matter(whole, lm, queries, tmp_path):
     located, _ = whole
-    other = locate(lm, queries, tmp_path / "run", settings=SETTINGS, batch_size=5)
+    other = locate(lm, queries, out=tmp_path / "run", settings=SETTINGS, batch_size=5)
     assert other.common == located.common
     for name, found in other.neurons.items():
-        assert found.neurons == located.neurons[name].neurons
+        assert found.ranking == located[name].ranking
         np.testing.assert_allclose(found.naica, located.neurons[name].naica, rtol=1e-4)
 
 
@@ -395,17 +391,17 @@ def test_other_settings_data_or_model_in_the_same_directory(whole, lm, queries, 
     before = contents(out)
     settings = QRNCAConfig(quadrature=Quadrature("gauss", 5))
     with pytest.raises(DataError, match="holds a run with another settings"):
-        locate(lm, queries, out, settings=settings, batch_size=2)
-    with pytest.raises(DataError, match="another queries, prompts"):
-        locate(lm, queries[:5], out, settings=SETTINGS, batch_size=2)
+        locate(lm, queries, out=out, settings=settings, batch_size=2)
+    with pytest.raises(DataError, match="another queries;"):
+        locate(lm, queries[:5], out=out, settings=SETTINGS, batch_size=2)
     with pytest.raises(DataError, match="another batch size"):
-        locate(lm, queries, out, settings=SETTINGS, batch_size=3)
+        locate(lm, queries, out=out, settings=SETTINGS, batch_size=3)
     other = jaxneurons.load(write_lm(tmp_path / "model", seed=1))
     with pytest.raises(DataError, match="another model"):
-        locate(other, queries, out, settings=SETTINGS, batch_size=2)
+        locate(other, queries, out=out, settings=SETTINGS, batch_size=2)
     half = jaxneurons.load(lm.source, dtype=jnp.bfloat16)
     with pytest.raises(DataError, match="another dtype"):
-        locate(half, queries, out, settings=SETTINGS, batch_size=2)
+        locate(half, queries, out=out, settings=SETTINGS, batch_size=2)
     assert contents(out) == before
 
 
@@ -420,7 +416,7 @@ def test_long_prompt_names_its_query(lm, tmp_path):
     records = cloze(4)
     records[2]["prompts"][1] = "The capital of Italy is " * 40 + "not"
     with pytest.raises(DataError, match=r"query 'fact-2', prompt 2: .* \d+ tokens.*holds 128"):
-        locate(lm, read(tmp_path, records), tmp_path / "run", settings=SETTINGS)
+        locate(lm, read(tmp_path, records), out=tmp_path / "run", settings=SETTINGS)
     assert not (tmp_path / "run").exists()
 
 
@@ -428,16 +424,16 @@ def test_trailing_space_names_its_query(lm, tmp_path):
     records = cloze(4)
     records[3]["prompts"][0] += " "
     with pytest.raises(DataError, match=r"query 'fact-3', prompt 1: .*trailing space"):
-        locate(lm, read(tmp_path, records), tmp_path / "run", settings=SETTINGS)
+        locate(lm, read(tmp_path, records), out=tmp_path / "run", settings=SETTINGS)
 
 
 def test_too_few_queries(lm, queries, tmp_path):
     with pytest.raises(DataError, match="one query only"):
-        locate(lm, queries[:1], tmp_path / "run", settings=SETTINGS)
+        locate(lm, queries[:1], out=tmp_path / "run", settings=SETTINGS)
     with pytest.raises(DataError, match="3 queries leave no neurons"):
-        locate(lm, queries[:3], tmp_path / "run", settings=SETTINGS)
+        locate(lm, queries[:3], out=tmp_path / "run", settings=SETTINGS)
     with pytest.raises(ConfigError, match="batch size"):
-        locate(lm, queries, tmp_path / "run", settings=SETTINGS, batch_size=-1)
+        locate(lm, queries, out=tmp_path / "run", settings=SETTINGS, batch_size=-1)
     assert not (tmp_path / "run").exists()
 
 
@@ -447,7 +443,7 @@ def test_scores_that_are_not_converged_are_warned_of(lm, queries, tmp_path, monk
     monkeypatch.setattr("jaxneurons.qrnca.caveats.LARGE_GAP", 0.0)
     message = r"not converged \(largest: .*--max-nodes 20"
     with pytest.warns(UnresolvedWarning, match=message) as said:
-        located = locate(lm, queries, tmp_path / "run", settings=settings)
+        located = locate(lm, queries, out=tmp_path / "run", settings=settings)
     gaps = {name: float(found[0].gap.max()) for name, found in located.prompts.items()}
     largest = max(gaps, key=gaps.__getitem__)
     assert f"{gaps[largest]:.2g} in layer" in str(said[0].message)

@@ -91,7 +91,7 @@ def test_against_the_oracle(queries, config):
     assert {neuron.layer * WIDTH + neuron.index: n for neuron, n in common} == want_common
     assert list(found) == list(want)
     for name, result in found.items():
-        flat = [neuron.layer * WIDTH + neuron.index for neuron in result.neurons]
+        flat = [neuron.layer * WIDTH + neuron.index for neuron in result.ranking]
         # Which of two neurons comes first is free where their scores are equal up to rounding.
         np.testing.assert_allclose(result.naica, [naica[name][n] for n in flat], rtol=1e-9)
         np.testing.assert_allclose(result.naica, [naica[name][n] for n in want[name]], rtol=1e-9)
@@ -154,23 +154,23 @@ def test_rank_by_hand():
     }
     found, common = rank(clusters, width=7, settings=QRNCAConfig())
     own = math.log(5 / 2)
-    assert found["a"].neurons == [Neuron(0, 3)]
+    assert found["a"].ranking == [Neuron(0, 3)]
     assert found["a"].naica == pytest.approx([0.3 * own])
     assert (found["a"].na, found["a"].ica) == ([0.3], pytest.approx([own]))
-    assert found["b"].neurons == [Neuron(1, 2), Neuron(1, 1)]  # 9 and 8, best first
+    assert found["b"].ranking == [Neuron(1, 2), Neuron(1, 1)]  # 9 and 8, best first
     assert found["b"].naica == pytest.approx([0.2 * own, 0.1 * own])
-    assert found["c"].neurons == []
-    assert found["d"].neurons == [Neuron(1, 3)]
+    assert found["c"].ranking == []
+    assert found["d"].ranking == [Neuron(1, 3)]
     assert common == [(Neuron(0, 0), 5), (Neuron(0, 1), 2)]  # most frequent first
 
     found, common = rank(clusters, width=7, settings=QRNCAConfig(common=0.4))  # int(2.0) = 2
-    assert found["a"].neurons == [Neuron(0, 3), Neuron(0, 1)]
+    assert found["a"].ranking == [Neuron(0, 3), Neuron(0, 1)]
     assert found["a"].naica == pytest.approx([0.3 * own, 0.2 * math.log(5 / 3)])
     assert common == [(Neuron(0, 0), 5)]
 
     found, common = rank(clusters, width=7, settings=QRNCAConfig(common=1.0))
     assert common == []
-    assert found["c"].neurons == []  # in every cluster: log(5/6) < 0
+    assert found["c"].ranking == []  # in every cluster: log(5/6) < 0
 
 
 def test_top_is_taken_before_common_neurons_are_removed():
@@ -179,9 +179,9 @@ def test_top_is_taken_before_common_neurons_are_removed():
     # 0 and 1 are in 3 of 8, more than int(0.3 * 8) = 2; log(8/4) * 0.45 > log(8/2) * 0.05.
     found, common = rank(clusters, width=1000, settings=QRNCAConfig(top=2))
     assert [neuron.index for neuron, _ in common] == [0, 1]
-    assert found["q0"].neurons == []
+    assert found["q0"].ranking == []
     found, _ = rank(clusters, width=1000, settings=QRNCAConfig(top=3))
-    assert found["q0"].neurons == [Neuron(0, 100)]
+    assert found["q0"].ranking == [Neuron(0, 100)]
 
 
 @pytest.mark.parametrize(("count", "most"), [(10, 3), (11, 3), (13, 3), (14, 4), (20, 6)])
@@ -201,7 +201,7 @@ def test_ties_go_to_the_lower_neuron_whatever_the_order():
     others = {f"q{i}": {20 + i: 1.0} for i in range(4)}
     for cluster in (one, dict(reversed(one.items()))):
         found, _ = rank({"a": cluster, **others}, width=100, settings=QRNCAConfig(top=3))
-        assert [neuron.index for neuron in found["a"].neurons] == [1, 3, 5]
+        assert [neuron.index for neuron in found["a"].ranking] == [1, 3, 5]
 
 
 def test_too_few_queries_are_said_so():
@@ -228,7 +228,7 @@ def test_few_queries_are_refused_only_where_nothing_can_be_left(count, common):
     except DataError:
         assert count < 3 or int(common * count) < 1
     else:
-        assert all(len(result.neurons) == 1 for result in found.values())
+        assert all(len(result.ranking) == 1 for result in found.values())
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -261,9 +261,15 @@ def test_reference_settings():
         ({"common": 30.0}, r"common must be between 0 and 1, got 30\.0"),
         ({"prompts": 0}, "prompts must be at least 1, got 0"),
         ({"top": 0}, "top must be at least 1"),
-        ({"normalise": "none"}, "normalise must be 'coarse' or 'all', got 'none'"),
-        ({"form": "letter"}, "form must be 'context' or 'bare'"),
-        ({"site": "upp"}, r"unknown site 'upp'; did you mean 'up'"),
+        ({"normalise": "none"}, "normalise must be one of coarse, all; got 'none'"),
+        ({"form": "letter"}, "form must be one of context, bare; got 'letter'"),
+        ({"site": "upp"}, r"site must be one of up, gate, .*; got 'upp'; did you mean 'up'"),
+        ({"site": 3}, "site must be one of up, .*; got 3"),
+        ({"top": 2.5}, r"top must be an integer; got 2\.5"),
+        ({"prompts": True}, "prompts must be an integer; got True"),
+        ({"threshold": "0.2"}, r"threshold must be a number; got '0\.2'"),
+        ({"decimals": "6"}, "decimals must be an integer or None; got '6'"),
+        ({"quadrature": "gauss"}, "quadrature must be a Quadrature; got 'gauss'"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.fixtures import assert_same_outcomes, cloze, multi_choice, write_lm, write_queries
+from support.fixtures import (
+    assert_same_outcomes,
+    cloze,
+    located_run,
+    multi_choice,
+    write_lm,
+    write_queries,
+)
 
 import jaxneurons
 from jaxneurons.engine.last_position import LastPosition
@@ -19,7 +26,7 @@ from jaxneurons.qrnca import prompt_cache as caches
 from jaxneurons.qrnca import trials as trials_module
 from jaxneurons.qrnca.method import QRNCAConfig
 from jaxneurons.qrnca.prompt_cache import Caches, Prompts, default_limit
-from jaxneurons.qrnca.run import make_run, open_run
+from jaxneurons.qrnca.run import open_run
 from jaxneurons.qrnca.trials import run_trials
 
 # A random model says anything rather than the answer.
@@ -114,7 +121,9 @@ def test_trials_are_the_same_with_and_without(tmp_path, monkeypatch, form):
             record["group"] = "ab"[n % 2]
             record["answer"] = f"{record['answer']} and more"
     queries = read_queries(write_queries(tmp_path / "queries.json", records))
-    run = make_run(tmp_path / "run", lm, queries, SETTINGS, batch_size=4, cache_bytes=1 << 28)
+    run = located_run(
+        lm, queries, out=tmp_path / "run", settings=SETTINGS, batch_size=4, cache_bytes=1 << 28
+    )
     shutil.copytree(run.path, tmp_path / "without")
     shutil.rmtree(tmp_path / "without" / "caches")
     ran, real = [], qrnca.run_prompts

@@ -7,13 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.fixtures import assert_same_outcomes, cloze, multi_choice, write_lm, write_queries
+from support.fixtures import (
+    assert_same_outcomes,
+    cloze,
+    located_run,
+    multi_choice,
+    write_lm,
+    write_queries,
+)
 
 import jaxneurons
 from jaxneurons import forward
 from jaxneurons.engine.quadrature import Quadrature
-from jaxneurons.errors import DataError
-from jaxneurons.neurons.sets import Neuron
+from jaxneurons.engine.readout import words
+from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.neurons.controls import activation_matched
+from jaxneurons.neurons.sets import NeuronSet, Ranking
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import read_queries
 from jaxneurons.qrnca import prediction, trials
@@ -27,9 +36,8 @@ from jaxneurons.qrnca.analyses import (
     neuron_rows,
     overlap_rows,
     word_rows,
-    words,
 )
-from jaxneurons.qrnca.baselines import MATCHED, matched_neurons
+from jaxneurons.qrnca.baselines import MATCHED, method_sets
 from jaxneurons.qrnca.effects import (
     change_rows,
     completeness_share,
@@ -39,7 +47,7 @@ from jaxneurons.qrnca.effects import (
 from jaxneurons.qrnca.method import QRNCAConfig
 from jaxneurons.qrnca.pcr import FACTORS
 from jaxneurons.qrnca.prediction import READOUTS, _read, halves, pools, predict
-from jaxneurons.qrnca.run import make_run, open_run
+from jaxneurons.qrnca.run import open_run
 from jaxneurons.qrnca.trials import run_trials
 
 # A random model says anything rather than the answer.
@@ -61,7 +69,7 @@ def run(lm, tmp_path_factory):
     """Multi-choice queries of two groups, three wordings each."""
     home = tmp_path_factory.mktemp("run")
     queries = read_queries(write_queries(home / "queries.json", multi_choice(QUERIES)))
-    return make_run(home / "run", lm, queries, SETTINGS, batch_size=4)
+    return located_run(lm, queries, out=home / "run", settings=SETTINGS, batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,7 @@ def outcomes(run):
 def multipliers(neurons, factor):
     """[layer, width]."""
     scales = np.ones((LAYERS, WIDTH), np.float32)
-    for layer, index in neurons:
+    for _, (layer, index) in neurons:
         scales[layer, index] = factor
     return scales
 
@@ -93,7 +101,7 @@ def option_logits(lm, prompt, scales=None, step=0):
 @pytest.mark.parametrize("which", ["related", "unrelated"])
 def test_every_trial_as_a_full_pass(run, outcomes, which):
     """Related: a query's neurons on its own prompts. Unrelated: on those of its other query."""
-    prompts, owners = run.located.encoded, run.owners()
+    prompts, owners = run.encoded, run.owners()
     changed = 0.0
     for query in ("q0", "q5"):
         asked = query if which == "related" else outcomes.other[query]
@@ -120,21 +128,24 @@ def test_every_trial_as_a_full_pass(run, outcomes, which):
 
 
 def test_matched_neurons_are_changed_as_said(run, outcomes):
-    """The control of a prompt, drawn again as `matched_neurons` says, against a full pass."""
-    prompts, owners = run.located.encoded, run.owners()
+    """The control of a prompt, drawn again as `controls` says, against a full pass."""
+    prompts, owners = run.encoded, run.owners()
     index = owners.index("q5")
     prompt = prompts[index]
     out = forward(run.lm.params, jnp.array([prompt.prompt]), config=run.lm.config, capture=("up",))
-    active = np.abs(np.asarray(out.activations["up"][:, 0, 0]))
+    active = {"up": np.abs(np.asarray(out.activations["up"][:, 0, 0]))}
     rng = np.random.default_rng([0, index])
+    common = NeuronSet.of(up=[neuron for neuron, _ in run.common])
+    rankings = method_sets(run.prompts, run, common, config=run.lm.config, settings=run.settings)
     for method in outcomes.sets:  # in the order in which they are drawn
+        assert outcomes.sets[method]["q5"] == rankings[method]["q5"].neurons
         if method == "random":
             continue
-        drawn = matched_neurons(outcomes.sets[method]["q5"], active, rng)
+        drawn = activation_matched(rankings[method]["q5"], active, rng)
         if method == "QRNCA":
             # An unrelated query's control is drawn right after it.
             (source,) = (q for q, other in outcomes.other.items() if other == "q5")
-            matched_neurons(outcomes.sets[method][source], active, rng)
+            activation_matched(rankings[method][source], active, rng)
         scales = multipliers(drawn, 0.0)
         want = np.exp(option_logits(run.lm, prompt, scales)[prompt.answer[0]])
         assert outcomes.matched[method, "suppress", "q5"].after[0] == pytest.approx(want, rel=CLOSE)
@@ -176,7 +187,7 @@ def test_boosting_by_one_changes_nothing(run):
 
 def test_neurons_of_ones_own(run, outcomes):
     """As one more method: QRNCA's under another name come to the same."""
-    mine = {query: found.neurons for query, found in run.located.neurons.items()}
+    mine = {query: found.neurons for query, found in run.items()}
     found = run_trials(run, methods=("QRNCA",), extra={"mine": mine})
     for query in mine:
         a, b = (found.related[method, "boost", query].after for method in ("QRNCA", "mine"))
@@ -240,16 +251,16 @@ def test_free_answers_and_a_group_of_most_queries(lm, tmp_path):
     for n, record in enumerate(records):
         record["group"] = "capital" if n < 8 else "language"
     queries = read_queries(write_queries(tmp_path / "q.json", records))
-    free = make_run(tmp_path / "run", lm, queries, SETTINGS, batch_size=4)
+    free = located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS, batch_size=4)
     found = run_trials(free, methods=("QRNCA", "random"))
     groups = {query.id: query.group for query in queries}
     assert all(groups[a] != groups[b] for a, b in found.other.items())
-    prompts, owners = free.located.encoded, free.owners()
+    prompts, owners = free.encoded, free.owners()
     for query in groups:
         for which, asked in (("related", query), ("unrelated", found.other[query])):
             outcome = getattr(found, which)["QRNCA", "suppress", query]
             prompt = prompts[owners.index(asked)]
-            neurons = free.located.neurons[query].neurons
+            neurons = free[query].neurons
             scales = multipliers(neurons, 0.0)
             want, says = 1.0, True
             for step, token in enumerate(prompt.answer):  # each after those before it
@@ -265,24 +276,56 @@ def test_some_queries_in_no_group(lm, tmp_path):
     del records[3]["group"]
     queries = read_queries(write_queries(tmp_path / "q.json", records))
     with pytest.raises(DataError, match="'fact-3' is in no group"):
-        make_run(tmp_path / "run", lm, queries, SETTINGS)
+        located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS)
 
 
 def test_completeness_share_of_everything_kept(run):
-    for prompts in run.located.prompts.values():
+    for prompts in run.prompts.values():
         kept = {n for p in prompts for n in p.neurons.tolist()}
-        neurons = [Neuron(*divmod(n, WIDTH)) for n in kept]
+        neurons = NeuronSet.of(up=[divmod(n, WIDTH) for n in kept])
+        model = {"config": run.lm.config, "site": "up"}
         held = sum(p.scores.sum(dtype=np.float64) for p in prompts)
         whole = sum(p.total for p in prompts)
-        found = completeness_share(prompts, neurons, WIDTH)
+        found = completeness_share(prompts, neurons, **model)
         assert found == pytest.approx(held / whole) if whole > 0 else np.isnan(found)
-        assert np.isnan(found) or completeness_share(prompts, [], WIDTH) == 0
+        assert np.isnan(found) or completeness_share(prompts, NeuronSet(), **model) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda sets: sets.pop("q3"), DataError, "'mine' has no neurons for query 'q3'"),
+        (
+            lambda sets: sets.update(q3=NeuronSet.of(down=[(0, 1)])),
+            DataError,
+            "this run is of neurons at 'up', 'mine' has some at down",
+        ),
+        (
+            lambda sets: sets.update(q3=NeuronSet.of(up=[(9, 1)])),
+            DataError,
+            "layer 9 is not in this model",
+        ),
+    ],
+)
+def test_neurons_that_cannot_be_changed(run, monkeypatch, change, error, message):
+    monkeypatch.setattr(trials, "scaled_answers", None)  # said before anything is computed
+    sets = {query: found.neurons for query, found in run.items()}
+    change(sets)
+    with pytest.raises(error, match=message):
+        run_trials(run, methods=(), extra={"mine": sets})
+
+
+def test_a_method_that_is_none(run):
+    with pytest.raises(
+        ConfigError, match="unknown method 'activations'; did you mean 'activation'"
+    ):
+        run_trials(run, methods=("activations",))
 
 
 def test_one_group_only_is_an_error(lm, tmp_path):
     records = {name: r for name, r in multi_choice(16).items() if r["relation_name"] == "biology"}
     queries = read_queries(write_queries(tmp_path / "q.json", records))
-    one = make_run(tmp_path / "run", lm, queries, SETTINGS)
+    one = located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS)
     with pytest.raises(DataError, match="one group only"):
         run_trials(one)
 
@@ -293,12 +336,12 @@ def test_one_group_only_is_an_error(lm, tmp_path):
 def test_a_run_opened_again(run, outcomes, monkeypatch):
     written = (run.path / "run.json").read_text()
     monkeypatch.setattr(trials, "scaled_answers", None)  # nothing is computed again
-    monkeypatch.setattr("jaxneurons.qrnca.locating.platform.platform", lambda: "another machine")
+    monkeypatch.setattr("jaxneurons.qrnca.files.platform.platform", lambda: "another machine")
     again = open_run(run.path, run.lm)
     assert again.queries == run.queries
     assert again.settings == run.settings
-    assert again.located.neurons == run.located.neurons
-    assert again.located.common == run.located.common
+    assert again.neurons == run.neurons
+    assert again.common == run.common
     found = run_trials(again)
     assert found.related.keys() == outcomes.related.keys()
     assert all((found.related[k].after == outcomes.related[k].after).all() for k in found.related)
@@ -320,7 +363,7 @@ def test_a_damaged_run(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run.path, copy)
     (copy / "queries.jsonl").write_text('{"id": "x"}\n')
-    with pytest.raises(DataError, match="damaged or older run"):
+    with pytest.raises(DataError, match=r"queries\.jsonl: query 1: no .*--queries QUERIES --out "):
         open_run(copy, run.lm)
 
 
@@ -332,8 +375,8 @@ def test_neurons_are_accumulated_by_group(run):
     for group, members in run.groups.items():
         weight = {}
         for query in members:
-            found = run.located.neurons[query]
-            for neuron, naica in zip(found.neurons, found.naica, strict=True):
+            found = run[query]
+            for neuron, naica in zip(found.ranking, found.naica, strict=True):
                 weight.setdefault(neuron, []).append(naica)
         own = {(r["layer"], r["index"]): r for r in rows if r["group"] == group}
         assert set(own) == set(weight)
@@ -345,8 +388,7 @@ def test_neurons_are_accumulated_by_group(run):
 def test_counts_layers_and_overlap_agree_with_the_sets(run):
     rows = neuron_rows(run)
     sets = {
-        group: [run.located.neurons[query].neurons for query in members]
-        for group, members in run.groups.items()
+        group: [run[query].ranking for query in members] for group, members in run.groups.items()
     }
     counts = {row["group"]: row for row in count_rows(run)}
     for group, each in sets.items():
@@ -370,21 +412,22 @@ def test_counts_layers_and_overlap_agree_with_the_sets(run):
 
 def test_words_are_the_ends_of_the_unembedded_row(run):
     lm = run.lm
-    neurons = run.located.neurons["q1"].neurons[:2]
+    neurons = run["q1"].ranking[:2]
+    ranking = Ranking(tuple(neurons), "up")
     down = np.asarray(lm.params["layers"]["ffn"]["down"]["kernel"])
     table = (
         np.asarray(lm.params["embed"]["embedding"]).T
         if lm.config.tied
         else np.asarray(lm.params["unembed"]["kernel"])
     )
-    for neuron, (promotes, demotes) in zip(neurons, words(lm, neurons, count=3), strict=True):
+    for neuron, (promotes, demotes) in zip(neurons, words(lm, ranking, count=3), strict=True):
         logits = (down[neuron] * np.asarray(lm.params["final_norm"]["scale"])) @ table
         order = np.argsort(logits)
         assert promotes == [lm.tokenizer.decode([i]) for i in order[::-1][:3]]
         assert demotes == [lm.tokenizer.decode([i]) for i in order[:3]]
     rows = word_rows(run, neuron_rows(run), each=2)
     assert [row["group"] for row in rows].count("physics") == 2
-    assert [row["group"] for row in rows].count("common") == len(run.located.common)
+    assert [row["group"] for row in rows].count("common") == len(run.common)
 
 
 def test_average_overlap():
@@ -415,9 +458,10 @@ def test_kinds_of_neurons_on_the_same_queries(run):
 
 
 def test_a_run_agrees_with_itself(run):
-    rows = against_rows(run, run.path)
+    rows = against_rows(run, open_run(run.path, run.lm), "itself")
     assert [row["group"] for row in rows] == ["all", "physics", "biology"]
     assert all(row["jaccard"] == row["average_overlap"] == 1 for row in rows)
+    assert {row["other"] for row in rows} == {"itself"}
     assert rows[0]["jaccard_other_query"] < 1
 
 
@@ -427,7 +471,7 @@ def test_a_run_agrees_with_itself(run):
 def test_what_is_read_off_is_what_the_plain_model_has(run):
     """Activations with a letter put, and logit contributions, one prompt and letter at a time."""
     lm = run.lm
-    prompts = run.located.encoded
+    prompts = run.encoded
     where = np.array([[0, 5], [2, 60], [1, 7]], np.int32)
     batch = batches.plan(prompts, 4)[0]
     at = jnp.broadcast_to(where, (len(batch.index), 3, 2))
@@ -469,10 +513,9 @@ def test_pools_come_from_the_other_half_alone(run):
         name: prompts
         if half[name] == 0
         else [p._replace(neurons=(p.neurons + 7) % (LAYERS * WIDTH)) for p in prompts]
-        for name, prompts in run.located.prompts.items()
+        for name, prompts in run.prompts.items()
     }
-    located = dataclasses.replace(run.located, prompts=emptied)
-    changed = dataclasses.replace(run, located=located)
+    changed = dataclasses.replace(run, prompts=emptied)
     assert pools(changed, half, 0) == found
     assert pools(changed, half, 1) != pools(run, half, 1)  # and where they count, they do
 
@@ -483,7 +526,7 @@ def test_prediction_table(run, monkeypatch):
     assert [row["group"] for row in rows if row["readout"] == "chance"] == groups
     assert all(row["accuracy"] == 0.25 for row in rows if row["readout"] == "chance")
     prompting = [row for row in rows if row["readout"] == "prompting"]
-    correct = [p.correct for found in run.located.prompts.values() for p in found]
+    correct = [p.correct for found in run.prompts.values() for p in found]
     assert prompting[0]["accuracy"] == pytest.approx(np.mean(correct))
     for readout in READOUTS:
         own = [r for r in rows if r["readout"] == readout and r["group"] == "all"]
@@ -495,6 +538,6 @@ def test_prediction_table(run, monkeypatch):
 
 def test_prediction_needs_options(lm, tmp_path):
     queries = read_queries(write_queries(tmp_path / "q.json", cloze(8)))
-    free = make_run(tmp_path / "run", lm, queries, SETTINGS)
+    free = located_run(lm, queries, out=tmp_path / "run", settings=SETTINGS)
     with pytest.raises(DataError, match="has no options"):
         predict(free)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from jaxneurons.qrnca import views as qrnca_views
 from jaxneurons.storage.printable import encodable
 from jaxneurons.terminal import console as terminal
 from jaxneurons.terminal.stopping import BROKEN_PIPE, PROMISE, too_much
@@ -35,7 +36,8 @@ def printed(show, monkeypatch, *, encoding="utf-8", width=80):
     """What a function of `terminal` prints, as bytes in an encoding, decoded."""
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    monkeypatch.setattr(terminal, "console", terminal.Plain(file=file, width=width))
+    for module in (terminal, qrnca_views):
+        monkeypatch.setattr(module, "console", terminal.Plain(file=file, width=width))
     show()
     file.flush()
     return raw.getvalue().decode(encoding)
@@ -96,10 +98,10 @@ def test_a_name_of_escapes_leaves_room_for_the_numbers(monkeypatch):
 
 
 def test_readouts_of_many_groups_are_rows(monkeypatch):
-    few = printed(lambda: terminal.show_prediction(prediction("abc")), monkeypatch)
+    few = printed(lambda: qrnca_views.show_prediction(prediction("abc")), monkeypatch)
     assert re.search(r"ridge, own +12% +25% +38%", few)
     groups = [f"group {i}" for i in range(40)]
-    many = printed(lambda: terminal.show_prediction(prediction(groups)), monkeypatch)
+    many = printed(lambda: qrnca_views.show_prediction(prediction(groups)), monkeypatch)
     assert re.findall(r"^ +group (\d+) ", many, re.MULTILINE) == [str(i) for i in range(40)]
     assert re.search(r"group 1 +25% +25%", many)
 
@@ -251,10 +253,10 @@ def listens(process):
 def test_a_failure_ends_without_a_shutdown_of_what_it_left_in_threads(tmp_path):
     """Threads of a writer that failed print tracebacks then."""
     program = (
-        "import atexit, sys, jaxneurons_main\n"
+        "import atexit, sys, jaxneurons.__main__\n"
         "atexit.register(print, 'a traceback', file=sys.stderr)\n"
         "sys.argv[1:] = ['inspect', 'nothing']\n"
-        "jaxneurons_main.main()\n"
+        "jaxneurons.__main__.main()\n"
     )
     found = subprocess.run(
         [sys.executable, "-c", program],
@@ -273,7 +275,7 @@ def test_a_failure_ends_without_a_shutdown_of_what_it_left_in_threads(tmp_path):
 def test_a_signal_while_libraries_are_loaded(after):
     """No traceback, and the command ends instead of going on."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "jaxneurons_main", "qrnca", "locate", "--help"],
+        [sys.executable, "-m", "jaxneurons", "qrnca", "locate", "--help"],
         cwd=Path(__file__).parents[2],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -7,6 +7,7 @@ them off at the last prompt position, and turns off random neurons of the same l
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -17,14 +18,21 @@ from jaxneurons.engine.last_position import changes, last_position, scaled_answe
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError
 from jaxneurons.lab.bundled import bundled_queries
-from jaxneurons.neurons.sets import Neuron, matched_random, site_width
+from jaxneurons.neurons.controls import generator
+from jaxneurons.neurons.sets import Neuron, NeuronSet, site_width
 from jaxneurons.plots.figures import neuron_map
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca.joining import join
-from jaxneurons.qrnca.locating import Located, Progress, encode_queries, locate
+from jaxneurons.qrnca.locating import check_model, locate
 from jaxneurons.qrnca.method import QRNCAConfig, run_prompts
+from jaxneurons.qrnca.run import Run, encode_queries
+from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import write_json
+from jaxneurons.storage.tables import as_table, html_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SETTINGS = QRNCAConfig(quadrature=Quadrature())
 """The paper's method with converged attributions."""
@@ -57,21 +65,37 @@ class Effect:
     random_lost: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Demo:
-    """What the demo found.
+    """Neurons of facts that a model knows, and what happens to the facts without them.
 
     Attributes:
-      located: neurons of the facts the model knows.
+      run: neurons of the facts the model knows.
       effects: per group, then over all.
       unknown: ids of the facts it did not answer in every wording; left out.
-      figure: the picture.
+      figure: the picture; None where nothing was written.
     """
 
-    located: Located
+    run: Run
     effects: list[Effect]
     unknown: list[str]
-    figure: Path
+    figure: Path | None
+
+    @property
+    def table(self) -> "pa.Table":
+        """The effects as a table."""
+        return as_table(map(dataclasses.asdict, self.effects))
+
+    def __repr__(self) -> str:
+        everything = self.effects[-1]
+        return (
+            f"Demo on {self.run.name}: {everything.facts} facts; the answer's probability is "
+            f"{everything.before:.3f}, {everything.suppressed:.3f} with each fact's neurons off, "
+            f"{everything.random:.3f} with random ones of the same layers off"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), [dataclasses.asdict(effect) for effect in self.effects])
 
 
 def bundled_facts(per_group: int | None = None) -> list[Query]:
@@ -100,32 +124,34 @@ def demo_facts(source: str) -> list[Query]:
 
 def known(lm: LM, facts: list[Query]) -> list[bool]:
     """Whether the model says the answer, whole, after every wording of a fact."""
-    says = _suppressed(lm, facts, [[[]]] * len(facts))[1]
+    says = _suppressed(lm, facts, [[NeuronSet()]] * len(facts))[1]
     return [bool(each[0].all()) for each in says]
 
 
-def run_demo(
+def demo(
     lm: LM,
-    out: str | os.PathLike[str],
     *,
+    out: str | os.PathLike[str] | None = None,
     facts: list[Query] | None = None,
     draws: int = 10,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Demo:
-    """Locate the neurons of the facts that `lm` knows, suppress them, and write what happens.
+    """Locate the neurons of the facts that `lm` knows, suppress them, and see what happens.
 
     Args:
       lm: the model.
-      out: the run directory: that of `locate`, with `effects.json` and `neurons.png`.
+      out: the run directory: that of `locate`, with `effects.json` and `neurons.png`; default:
+        none, and nothing is written.
       facts: default: `demo_facts`.
       draws: random control sets per fact.
       seed: of those draws.
-      progress: told how many prompts are attributed.
+      progress: called with how many prompts are attributed, of how many.
 
     Raises:
       DataError: the model knows fewer than two of the facts.
     """
+    check_model(lm)
     facts = demo_facts(lm.source) if facts is None else facts
     encode_queries(lm, facts, SETTINGS)
     facts = join(lm.params, lm.tokenizer, facts, config=lm.config, site=SETTINGS.site)
@@ -137,8 +163,10 @@ def run_demo(
             f"the model knows {len(facts)} of the facts, too few to locate: "
             "try another model, or facts of your own with `jaxneurons qrnca locate`"
         )
-    located = locate(lm, facts, out, settings=SETTINGS, cache_bytes=0, progress=progress)
-    effects = suppress(lm, facts, located, draws=draws, seed=seed)
+    run = locate(lm, facts, settings=SETTINGS, out=out, cache_bytes=0, progress=progress)
+    effects = suppress(lm, facts, run, draws=draws, seed=seed)
+    if out is None:
+        return Demo(run, effects, unknown, None)
     record = {
         "suppressed_at": "last prompt position",
         "draws": draws,
@@ -147,20 +175,19 @@ def run_demo(
         "effects": [dataclasses.asdict(effect) for effect in effects],
     }
     write_json(Path(out) / "effects.json", record)
-    figure = draw(lm, facts, located, Path(out) / "neurons.png")
-    return Demo(located, effects, unknown, figure)
+    figure = draw(lm, facts, run, Path(out) / "neurons.png")
+    return Demo(run, effects, unknown, figure)
 
 
 def suppress(
-    lm: LM, facts: list[Query], located: Located, *, draws: int = 10, seed: int = 0
+    lm: LM, facts: list[Query], run: Run, *, draws: int = 10, seed: int = 0
 ) -> list[Effect]:
     """Each fact's answer with its own neurons off, and with random ones of the same layers off."""
-    rng = np.random.default_rng(seed)
-    width = site_width(lm.config, SETTINGS.site)
+    rng = generator(seed)
     trials = []
     for fact in facts:
-        own = located.neurons[fact.id].neurons
-        sets = [[], own] + [matched_random(own, width=width, rng=rng) for _ in range(draws)]
+        own = run[fact.id].neurons
+        sets = [NeuronSet(), own, *(own.random_like(lm.config, rng) for _ in range(draws))]
         trials.append(sets)
     p, says = _suppressed(lm, facts, trials)
 
@@ -168,7 +195,7 @@ def suppress(
         chance = np.concatenate([p[i] for i in members], axis=1)  # [trial, prompt]
         kept = np.concatenate([says[i] for i in members], axis=1)
         random = chance[2:].mean(1)
-        sizes = [len(located.neurons[facts[i].id].neurons) for i in members]
+        sizes = [len(run[facts[i].id].ranking) for i in members]
         return Effect(
             group=group,
             facts=len(members),
@@ -188,26 +215,25 @@ def suppress(
     return [effect(group, members) for group, members in groups.items()] + [everything]
 
 
-def draw(lm: LM, facts: list[Query], located: Located, path: Path) -> Path:
+def draw(lm: LM, facts: list[Query], run: Run, path: Path) -> Path:
     """The picture: layers x neurons, naica accumulated over the facts of each group."""
     groups: dict[str, dict[Neuron, float]] = {}
     for fact in facts:
         group = groups.setdefault(fact.group, {})
-        found = located.neurons[fact.id]
-        for neuron, naica in zip(found.neurons, found.naica, strict=True):
+        for neuron, naica in zip(run[fact.id].ranking, run[fact.id].naica, strict=True):
             group[neuron] = group.get(neuron, 0.0) + naica
     return neuron_map(
         groups,
         path,
         num_layers=lm.config.num_layers,
         width=site_width(lm.config, SETTINGS.site),
-        common=[neuron for neuron, _ in located.common],
+        common=[neuron for neuron, _ in run.common],
         title=f"Query-relevant neurons of {len(facts)} facts, {lm.source} (size: naica)",
     )
 
 
 def _suppressed(
-    lm: LM, facts: list[Query], trials: list[list[list[Neuron]]]
+    lm: LM, facts: list[Query], trials: list[list[NeuronSet]]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per fact, [trial, prompt]: the answer's probability and whether it comes first.
 
@@ -223,8 +249,9 @@ def _suppressed(
         off = [[(trials[owner[i]][t], 0.0) for i in rows] for t in range(len(trials[0]))]
         pre = run_prompts(lm.params, batch, config=lm.config, site=SETTINGS.site)
         last = last_position(pre)
+        off = changes(off, site=SETTINGS.site)
         got = jax.device_get(
-            scaled_answers(lm.params, last, changes(off), config=lm.config, site=SETTINGS.site)
+            scaled_answers(lm.params, last, off, config=lm.config, site=SETTINGS.site)
         )
         p[:, index] = got.probability[:, : len(index)]
         says[:, index] = got.first[:, : len(index)]

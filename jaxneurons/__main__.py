@@ -1,7 +1,7 @@
 """Where the program `jaxneurons` begins: a signal ends it cleanly while its libraries are loaded.
 
-Outside the package, since importing anything of it imports JAX: that takes a second or more, in
-which Python would print a traceback, or drop a Ctrl-C that arrives in a callback of JAX's.
+Nothing but the standard library is imported before the signals are heeded: JAX takes a second or
+more, in which Python would print a traceback, or drop a Ctrl-C that arrives in a callback of JAX's.
 """
 
 import os
