@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-STORED = ("ablation",)
+STORED = ("ablation", "query_neurons")
 """Those whose outputs are shown in the documentation."""
 
 
