@@ -447,7 +447,7 @@ def test_balanced_takes_of_each_group(run):
 
 
 def test_kinds_of_neurons_on_the_same_queries(run):
-    pairs, effects = kind_rows(run, limit=8)
+    pairs, effects = kind_rows(run, limit=8, out=run.path)
     assert [(row["site"], row["other"]) for row in pairs] == [
         ("up", "gate"),
         ("up", "act"),
