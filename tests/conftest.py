@@ -13,7 +13,10 @@ import pytest
 # rotary angles are written as broadcasts.
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_default_matmul_precision", "highest")
+# Types are mixed on purpose or not at all.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tiny models: compiling takes most of the time. Tests of the real one compile as users do.
+jax.config.update("jax_disable_most_optimizations", True)
 
 SAMPLES = Path(__file__).with_name("data")
 FORMATS = {"query_file": ("qrneuron", "*.json"), "relation_directory": ("", "lre")}
@@ -79,6 +82,17 @@ def settings_check_themselves():
 
     for settings in (QRNCAConfig,):
         settings.__init__ = inspect.unwrap(settings.__init__)
+
+
+@pytest.fixture(autouse=True)
+def compiled_as_for_users(request):
+    """Tests of the real model, which is run for longer than it is compiled."""
+    real = request.node.get_closest_marker("smollm2") is not None
+    if real:
+        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    if real:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

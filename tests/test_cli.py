@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from support.checkpoints import (
     byte_level_vocabulary,
@@ -16,6 +17,7 @@ from support.checkpoints import (
     write_gguf,
 )
 from support.fixtures import cloze, multi_choice, write_lm, write_queries
+from support.pictures import ink, pixels
 
 import jaxneurons
 from jaxneurons.engine.quadrature import Quadrature
@@ -296,18 +298,23 @@ def png_size(path):
     ids=["two", "one-empty", "empty", "zero", "many"],
 )
 def test_neuron_map(tmp_path, found):
-    path = neuron_map(
-        found,
-        tmp_path / "map.png",
-        num_layers=3,
-        width=64,
-        title="tiny",
-        common=[Neuron(2, 5)] if "a" in found else [],
-    )
+    def draw(neurons, name):
+        common = [Neuron(2, 5)] if "a" in neurons else []
+        return neuron_map(
+            neurons, tmp_path / name, num_layers=3, width=64, title="tiny", common=common
+        )
+
+    path = draw(found, "map.png")
     width, height = png_size(path)
     assert 1000 <= width <= 4000
     assert 500 <= height <= 3000
-    assert path.stat().st_size > 5000
+    moved = {
+        group: {Neuron(2 - neuron.layer, neuron.index): 2 * value for neuron, value in of.items()}
+        for group, of in found.items()
+    }
+    assert ink(path) > 0.005
+    same = np.array_equal(pixels(path), pixels(draw(moved, "moved.png")))
+    assert same == (not any(found.values()))
 
 
 def test_demo_needs_no_download(run, tmp_path, monkeypatch):

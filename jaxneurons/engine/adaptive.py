@@ -105,16 +105,8 @@ def adaptive(
     ablated = panels.p_left[..., extra:]
 
     refine_all = jax.vmap(jax.vmap(functools.partial(refine, quadrature=quadrature)))
-    none = jnp.zeros((*shape, CAPACITY), jnp.float32)
-    wide = jnp.zeros((*shape, CAPACITY, width), jnp.float32)
-    search = Search(
-        total=jnp.zeros((*shape, count, width), jnp.float32),
-        error=jnp.zeros((*shape, count), jnp.float32),
-        nodes=_per_layer(panels.layer, valid, count).astype(jnp.int32),
-        waiting=Panels(none.astype(jnp.int32), none, none, none, none, wide, wide, none),
-        size=jnp.zeros(shape, jnp.int32),
-    )
-    search = refine_all(search, path, panels, valid, p, gradient)
+    nodes = _per_layer(panels.layer, valid, count).astype(jnp.int32)
+    search = refine_all(_empty(nodes, width), path, panels, valid, p, gradient)
 
     queries = shape[0] * shape[1]
     together = int(np.clip(ROUND_ROWS // (INNER * queries), 4, max(rows // INNER, 1)))
@@ -145,9 +137,24 @@ def adaptive(
     return search.total, ablated, search.error, search.nodes
 
 
+def _empty(nodes: Array, width: int) -> Search:
+    """Nothing accepted and nothing waiting; `nodes` [batch, answer, layer] of the first pass."""
+    *shape, count = nodes.shape
+    none = jnp.zeros((*shape, CAPACITY), jnp.float32)
+    wide = jnp.zeros((*shape, CAPACITY, width), jnp.float32)
+    return Search(
+        total=jnp.zeros((*shape, count, width), jnp.float32),
+        error=jnp.zeros((*shape, count), jnp.float32),
+        nodes=nodes,
+        waiting=Panels(none.astype(jnp.int32), none, none, none, none, wide, wide, none),
+        size=jnp.zeros(shape, jnp.int32),
+    )
+
+
 def _per_layer(layer: Array, valid: Array, count: int) -> Array:
     """Nodes of first-pass panels [..., panel], added up by layer."""
-    return (INNER + 1) * (jax.nn.one_hot(layer, count) * valid[..., None]).sum(-2)
+    where = jax.nn.one_hot(layer, count)
+    return (INNER + 1) * jnp.where(valid[..., None], where, 0).sum(-2)
 
 
 def _nodes(panels: Panels) -> Array:
@@ -338,7 +345,7 @@ def cut(search: Search, estimates: Estimate, parts: Array) -> Search:
       parts: that each is cut into, [panel]; 0: it is accepted.
     """
     panels, p, gradient = estimates.panels, estimates.probability, estimates.gradient
-    accepted = estimates.one_hot * (parts == 0)[:, None]
+    accepted = jnp.where((parts == 0)[:, None], estimates.one_hot, 0)
 
     number = jnp.arange(PANEL_NODES - 1)
     in_two = (parts == 2)[:, None]
@@ -358,7 +365,7 @@ def cut(search: Search, estimates: Estimate, parts: Array) -> Search:
     )
     real = (number < parts[:, None]).reshape(-1)
     place = jnp.where(real, search.size + jnp.cumsum(real) - 1, CAPACITY)
-    inner = INNER * (estimates.one_hot * parts[:, None]).sum(0)
+    inner = INNER * (estimates.one_hot * parts[:, None].astype(jnp.float32)).sum(0)
     return Search(
         total=search.total + accepted.T @ estimates.integral,
         error=search.error + accepted.T @ estimates.error,

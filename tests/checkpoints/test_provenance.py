@@ -5,6 +5,7 @@ import gc
 import json
 import weakref
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +121,7 @@ def test_saving_an_edited_model(lm, tmp_path, to):
     edit = changed(lm, 3)
     saved = jn.load(jn.save(edit, tmp_path / "edit", to=to))
     same = jn.load(jn.save(lm, tmp_path / "same", to=to))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), saved.params, edit.params))
+    chex.assert_trees_all_equal(saved.params, edit.params)
     assert not saved.edited
     assert len({lm.hash, edit.hash, saved.hash, same.hash}) == 4
     if to == "native":

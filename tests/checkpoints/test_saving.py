@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -125,7 +126,7 @@ def test_a_full_disk(tmp_path, tokenizer, monkeypatch, capfd, caplog, to):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
     save(lm, tmp_path / "out", to=to)
     again = jaxneurons.load(tmp_path / "out")
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.params, lm.params))
+    chex.assert_trees_all_equal(again.params, lm.params)
 
 
 def test_writes_that_never_began(tmp_path, capfd):
@@ -229,14 +230,14 @@ def test_large_checkpoints_are_sharded_with_an_index(tmp_path, tokenizer):
     }
     assert_bits(stored(out), tensors)
     _, params = read_hf(out)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), params, lm.params))
+    chex.assert_trees_all_equal(params, lm.params)
 
 
 def test_gguf_to_hf(tmp_path):
     lm = jaxneurons.load(write_tiny_gguf(tmp_path / "m.gguf"))
     back = jaxneurons.load(save(lm, tmp_path / "out", to="hf"))
     assert back.config == lm.config
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), back.params, lm.params))
+    chex.assert_trees_all_equal(back.params, lm.params)
     text = "hello 12, hello"
     assert back.tokenizer(text)["input_ids"] == lm.tokenizer(text)["input_ids"]
 
@@ -269,7 +270,7 @@ def test_parameters_arrive_sharded(tmp_path, tokenizer, kind):
     whole, split = jaxneurons.load(source), jaxneurons.load(source, mesh=mesh, rules=rules)
     up = split.params["layers"]["ffn"]["up"]["kernel"]
     assert {shard.data.shape for shard in up.addressable_shards} == {(2, 32, 32)}
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole.params, split.params))
+    chex.assert_trees_all_equal(whole.params, split.params)
 
 
 def test_a_destination_that_is_taken(tmp_path, tokenizer):

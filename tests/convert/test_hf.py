@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -237,14 +238,18 @@ def test_an_index_that_lists_both_embeddings_of_a_tied_model(tmp_path):
 
 def test_rotary_tables_are_dropped(tmp_path):
     tensors = hf_tensors(tiny())
+    _, expected = read_hf(write_hf(tmp_path / "without", tiny(), tensors))
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    read_hf(write_hf(tmp_path, tiny(), tensors))
+    _, params = read_hf(write_hf(tmp_path / "with", tiny(), tensors))
+    chex.assert_trees_all_equal(params, expected)
 
 
 def test_consolidated_duplicates_are_not_read(tmp_path):
     write_hf(tmp_path, tiny(), hf_tensors(tiny()), shards=2)
+    _, expected = read_hf(tmp_path)
     (tmp_path / "consolidated.safetensors").write_bytes(b"garbage")
-    read_hf(tmp_path)
+    _, params = read_hf(tmp_path)
+    chex.assert_trees_all_equal(params, expected)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

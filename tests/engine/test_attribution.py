@@ -5,6 +5,7 @@ import functools
 import json
 from importlib import resources
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -330,15 +331,23 @@ def test_inside_jit_and_vmap(rule):
 
 
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])
-def test_one_compilation_for_one_shape(rule):
-    config = tiny_config(num_layers=2)
-    run = attribute(config, Quadrature(rule, steps=4))
-    sizes = []
+def test_one_trace_for_one_shape(rule):
+    config = tiny_config(num_layers=1)
+    quadrature = Quadrature(rule, steps=4)
+    chex.clear_trace_counter()
+
+    @compiled
+    @chex.assert_max_traces(n=1)
+    def run(params, tokens, targets, lengths):
+        return integrated_gradients(
+            params, tokens, targets, lengths=lengths, config=config, quadrature=quadrature
+        )
+
     for seed in range(3):
         params, tokens, targets = case(config, seed)
-        run(params, tokens, targets, lengths=jnp.array([7, 1 + seed, 3]))
-        sizes.append(run._cache_size())
-    assert sizes == [sizes[0]] * 3
+        run(params, tokens, targets, jnp.array([7, 1 + seed, 3]))
+    with pytest.raises(AssertionError, match="is traced > 1 times"):
+        run(params, tokens[:2], targets[:2], jnp.array([7, 3]))  # another shape
 
 
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])

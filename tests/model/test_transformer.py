@@ -4,6 +4,7 @@ import functools
 import json
 from importlib import resources
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,7 +217,7 @@ def test_right_padding_and_company_change_nothing(shape):
     run = apply(config, capture=names)
     one = run(params, tokens, lengths=lengths)
     two = run(params, other, lengths=lengths)
-    jax.tree.map(np.testing.assert_array_equal, one, two)
+    chex.assert_trees_all_equal(one, two)
     for row in range(3):
         alone = run(params, tokens[row, None, : lengths[row]])
         np.testing.assert_allclose(alone.logits[0], one.logits[row], atol=1e-5, rtol=1e-5)

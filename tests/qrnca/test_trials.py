@@ -1,6 +1,7 @@
 """Trials of a run against the plain model, one prompt, one set and one full pass at a time."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -425,7 +426,7 @@ def test_words_are_the_ends_of_the_unembedded_row(run):
         order = np.argsort(logits)
         assert promotes == [lm.tokenizer.decode([i]) for i in order[::-1][:3]]
         assert demotes == [lm.tokenizer.decode([i]) for i in order[:3]]
-    rows = word_rows(run, neuron_rows(run), each=2)
+    rows = word_rows(run, neuron_rows(run), count=2)
     assert [row["group"] for row in rows].count("physics") == 2
     assert [row["group"] for row in rows].count("common") == len(run.common)
 
@@ -452,7 +453,23 @@ def test_kinds_of_neurons_on_the_same_queries(run):
         ("up", "act"),
         ("gate", "act"),
     ]
-    assert all(0 <= row["jaccard"] <= 1 and row["queries"] == 8 for row in pairs)
+    neurons = {
+        site: {
+            line["id"]: set(map(tuple, line["neurons"]))
+            for line in map(
+                json.loads,
+                (run.path / "sites" / f"{site}-8" / "neurons.jsonl").read_text().splitlines(),
+            )
+        }
+        for site in ("up", "gate", "act")
+    }
+    for row in pairs:
+        a, b = neurons[row["site"]], neurons[row["other"]]
+        assert a.keys() == b.keys()
+        assert row["queries"] == len(a) == 8
+        shared = [len(a[query] & b[query]) / len(a[query] | b[query]) for query in a]
+        assert row["jaccard"] == pytest.approx(np.mean(shared))
+        assert 0 < row["jaccard"] < 1
     assert {row["site"] for row in effects} == {"up", "gate", "act"}
     assert {row["method"] for row in effects} == {"QRNCA", MATCHED}
 
@@ -531,9 +548,28 @@ def test_prediction_table(run, monkeypatch):
     for readout in READOUTS:
         own = [r for r in rows if r["readout"] == readout and r["group"] == "all"]
         assert [row["pool"] for row in own] == ["own", "another group's", "random"]
-        assert all(0 <= row["accuracy"] <= 1 for row in own)
+        for row in own:
+            groups = [r for r in rows if (r["readout"], r["pool"]) == (readout, row["pool"])]
+            of_groups = [r["accuracy"] for r in groups if r["group"] != "all"]
+            assert row["accuracy"] == pytest.approx(np.mean(of_groups))  # of equal sizes
+            assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
     monkeypatch.setattr(prediction, "_read", None)
     assert predict(run) == rows  # from what was kept
+
+
+def test_readouts_of_activations_that_are_known(run, monkeypatch):
+    """Every neuron falls at the right letter and writes it: alone the sum goes wrong."""
+
+    def read(params, batch, at, *, config, site):
+        chance = np.eye(4)[batch.answers_by_option.argmax(1)]
+        direct = np.repeat(chance[..., None], at.shape[1], axis=-1)
+        return chance, -direct, direct
+
+    monkeypatch.setattr(prediction, "_read", read)
+    rows = predict(run, seed=1)
+    accuracy = {"prompting": 1, "presented": 0, "signed": 1, "direct": 1, "chance": 0.25}
+    assert {row["readout"] for row in rows} == set(accuracy)
+    assert all(row["accuracy"] == accuracy[row["readout"]] for row in rows)
 
 
 def test_prediction_needs_options(lm, tmp_path):

@@ -106,6 +106,10 @@ JSON = st.recursive(
 @given(JSON, st.sampled_from([QRNCAConfig, RelSpecConfig, Query, {"a": int}, tuple[str, ...]]))
 def test_any_json(value, kind):
     try:
-        typed(kind, value, "f")
+        read = typed(kind, value, "f")
     except DataError as error:
-        str(error).encode("utf-8", "surrogatepass")
+        message = str(error)
+        message.encode("utf-8", "surrogatepass")
+        assert message.startswith(("f: ", "f["))
+    else:
+        assert isinstance(read, kind if isinstance(kind, type) else tuple | dict)
