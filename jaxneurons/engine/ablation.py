@@ -362,6 +362,6 @@ def _check_scales(scales: Scales | None, config: ModelConfig, prompts: int) -> N
         table = (config.num_layers, site_width(config, site))
         if np.shape(values) not in (table, (prompts, *table)):
             raise ConfigError(
-                f"scales of site {site!r} are of shape {np.shape(values)}: [layer, width] = {table} "
-                f"is needed, or [prompt, layer, width] = {(prompts, *table)}"
+                f"scales of site {site!r} are of shape {np.shape(values)}: [layer, width] = "
+                f"{table} is needed, or [prompt, layer, width] = {(prompts, *table)}"
             )
