@@ -77,32 +77,17 @@ def locate(
       DataError: unusable queries or directory, before anything is computed; scores that are not
         finite, as float16's may be: says of which query and prompt, and from which layer on.
     """
-    queries = _checked(lm, queries, settings, out, batch_size, cache_bytes)
+    queries = _checked(lm, queries, settings, batch_size, cache_bytes)
+    path = checked_directory(out)
+    check_progress(progress)
     size = batch_size or batches.default_batch_size()
-    identity = {
-        **lm.identity(),
-        "settings": dataclasses.asdict(settings),
-        "queries": digest([[q.id, q.group] for q in queries]),
-        "batch size": size,
-        "format": FORMAT,
-    }
-    if out is not None:
-        RunDirectory.check(out, identity)
+    if path is not None:
+        RunDirectory.check(path, _identity(lm, queries, settings, size))
     encode_queries(lm, queries, settings)  # what cannot be used is an error before anything runs
-    if settings.form == "context":
-        queries = join(
-            lm.params,
-            lm.tokenizer,
-            queries,
-            config=lm.config,
-            site=settings.site,
-            wordings=settings.prompts,
-            batch_size=batch_size,
-        )
+    queries = _joined(lm, queries, settings, batch_size)
     prompts = encode_queries(lm, queries, settings)
-    identity = _with_prompts(identity, digest(prompts))
-    store = Memory() if out is None else RunDirectory(out, identity)
-    path = None if out is None else Path(out)
+    identity = _identity(lm, queries, settings, size, prompts)
+    store = Memory() if path is None else RunDirectory(path, identity)
     if path is not None:
         write_json_lines(path / QUERIES, map(dataclasses.asdict, queries))
     work = _Work(lm, settings, store, Caches(path, cache_bytes))
@@ -130,7 +115,6 @@ def _checked(
     lm: object,
     queries: object,
     settings: object,
-    out: object,
     batch_size: object,
     cache_bytes: object,
 ) -> list[Query]:
@@ -149,7 +133,6 @@ def _checked(
     chosen: list[Query] = list(queries)
     if not isinstance(settings, QRNCAConfig):
         raise ConfigError(f"settings are a QRNCAConfig, got {settings!r:.80}")
-    checked_directory(out)
     for name, value, least in (("batch size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
         if value is not None and not _is_whole(value, least):
             raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r:.80}")
@@ -180,6 +163,12 @@ def checked_directory(out: object) -> Path | None:
     return Path(out)
 
 
+def check_progress(progress: object) -> None:
+    """Raise `ConfigError` unless this can be called, or is None."""
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress is a function of (done, of), or None, got {progress!r:.80}")
+
+
 def check_groups(queries: Sequence[Query]) -> None:
     """Raise `DataError` if some queries are in a group and some in none."""
     loose = [query.id for query in queries if query.group == NO_GROUP]
@@ -190,11 +179,39 @@ def check_groups(queries: Sequence[Query]) -> None:
         )
 
 
-def _with_prompts(identity: Mapping[str, Any], prompts: str) -> dict[str, Any]:
-    """An identity with the digest of the prompts, in the order in which it is written."""
-    whole = {**identity, "prompts": prompts}
-    last = ("queries", "prompts", "batch size", "format")
-    return {key: whole[key] for key in whole if key not in last} | {k: whole[k] for k in last}
+def _identity(
+    lm: LM,
+    queries: Sequence[Query],
+    settings: QRNCAConfig,
+    batch_size: int,
+    prompts: Sequence[TokenPrompt] | None = None,
+) -> dict[str, Any]:
+    """What the parts of a run depend on; without `prompts`, as far as it is known."""
+    return {
+        **lm.identity(),
+        "settings": dataclasses.asdict(settings),
+        "queries": digest([[q.id, q.group] for q in queries]),
+        **({} if prompts is None else {"prompts": digest(prompts)}),
+        "batch size": batch_size,
+        "format": FORMAT,
+    }
+
+
+def _joined(
+    lm: LM, queries: list[Query], settings: QRNCAConfig, batch_size: int | None
+) -> list[Query]:
+    """The queries, with the separators that the model decides."""
+    if settings.form != "context":
+        return queries
+    return join(
+        lm.params,
+        lm.tokenizer,
+        queries,
+        config=lm.config,
+        site=settings.site,
+        wordings=settings.prompts,
+        batch_size=batch_size,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,12 @@ from jaxneurons.plots.figures import check_places
 from jaxneurons.qrnca import analyses, prediction
 from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
 from jaxneurons.qrnca.files import versions
-from jaxneurons.qrnca.locating import checked_directory
+from jaxneurons.qrnca.locating import check_progress, checked_directory
 from jaxneurons.qrnca.pcr import DRAWS, FACTORS
 from jaxneurons.qrnca.run import Run, open_run
 from jaxneurons.qrnca.trials import Outcomes, run_trials
 from jaxneurons.storage.progress import Progress
+from jaxneurons.storage.settings import check_argument
 from jaxneurons.storage.store import Overlay, RunDirectory, check_writable, write_json
 from jaxneurons.storage.tables import Row, Tables, write_table
 
@@ -60,7 +61,7 @@ def evaluate(
       ConfigError: arguments of the wrong kind.
       DataError: queries of one group only, neurons that this run's model or site does not have.
     """
-    run, yours = _prepared(run, neurons, seed, out)
+    run, yours = _prepared(run, neurons, seed, out, progress)
     outcomes = run_trials(run, extra=yours, seed=seed, progress=progress)
     changes = change_rows(run, outcomes)
     rows = {"changes": changes, "evaluation": evaluation_rows(changes, seed=seed)}
@@ -86,7 +87,7 @@ def edit(
       ConfigError: arguments of the wrong kind.
       DataError: as `evaluate`.
     """
-    run, yours = _prepared(run, neurons, seed, out)
+    run, yours = _prepared(run, neurons, seed, out, progress)
     outcomes = run_trials(run, extra=yours, seed=seed, progress=progress)
     rows = {"editing": editing_rows(run, outcomes, seed=seed)}
     return _written(run, "editing", rows, _facts(run, outcomes, neurons, seed), out)
@@ -112,7 +113,7 @@ def predict(
       ConfigError: arguments of the wrong kind.
       DataError: queries without options, one group only, or a group of one query.
     """
-    run, _ = _prepared(run, None, seed, out)
+    run, _ = _prepared(run, None, seed, out, progress)
     rows = {"prediction": prediction.predict(run, seed=seed, progress=progress)}
     return _written(run, None, rows, {}, out)
 
@@ -145,11 +146,12 @@ def analyse(
       ConfigError: arguments of the wrong kind, sites that do not share their numbering.
       DataError: another run that cannot be opened, or without a query of this one.
     """
-    run, _ = _prepared(run, None, 0, out)
+    run, _ = _prepared(run, None, 0, out, progress)
     if isinstance(kinds, str) or not isinstance(kinds, Sequence):
         raise ConfigError(f"kinds are a list of sites, such as ['up', 'gate'], got {kinds!r:.80}")
     if kinds:
         analyses.check_kinds(kinds)
+        check_argument("kinds_limit", int, kinds_limit)
     other = None
     if isinstance(against, str | os.PathLike):
         other = open_run(against, run.lm)
@@ -183,7 +185,7 @@ def _checked_run(run: object) -> Run:
 
 
 def _prepared(
-    run: object, neurons: object, seed: object, out: object
+    run: object, neurons: object, seed: object, out: object, progress: object
 ) -> tuple[Run, dict[str, dict[str, NeuronSet]]]:
     """The run, keeping parts in `out`, and the caller's neurons by method and query.
 
@@ -195,6 +197,7 @@ def _prepared(
     run = _checked_run(run)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed must be an integer of at least 0, got {seed!r:.80}")
+    check_progress(progress)
     out = checked_directory(out)
     yours = _yours(run, neurons)
     if out is None:

@@ -239,7 +239,7 @@ def test_answers_of_several_tokens_are_judged_whole(numbers):
                 continue
             form = forms[query if which == "related" else outcomes.other[query]]
             scales = np.ones((LAYERS, WIDTH), np.float32)
-            for layer, index in outcomes.sets[method][query]:
+            for _, (layer, index) in outcomes.sets[method][query]:
                 scales[layer, index] = FACTORS[change]
             before, says, _ = log_probabilities(numbers.lm, form.prompt, form.answer)
             assert found.before[0] == pytest.approx(np.exp(before.sum()), rel=CLOSE)
@@ -274,7 +274,7 @@ def test_options_that_begin_alike_are_compared_whole(letters):
         found = outcomes.related["QRNCA", "suppress", query]
         assert found.right_before[0] == right
         scales = np.ones((LAYERS, WIDTH), np.float32)
-        for layer, index in outcomes.sets["QRNCA"][query]:
+        for _, (layer, index) in outcomes.sets["QRNCA"][query]:
             scales[layer, index] = 0
         p = [whole(lm, form.prompt, option, scales) for option in form.options]
         assert found.right_after[0] == (form.options[int(np.argmax(p))] == form.answer)

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -199,7 +200,12 @@ def test_a_part_that_is_lost(run, lm, tmp_path, damage, monkeypatch):
     command = str(raised.value).split("`")[1]
     assert command.startswith("jaxneurons qrnca locate --model ")
     done = subprocess.run(
-        [sys.executable, "-c", "from jaxneurons.cli import main; main()", *_words(command)[1:]],
+        [
+            sys.executable,
+            "-c",
+            "from jaxneurons.cli import main; main()",
+            *shlex.split(command)[1:],
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -207,12 +213,6 @@ def test_a_part_that_is_lost(run, lm, tmp_path, damage, monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     same_neurons(run, open_run(copy, lm))
-
-
-def _words(command):
-    import shlex
-
-    return shlex.split(command)
 
 
 def test_a_run_of_version_0_1(run, lm, tmp_path):
@@ -374,6 +374,7 @@ LOCATE = {
         (2.5, r"batch size must be .* got 2\.5"),
         (True, "batch size must be .* got True"),
     ],
+    "progress": [(3, r"progress is a function of \(done, of\), or None, got 3")],
     "cache_bytes": [(-1, "cache_bytes must be an integer of at least 0, got -1")],
 }
 
@@ -417,6 +418,8 @@ def test_stages_refuse_wrong_arguments_at_once(memory, monkeypatch):
             plain({})
         with pytest.raises(ConfigError, match="out is the path of a directory"):
             plain(memory, out=3)
+        with pytest.raises(ConfigError, match="progress is a function of"):
+            plain(memory, progress=True)
         if stage is not analyse:
             for seed in (-1, 0.5, True, None, math.nan):
                 with pytest.raises(ConfigError, match="seed must be an integer of at least 0"):
@@ -431,6 +434,8 @@ def test_stages_refuse_wrong_arguments_at_once(memory, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=message):
             inspect.unwrap(analyse)(memory, kinds=kinds)
+    with pytest.raises(ConfigError, match="kinds_limit must be an integer; got '60'"):
+        inspect.unwrap(analyse)(memory, kinds=["up", "gate"], kinds_limit="60")
     with pytest.raises(DataError, match="no finished run"):
         analyse(memory, against="/nowhere")
     with pytest.raises(ConfigError, match="a run is opened by the path of its directory, got a"):
