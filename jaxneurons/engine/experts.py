@@ -72,7 +72,7 @@ def _reaching(
     def add(total: Array, some: Array) -> Array:
         # Spelled out: counts stay in registers while a handful of scores is compared.
         for score in some:
-            total = total + (score >= thresholds)
+            total = total + (score >= thresholds).astype(jnp.int32)
         return total
 
     grouped = len(scores) // TOGETHER * TOGETHER
