@@ -35,10 +35,10 @@ import numpy as np
 import jaxneurons
 from jaxneurons import Quadrature
 from jaxneurons.checkpoints import fetch_smollm2
-from jaxneurons.checkpoints.fetch import SMOLLM2
-from jaxneurons.prompts import TokenPrompt, batches, encode_query
+from jaxneurons.prompts import Batch, TokenPrompt, bucket, encode_query, plan
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "qrneuron" / "subject_qa.json"
+SMOLLM2 = "smollm2-135m"
 LENGTH = 95  # tokens of the prompt that is timed
 STEPS = 16
 BASELINE_LAYERS = "1,8,15,22,29"
@@ -106,8 +106,8 @@ def choose(
     """Prompts near `LENGTH` tokens (the first is the timed one), and a batch of mixed lengths."""
     sized = [(len(tokenizer(text)["input_ids"]), *rest, text) for rest, text in _split(texts)]
     near = sorted(sized, key=lambda item: abs(item[0] - LENGTH))
-    padded = batches.bucket(near[0][0])
-    near = [item for item in near if batches.bucket(item[0]) == padded]
+    padded = bucket(near[0][0])
+    near = [item for item in near if bucket(item[0]) == padded]
     single, subjects = [near[0]], {near[0][1]}
     for item in near[1:]:
         if len(single) < accuracy and item[1] not in subjects:
@@ -139,7 +139,7 @@ def _engine(params, tokens, targets, lengths, *, config, quadrature):
     )
 
 
-def run(lm: jaxneurons.LM, batch: batches.Batch, quadrature: Quadrature) -> jaxneurons.Attribution:
+def run(lm: jaxneurons.LM, batch: Batch, quadrature: Quadrature) -> jaxneurons.Attribution:
     out = _engine(
         lm.params,
         jnp.asarray(batch.tokens),
@@ -261,7 +261,7 @@ def torch_rates(config: jaxneurons.ModelConfig) -> dict[str, float]:
     return matmul_rates(config, torch.matmul, torch.from_numpy)
 
 
-def engine(lm: jaxneurons.LM, batch: batches.Batch, repeats: int) -> dict[str, Any]:
+def engine(lm: jaxneurons.LM, batch: Batch, repeats: int) -> dict[str, Any]:
     first, outputs = {}, {}
     for name in TIMED:
         start = time.perf_counter()
@@ -395,7 +395,7 @@ def in_batches(
     lm: jaxneurons.LM, prompts: Sequence[TokenPrompt], repeats: int = 3
 ) -> dict[str, Any]:
     lengths = [len(p.prompt) for p in prompts]
-    together, alone = batches.plan(prompts), batches.plan(prompts, 1)
+    together, alone = plan(prompts), plan(prompts, 1)
     calls = {
         "batches": lambda: [run(lm, batch, RULES["adaptive"]) for batch in together],
         "single": lambda: [run(lm, batch, RULES["adaptive"]) for batch in alone],
@@ -428,7 +428,7 @@ def in_batches(
 
 def accuracy(lm: jaxneurons.LM, prompts: Sequence[TokenPrompt]) -> list[dict[str, Any]]:
     found, rows = [], []
-    for i, batch in enumerate(batches.plan(prompts, 1)):
+    for i, batch in enumerate(plan(prompts, 1)):
         truth = np.asarray(run(lm, batch, CONVERGED).scores[0])
         norm = np.linalg.norm(truth, axis=-1)
         for name, rule in RULES.items():
@@ -479,7 +479,7 @@ def child_cold(_: Path) -> dict[str, float]:
     lm = jaxneurons.load(SMOLLM2)
     found["loaded"] = time.time() - start
     text, answer = list(builtin_prompts())[2][1:]
-    (batch,) = batches.plan([encode_query(lm.tokenizer, text, answer)])
+    (batch,) = plan([encode_query(lm.tokenizer, text, answer)])
     out = run(lm, batch, RULES["adaptive"])
     np.argsort(np.asarray(out.scores[0]).reshape(-1))[-20:]
     found["neurons"] = time.time() - start
@@ -490,7 +490,7 @@ def child_single(data: Path) -> dict[str, float]:
     lm = jaxneurons.load(SMOLLM2)
     found = {"loaded": peak_gib()}
     prompts, _ = choose(read_prompts(data)[0], lm.tokenizer, 1)
-    (batch,) = batches.plan(prompts)
+    (batch,) = plan(prompts)
     for name in ("adaptive", "reference"):
         run(lm, batch, RULES[name])
         found[f"{name}, one prompt"] = peak_gib()
@@ -500,7 +500,7 @@ def child_single(data: Path) -> dict[str, float]:
 def child_batch(data: Path) -> dict[str, float]:
     lm = jaxneurons.load(SMOLLM2)
     _, prompts = choose(read_prompts(data)[0], lm.tokenizer, 1)
-    for batch in batches.plan(prompts):
+    for batch in plan(prompts):
         run(lm, batch, RULES["adaptive"])
     return {f"adaptive, {len(prompts)} prompts in batches": peak_gib()}
 
@@ -628,7 +628,7 @@ def main() -> None:
     texts, source = read_prompts(args.data)
     prompts, mixed = choose(texts, lm.tokenizer, args.accuracy)
     tokens = len(prompts[0].prompt)
-    (batch,) = batches.plan(prompts[:1])
+    (batch,) = plan(prompts[:1])
     say(f"prompt: {tokens} tokens from {source}, padded to {batch.tokens.shape[1]} for the engine")
     results["prompt_tokens"] = tokens
 

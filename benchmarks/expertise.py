@@ -45,7 +45,7 @@ def main() -> None:
 
     import jax
 
-    from jaxneurons.engine.experts import average_precision
+    from jaxneurons.engine import average_precision
 
     rng = np.random.default_rng(0)
     shift = rng.normal(scale=0.5, size=options.neurons).astype(np.float32)

@@ -59,8 +59,8 @@ def peak_memory(found: dict[str, float]) -> Iterator[None]:
 
 def prompt_of(lm: Any, count: int) -> Any:
     """`count` tokens of facts, the last of which the answer completes."""
-    from jaxneurons.lab.bundled import bundled_queries
-    from jaxneurons.prompts.answers import TokenPrompt, encode_query
+    from jaxneurons.lab import bundled_queries
+    from jaxneurons.prompts import TokenPrompt, encode_query
 
     facts = [
         encode_query(lm.tokenizer, q.prompts[0], q.answers[0]) for q in bundled_queries("facts")
@@ -75,16 +75,19 @@ def prompt_of(lm: Any, count: int) -> Any:
 
 def measure(model: str, count: int) -> dict[str, float]:
     """One length, in this process."""
+    import jax
+
     import jaxneurons as jn
-    from jaxneurons.engine.quadrature import Quadrature
-    from jaxneurons.engine.rows import memory_bound
-    from jaxneurons.prompts import batches
-    from jaxneurons.qrnca import method as qrnca
-    from jaxneurons.qrnca.method import QRNCAConfig
+    from jaxneurons.engine import memory_bound
+    from jaxneurons.prompts import plan
 
     lm = jn.load(model)
-    settings = QRNCAConfig(quadrature=Quadrature())
-    (batch,) = batches.plan([prompt_of(lm, count)])
+    attribute = jax.jit(
+        lambda params, tokens, targets, lengths: jn.integrated_gradients(
+            params, tokens, targets, config=lm.config, lengths=lengths
+        )
+    )
+    (batch,) = plan([prompt_of(lm, count)])
     prompts, padded = batch.tokens.shape
     found: dict[str, float] = {
         "tokens": count,
@@ -94,9 +97,8 @@ def measure(model: str, count: int) -> dict[str, float]:
 
     def locate() -> float:
         start = time.perf_counter()
-        pre = qrnca.run_prompts(lm.params, batch, config=lm.config, site=settings.site)
-        scores = qrnca.attribute_batch(lm.params, batch, pre, config=lm.config, settings=settings)
-        found["gap"] = float(scores[0].gap.max())
+        arrays = map(jax.numpy.asarray, (batch.tokens, batch.targets, batch.lengths))
+        found["gap"] = float(attribute(lm.params, *arrays).gap.max())
         return time.perf_counter() - start
 
     with peak_memory(found):

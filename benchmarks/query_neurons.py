@@ -14,18 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jaxneurons as jn
-from jaxneurons.engine.quadrature import Quadrature
-from jaxneurons.lab.bundled import bundled_queries
-from jaxneurons.qrnca.analyses import against_rows, count_rows, kind_rows
-from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
-from jaxneurons.qrnca.locating import locate
-from jaxneurons.qrnca.method import QRNCAConfig
-from jaxneurons.qrnca.prediction import predict
-from jaxneurons.qrnca.run import Run, open_run
-from jaxneurons.qrnca.trials import run_trials
 
 Row = dict[str, Any]
-SETTINGS = QRNCAConfig(quadrature=Quadrature())
+SETTINGS = jn.qrnca.QRNCAConfig(quadrature=jn.Quadrature())
+KINDS = ("up", "gate", "act")
 MOVES = {"boost": "Boosted (activations doubled)", "suppress": "Suppressed (activations zero)"}
 
 
@@ -98,11 +90,20 @@ def main() -> None:
 def section(study: Study, out: Path) -> list[str]:
     """All tables of a study."""
     lm = jn.load(study.model)
-    queries = bundled_queries(study.queries)
-    run = locate(lm, queries, out=out / study.name, settings=SETTINGS)
-    outcomes = run_trials(run)
-    table = evaluation_rows(change_rows(run, outcomes))
-    edited = editing_rows(run, outcomes)
+    queries = jn.qrnca.bundled_queries(study.queries)
+    path = out / study.name
+    run = jn.qrnca.locate(lm, queries, settings=SETTINGS, out=path)
+    evaluation = jn.qrnca.evaluate(run, out=path)
+    trials = evaluation.facts["seconds"]
+    table = evaluation.rows("evaluation")
+    edited = jn.qrnca.edit(run, out=path).rows("editing")
+    analyses = jn.qrnca.analyse(
+        run,
+        kinds=KINDS if study.kinds else (),
+        kinds_limit=study.kinds,
+        against=out / study.against if study.against else None,
+        out=path,
+    )
     facts = run.facts
     answers, seconds = facts["answers"], facts["seconds"]["attribution"]
     text = [
@@ -110,7 +111,7 @@ def section(study: Study, out: Path) -> list[str]:
         f"{facts['prompts']} prompts, {share(answers['accuracy'])} answered right; "
         f"{facts['neurons_per_query']['mean']:.1f} neurons a query, "
         f"{len(run.common)} common ones left out. Attribution {seconds:.0f} s, trials "
-        f"{outcomes.seconds:.1f} s ({outcomes.seconds / seconds:.0%}). Largest completeness gap "
+        f"{trials:.1f} s ({trials / seconds:.0%}). Largest completeness gap "
         f"{facts['completeness']['gap_max']:.1e} in probability.\n",
     ]
     everyone = [row for row in table if row["group"] == "all"]
@@ -151,7 +152,7 @@ def section(study: Study, out: Path) -> list[str]:
                     )
                 ),
             )
-            for count in count_rows(run)
+            for count in analyses.rows("counts")
         ),
     )
     turned = [row for row in edited if row["group"] == "all"]
@@ -175,11 +176,11 @@ def section(study: Study, out: Path) -> list[str]:
             ),
         )
     if all(query.options[0] for query in queries):
-        text += prediction(run)
+        text += prediction(jn.qrnca.predict(run, out=path).rows("prediction"))
     if study.kinds:
-        text += kinds(run, study.kinds)
+        text += kinds(analyses.rows("kind_overlap"), analyses.rows("kinds"))
     if study.against:
-        agreed = against_rows(run, open_run(out / study.against, lm), study.against)[0]
+        agreed = analyses.rows("against")[0]
         other = f"with another fact's there: {agreed['jaccard_other_query']:.3f}"
         text.append(
             f"Neurons shared with those of the same {agreed['queries']} facts in "
@@ -189,7 +190,7 @@ def section(study: Study, out: Path) -> list[str]:
     return text
 
 
-def prediction(run: Run) -> list[str]:
+def prediction(rows: Sequence[Row]) -> list[str]:
     return markdown(
         "**Questions answered from a group's neurons alone** (protocol: `jn.qrnca.predict`)",
         ("", "neurons", "right"),
@@ -199,14 +200,13 @@ def prediction(run: Run) -> list[str]:
                 f"{row['neurons']:.0f}" if row["neurons"] else "",
                 spread(row, "accuracy", share),
             )
-            for row in predict(run)
+            for row in rows
             if row["group"] == "all"
         ),
     )
 
 
-def kinds(run: Run, limit: int) -> list[str]:
-    pairs, effects = kind_rows(run, limit=limit)
+def kinds(pairs: Sequence[Row], effects: Sequence[Row]) -> list[str]:
     text = markdown(
         f"**Kinds of neurons**, on {pairs[0]['queries']} queries (`act` is `up` times the SiLU of "
         "`gate`: scaling either is the same, so the two must agree)",

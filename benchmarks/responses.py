@@ -24,9 +24,9 @@ import psutil
 
 from jaxneurons import ModelConfig, RopeConfig, Transformer
 from jaxneurons.engine import Examples, ResponseStore, expertise, mean_responses
-from jaxneurons.engine.responses import ROWS
 from jaxneurons.neurons import FFN, neuron_count, site_width
 
+ROWS = 64  # prompts that `ResponseStore.fill` runs together
 LLAMA_2_7B = ModelConfig(
     vocab_size=32_000,
     hidden_size=4_096,

@@ -184,7 +184,7 @@ def write_hf(
       dtypes: stored dtypes of tensors that were widened on the way in, by name; used where no
         value changes by it.
       shard_bytes: most bytes of tensors in a file.
-      progress: told the bytes of every piece written.
+      progress: called with the bytes of every piece written.
 
     Raises:
       ConfigError: a model that no configuration of transformers describes; nothing is written.

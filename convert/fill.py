@@ -132,7 +132,7 @@ def fill(
       dtype: dtype of the parameters; stored values are cast.
       where: the checkpoint, for messages.
       shardings: where each parameter goes, nested as they are; default: the default device.
-      progress: receives the bytes of every piece that has been read.
+      progress: called with the bytes of every piece that has been read.
 
     Raises:
       SourceError: a tensor is missing, left over, misshapen, stored twice, or not finite.

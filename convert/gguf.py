@@ -22,6 +22,7 @@ from jaxneurons.convert.gguf_config import config_from_gguf
 from jaxneurons.convert.rules import Place, gguf_biases
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.settings import as_path
 
@@ -303,7 +304,7 @@ def read_gguf(
     place: Place | None = None,
     progress: Advance | None = None,
     ignore_keys: Sequence[str] = (),
-) -> tuple[ModelConfig, dict[str, Any]]:
+) -> tuple[ModelConfig, Params]:
     """Load a GGUF model, de-quantised to `dtype`.
 
     Rows of q and k are put back into Hugging Face order (with the number of query and of
@@ -314,7 +315,7 @@ def read_gguf(
       dtype: of the parameters.
       place: from the configuration, where each parameter goes, nested as they are; default: the
         default device.
-      progress: told the bytes (de-quantised) of every piece that has been read.
+      progress: called with the bytes (de-quantised) of every piece that has been read.
       ignore_keys: keys of the architecture to read as if they were not there.
 
     Raises:

@@ -27,6 +27,7 @@ from jaxneurons.convert.rules import (
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.settings import as_path
 
@@ -147,7 +148,7 @@ def read_hf(
     place: Place | None = None,
     progress: Advance | None = None,
     ignore_keys: Sequence[str] = (),
-) -> tuple[ModelConfig, dict[str, Any]]:
+) -> tuple[ModelConfig, Params]:
     """Load a model from a Hugging Face directory.
 
     Args:
@@ -155,7 +156,7 @@ def read_hf(
       dtype: of the parameters; stored dtypes may be mixed.
       place: from the configuration, where each parameter goes, nested as they are; default: the
         default device.
-      progress: told the bytes of every piece that has been read.
+      progress: called with the bytes of every piece that has been read.
       ignore_keys: keys of config.json to read as if they were not there.
 
     Raises:

@@ -28,7 +28,7 @@ from jaxneurons.convert.hf import read_json
 from jaxneurons.convert.rules import Place
 from jaxneurons.errors import ConfigError, SourceError, WriteError
 from jaxneurons.model.config import ModelConfig, RopeConfig
-from jaxneurons.model.parameters import param_shapes
+from jaxneurons.model.parameters import Params, param_shapes
 from jaxneurons.storage.hashes import hash_each
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.settings import as_path
@@ -42,7 +42,7 @@ _CHUNK_BYTES = 32 << 20
 _NEVER_BEGAN = r"coroutine '[\w.<>]*(serialize|write)[\w.<>]*' was never awaited"
 
 
-def write_params(directory: Path, params: Mapping[str, Any]) -> None:
+def write_params(directory: Path, params: Params) -> None:
     """Write parameters, of any sharding, into an existing directory that holds none yet.
 
     Raises:
@@ -212,14 +212,14 @@ def read_native(
     dtype: DTypeLike | None = None,
     place: Place | None = None,
     progress: Advance | None = None,
-) -> tuple[ModelConfig, dict[str, Any]]:
+) -> tuple[ModelConfig, Params]:
     """Restore a native directory, each process only what it holds.
 
     Args:
       directory: a native one.
       dtype: of the parameters; default: as saved.
       place: from the configuration, where each parameter goes; default: the default device.
-      progress: told the bytes of every parameter, once all are there.
+      progress: called with the bytes of every parameter, once all are there.
 
     Raises:
       SourceError: a directory that is incomplete or damaged.

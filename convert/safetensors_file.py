@@ -212,9 +212,8 @@ def _contiguous(tensor: ToWrite) -> Iterator[np.ndarray]:
 
 def ahead(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """The same pieces, the next one made while one is used."""
-    done = object()
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, pieces, done)
-        while (piece := following.result()) is not done:
-            following = pool.submit(next, pieces, done)
-            yield piece  # type: ignore[misc]
+        following = pool.submit(next, pieces, None)
+        while (piece := following.result()) is not None:
+            following = pool.submit(next, pieces, None)
+            yield piece

@@ -9,7 +9,7 @@ import heapq
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxneurons.errors import SourceError
 
@@ -67,7 +67,7 @@ def read_sentencepiece(path: Path) -> "SentencePiece":
 
 def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], Settings, bool]:
     pieces: list[tuple[str, float, int]] = []
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     denormalizer = False
     names = {3: "model", 24: "space_at_end", 35: "byte_fallback"}
     names |= {45: "unknown", 46: "bos", 47: "eos", 48: "pad"}
@@ -89,7 +89,7 @@ def _parse(data: bytes) -> tuple[list[tuple[str, float, int]], Settings, bool]:
         if name in values:
             value = values[name]
             values[name] = _bytes(value).decode() if kind is str else kind(value)
-    return pieces, Settings(**values), denormalizer  # type: ignore[arg-type]
+    return pieces, Settings(**values), denormalizer
 
 
 def _bytes(value: object) -> bytes:

@@ -11,6 +11,7 @@ import typer
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.qrnca import cli as qrnca_cli
 from jaxneurons.relspec import cli as relspec_cli
+from jaxneurons.terminal.checkpoint_views import show_certificate, show_description
 from jaxneurons.terminal.console import (
     console,
     counting,
@@ -18,8 +19,6 @@ from jaxneurons.terminal.console import (
     errors,
     gib,
     load_and_say,
-    show_certificate,
-    show_description,
 )
 from jaxneurons.terminal.options import IgnoreKeys
 from jaxneurons.terminal.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
@@ -83,22 +82,19 @@ def convert_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Convert a checkpoint; nothing appears under DESTINATION before it is whole."""
-    from jaxneurons.checkpoints.saving import FORMATS, check_free, save
+    from jaxneurons.checkpoints.saving import check_format, check_free, save
 
-    if to not in FORMATS:
-        raise ConfigError(f"unknown format {to!r}; {near_matches(to, FORMATS)}")
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
+    format_ = check_format(to)
+    _check_dtype(dtype)
     check_free(destination)
     from jaxneurons.checkpoints.loading import load
 
-    with counting_bytes("Reading") as tell:
-        lm = load(source, dtype=dtype, progress=tell, ignore_keys=ignore_key or ())
-    with counting_bytes("Writing") as tell:
-        save(lm, destination, to=to, progress=tell)  # type: ignore[arg-type]
+    with counting_bytes("Reading") as progress:
+        lm = load(source, dtype=dtype, progress=progress, ignore_keys=ignore_key or ())
+    with counting_bytes("Writing") as progress:
+        save(lm, destination, to=format_, progress=progress)
     size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
-    own = lm.params["embed"]["embedding"].dtype.name
-    console.print(f"Written: {destination} ({to}, {own}, {gib(size)}), from {lm.source}")
+    console.print(f"Written: {destination} ({to}, {lm.dtype}, {gib(size)}), from {lm.source}")
 
 
 @app.command("verify")
@@ -122,23 +118,23 @@ def verify_command(
     from jaxneurons.checkpoints.loading import load
     from jaxneurons.storage.store import null_for_nan, write_json
 
-    if dtype not in (None, *DTYPES):
-        raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
+    _check_dtype(dtype)
     reference, _ = locate_source(against)
     with errors.busy(f"Loading {directory} ..."):
         lm = load(directory, dtype=dtype, ignore_keys=ignore_key or ())
-    with counting("Comparing", "comparisons") as tell:
-        found = verify(lm, reference, long=long, progress=tell)
+    with counting("Comparing", "comparisons") as progress:
+        certificate = verify(lm, reference, long=long, progress=progress)
     where = directory / CERTIFICATE if directory.is_dir() else directory.with_suffix(".json")
-    write_json(where, null_for_nan(found))
-    show_certificate(found)
+    write_json(where, null_for_nan(certificate))
+    show_certificate(certificate)
     console.print(f"Written: {where}")
-    if not found["passed"]:
+    if not certificate["passed"]:
+        differ = len(certificate["weights"]["differ"])
         _fail(
             f"{directory} is not what PyTorch makes of {against}: logits differ by "
-            f"up to {found['logits_worst']['largest']:.1e} standard deviations, "
-            f"{found['continuations_equal']} continuations are equal, "
-            f"{len(found['weights']['differ'])} of {found['weights']['tensors']} tensors differ"
+            f"up to {certificate['logits_worst']['largest']:.1e} standard deviations, "
+            f"{certificate['continuations_equal']} continuations are equal, "
+            f"{differ} of {certificate['weights']['tensors']} tensors differ"
         )
 
 
@@ -151,6 +147,11 @@ def inspect_command(
     from jaxneurons.checkpoints.description import describe
 
     show_description(describe(source, ignore_keys=ignore_key or ()))
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(str(dtype), DTYPES)}")
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -24,6 +24,7 @@ from jaxneurons.convert.native import MARKER
 from jaxneurons.convert.rules import stored_names
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import forward
 from jaxneurons.storage.hashes import hash_files
@@ -70,7 +71,7 @@ def verify(
       long: tokens of the long sequence; default: 512, and more where the rotary embedding is
         stretched, so that it ends beyond the original context. Beyond 1,024 tokens the last 128
         positions are compared.
-      progress: told (done, of) sequences and continuations.
+      progress: called with (done, of) sequences and continuations.
 
     Returns:
       The certificate: largest differences, absolute and relative to the standard deviation, per
@@ -237,14 +238,14 @@ def _compared(ids: np.ndarray) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "capture"))
 def _forward(
-    params: Any, ids: jax.Array, at: jax.Array, *, config: Any, capture: tuple[str, ...]
+    params: Params, ids: jax.Array, at: jax.Array, *, config: ModelConfig, capture: tuple[str, ...]
 ) -> Any:
     out = forward(params, ids, config=config, at=at, capture=capture)
     return out.logits, out.activations
 
 
 def _run(
-    params: Any, lm: LM, ids: np.ndarray, capture: tuple[str, ...] = ()
+    params: Params, lm: LM, ids: np.ndarray, capture: tuple[str, ...] = ()
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits and activations of one sequence, at the positions that are compared."""
     at = jnp.arange(len(ids) - _compared(ids), len(ids))[None]
@@ -253,7 +254,7 @@ def _run(
     return logits[0], {site: values[:, 0] for site, values in sites.items()}
 
 
-def _compare(params: Any, lm: LM, ids: np.ndarray, theirs: Any) -> dict[str, Any]:
+def _compare(params: Params, lm: LM, ids: np.ndarray, theirs: Any) -> dict[str, Any]:
     logits, sites = _run(params, lm, ids, SITES)
     result = {"tokens": len(ids), "logits": _difference(logits, theirs[0])}
     for site in SITES:
@@ -306,7 +307,7 @@ def _torch_forward(
     return logits, outputs
 
 
-def _continue(params: Any, lm: LM, torch: Any, model: Any, text: str) -> dict[str, Any]:
+def _continue(params: Params, lm: LM, torch: Any, model: Any, text: str) -> dict[str, Any]:
     """Greedy continuations, teacher-forced on theirs: where do the first choices part?
 
     PyTorch's is a plain loop: `generate` follows what the checkpoint says of generation (tokens

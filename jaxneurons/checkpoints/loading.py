@@ -29,6 +29,7 @@ from jaxneurons.convert.native import (
 from jaxneurons.convert.rules import Place
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params, params_dtype
 from jaxneurons.model.sharding import ShardingRules, param_shardings
 from jaxneurons.storage.hashes import hash_files
 from jaxneurons.storage.progress import Advance
@@ -53,7 +54,7 @@ class LM:
     """
 
     config: ModelConfig
-    params: dict[str, Any] = dataclasses.field(repr=False)
+    params: Params = dataclasses.field(repr=False)
     tokenizer: "PreTrainedTokenizerBase" = dataclasses.field(repr=False)
     source: str
     files: Files = dataclasses.field(repr=False)
@@ -122,7 +123,7 @@ class LM:
     @property
     def dtype(self) -> np.dtype:
         """Of the parameters; what `dtype=` takes. Files say its `name`."""
-        return np.dtype(self.params["embed"]["embedding"].dtype)
+        return params_dtype(self.params)
 
     def identity(self) -> dict[str, Any]:
         """What results depend on: equal for the same weights, tokenizer, dtype and ignored keys."""
@@ -175,7 +176,7 @@ def load(
       revision: branch, tag or commit of a hub id.
       mesh: lay the parameters out over these devices as they are read.
       rules: how.
-      progress: told the bytes that have been read.
+      progress: called with the bytes that have been read.
       ignore_keys: keys of config.json, or of a GGUF file's architecture, to read as if they were
         not there: for keys that this library does not know, where you know that they change
         nothing. Results that are kept on disk say so.

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Loaded:
       tokenizer: its tokenizer.
     """
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Any = None):
+    def __init__(self, config: ModelConfig, params: Params, tokenizer: Any = None):
         self._config = config
         leaves = _named_leaves(params)
         self._fixed = all(isinstance(leaf, jax.Array) for leaf in leaves.values())
@@ -77,7 +78,7 @@ class Loaded:
         self._tokenizer = None if tokenizer is None else weakref.ref(tokenizer)
         self._tokens = 0 if tokenizer is None else len(tokenizer)
 
-    def is_model(self, config: ModelConfig, params: Mapping[str, Any]) -> bool:
+    def is_model(self, config: ModelConfig, params: Params) -> bool:
         """Whether these are the shape and the parameters."""
         leaves = _named_leaves(params)
         return (
@@ -93,11 +94,11 @@ class Loaded:
         return same and len(tokenizer) == self._tokens
 
 
-def _named_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
+def _named_leaves(params: Params) -> dict[str, Any]:
     return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def hash_params(config: ModelConfig, params: Mapping[str, Any]) -> str:
+def hash_params(config: ModelConfig, params: Params) -> str:
     """SHA-256 of parameters in memory: names, dtypes, shapes and bytes, and the model's shape.
 
     Raises:

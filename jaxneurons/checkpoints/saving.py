@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from filelock import FileLock, Timeout
@@ -27,14 +27,15 @@ from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.settings import as_path, check_argument
 from jaxneurons.storage.store import digest, write_json
 
-FORMATS = ("native", "hf")
+Format = Literal["native", "hf"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 def save(
     lm: LM,
     directory: str | os.PathLike[str],
     *,
-    to: Literal["native", "hf"] = "native",
+    to: Format = "native",
     progress: Advance | None = None,
 ) -> Path:
     """Write a model with its tokenizer and configuration; `load` reads both formats.
@@ -43,7 +44,7 @@ def save(
       lm: the model; its parameters are written in their own dtype.
       directory: must not exist yet, or be empty.
       to: `native` (Orbax, sharded) or `hf` (safetensors, for transformers and others).
-      progress: told the bytes that have been written (`native`: once, all of them).
+      progress: called with the bytes that have been written (`native`: once, all of them).
 
     Raises:
       SourceError: the directory is not empty or cannot be written.
@@ -51,8 +52,7 @@ def save(
     """
     check_argument("lm", LM, lm)
     check_argument("progress", Callable | None, progress)
-    if to not in FORMATS:
-        raise ConfigError(f"unknown format {to!r}; {near_matches(str(to), FORMATS)}")
+    check_format(to)
     target = as_path("directory", directory)
     check_free(target)
     original, dtypes = _origin(lm)
@@ -90,6 +90,17 @@ def save(
             }
         write_marker(partial, config=lm.config, facts=facts)
     return target
+
+
+def check_format(to: Any) -> Format:
+    """The format, which must be one of `FORMATS`.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"unknown format {to!r}; {near_matches(str(to), FORMATS)}")
+    return to
 
 
 def check_free(directory: Path) -> None:

@@ -11,6 +11,7 @@ from jaxneurons.engine.ablation import (
 )
 from jaxneurons.engine.attribution import Attribution, attribute, integrated_gradients
 from jaxneurons.engine.experts import Examples, Expertise, average_precision, expertise
+from jaxneurons.engine.likelihood import sentence_loss, token_loss
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.engine.readout import words, written_directions
 from jaxneurons.engine.responses import ResponseStore, mean_responses
@@ -36,6 +37,8 @@ __all__ = [
     "mean_responses",
     "memory_bound",
     "prefill",
+    "sentence_loss",
+    "token_loss",
     "words",
     "written_directions",
 ]

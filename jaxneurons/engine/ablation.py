@@ -122,7 +122,7 @@ def ablated(
             )
             count = len(batch.index)
             ids = np.asarray(ids)[: len(group), :count]
-            if (lost := _first_lost(ids)) is not None:
+            if lost := _first_lost(ids):
                 number, row = lost
                 of_set = {site: values[number] for site, values in scales.items()}
                 where = _explain(params, batch, row, ids[number, row], config=config, scales=of_set)
@@ -132,14 +132,14 @@ def ablated(
                 )
             generated[:, batch.index] = ids
             if progress is not None:
-                progress(len(group) * count)
+                progress(ids.shape[0] * count)
         yield from enumerate(generated, start)
 
 
-def _first_lost(ids: np.ndarray) -> tuple[int, ...] | None:
-    """Which generation is the first that came to no token, of [..., step]; None: none is."""
+def _first_lost(ids: np.ndarray) -> tuple[int, ...]:
+    """Which generation is the first that came to no token, of [..., step]; (): none did."""
     lost = np.argwhere((ids == NO_TOKEN).any(-1))
-    return tuple(lost[0].tolist()) if len(lost) else None
+    return tuple(lost[0].tolist()) if len(lost) else ()
 
 
 def _explain(
@@ -202,7 +202,7 @@ def generate(
                 scales=here or None,
             )
         )[:count]
-        if (lost := _first_lost(ids)) is not None:
+        if lost := _first_lost(ids):
             (row,) = lost
             of_row = {s: v[row] if v.ndim == 3 else v for s, v in here.items()}
             where = _explain(
@@ -284,6 +284,8 @@ def ablate(
         neurons that the model does not have; logits that are not finite.
     """
     tokens = _encoded(lm, prompts, steps)
+    if not isinstance(sets, Mapping):
+        raise ConfigError(f"sets: NeuronSets by name are needed, got {sets!r:.80}")
     for name, members in sets.items():
         if not isinstance(members, NeuronSet):
             raise ConfigError(f"set {name!r}: a NeuronSet is needed, got {members!r}")
@@ -336,7 +338,7 @@ def _shape(sets: int, prompts: int) -> Shape:
 def _encoded(lm: LM, prompts: Sequence[str], steps: int) -> list[tuple[int, ...]]:
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ConfigError(f"prompts: a list of texts is needed, got {prompts!r}")
-    if steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps!r}")
     tokens = []
     for number, prompt in enumerate(prompts, 1):
@@ -358,8 +360,8 @@ def _check_scales(scales: Scales | None, config: ModelConfig, prompts: int) -> N
     for site, values in (scales or {}).items():
         check_site(site)
         table = (config.num_layers, site_width(config, site))
-        if values.shape not in (table, (prompts, *table)):
+        if np.shape(values) not in (table, (prompts, *table)):
             raise ConfigError(
-                f"scales of site {site!r} are of shape {values.shape}: [layer, width] = {table} is "
-                f"needed, or [prompt, layer, width] = {(prompts, *table)}"
+                f"scales of site {site!r} are of shape {np.shape(values)}: [layer, width] = "
+                f"{table} is needed, or [prompt, layer, width] = {(prompts, *table)}"
             )

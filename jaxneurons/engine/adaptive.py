@@ -105,16 +105,8 @@ def adaptive(
     ablated = panels.p_left[..., extra:]
 
     refine_all = jax.vmap(jax.vmap(functools.partial(refine, quadrature=quadrature)))
-    none = jnp.zeros((*shape, CAPACITY), jnp.float32)
-    wide = jnp.zeros((*shape, CAPACITY, width), jnp.float32)
-    search = Search(
-        total=jnp.zeros((*shape, count, width), jnp.float32),
-        error=jnp.zeros((*shape, count), jnp.float32),
-        nodes=_per_layer(panels.layer, valid, count).astype(jnp.int32),
-        waiting=Panels(none.astype(jnp.int32), none, none, none, none, wide, wide, none),
-        size=jnp.zeros(shape, jnp.int32),
-    )
-    search = refine_all(search, path, panels, valid, p, gradient)
+    nodes = _per_layer(panels.layer, valid, count).astype(jnp.int32)
+    search = refine_all(_empty(nodes, width), path, panels, valid, p, gradient)
 
     queries = shape[0] * shape[1]
     together = int(np.clip(ROUND_ROWS // (INNER * queries), 4, max(rows // INNER, 1)))
@@ -143,6 +135,20 @@ def adaptive(
 
     search = jax.lax.while_loop(lambda search: jnp.any(search.size > 0), one_round, search)
     return search.total, ablated, search.error, search.nodes
+
+
+def _empty(nodes: Array, width: int) -> Search:
+    """Nothing accepted and nothing waiting; `nodes` [batch, answer, layer] of the first pass."""
+    *shape, count = nodes.shape
+    none = jnp.zeros((*shape, CAPACITY), jnp.float32)
+    wide = jnp.zeros((*shape, CAPACITY, width), jnp.float32)
+    return Search(
+        total=jnp.zeros((*shape, count, width), jnp.float32),
+        error=jnp.zeros((*shape, count), jnp.float32),
+        nodes=nodes,
+        waiting=Panels(none.astype(jnp.int32), none, none, none, none, wide, wide, none),
+        size=jnp.zeros(shape, jnp.int32),
+    )
 
 
 def _per_layer(layer: Array, valid: Array, count: int) -> Array:

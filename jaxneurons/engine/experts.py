@@ -72,7 +72,7 @@ def _reaching(
     def add(total: Array, some: Array) -> Array:
         # Spelled out: counts stay in registers while a handful of scores is compared.
         for score in some:
-            total = total + (score >= thresholds).astype(jnp.int32)
+            total = total + (score >= thresholds).astype(total.dtype)
         return total
 
     grouped = len(scores) // TOGETHER * TOGETHER
@@ -183,7 +183,7 @@ def expertise(
       examples: by concept, rows of positives and negatives.
       config: the model's shape.
       sites: whose neurons.
-      progress: told how many layers are done, and of how many.
+      progress: called with how many layers are done, and of how many.
 
     Raises:
       DataError: a concept without positives or without negatives.

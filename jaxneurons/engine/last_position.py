@@ -14,7 +14,7 @@ from jaxneurons.errors import DataError
 from jaxneurons.model import layers
 from jaxneurons.model.config import EVERYTHING, ModelConfig
 from jaxneurons.model.transformer import Params
-from jaxneurons.neurons.sets import NeuronSet, site_width
+from jaxneurons.neurons.sets import NeuronSet, Site, site_width
 
 
 class LastPosition(NamedTuple):
@@ -67,7 +67,7 @@ class Changes(NamedTuple):
     factor: Float[Array, "trial batch neuron"]
 
 
-def changes(trials: Sequence[Sequence[Change]], *, site: str) -> Changes:
+def changes(trials: Sequence[Sequence[Change]], *, site: Site) -> Changes:
     """`Changes` of a site for each trial and prompt; room for a power of two of neurons.
 
     Hundreds of trials that each change a few neurons are cheap because only these cross to the
@@ -100,7 +100,7 @@ def unchanged(prompts: int) -> Changes:
     return Changes(jnp.asarray(layer), jnp.asarray(index), jnp.ones(shape, jnp.float32))
 
 
-def _sparse(change: Change, site: str) -> tuple[np.ndarray, np.ndarray | float]:
+def _sparse(change: Change, site: Site) -> tuple[np.ndarray, np.ndarray | float]:
     """[n, 2] neurons of a site and what they are multiplied by."""
     if isinstance(change, Mapping):
         sites = [name for name, values in change.items() if name != site and np.any(values != 1)]
@@ -144,7 +144,7 @@ def scaled_answers(
     change: Changes,
     *,
     config: ModelConfig,
-    site: str = "up",
+    site: Site = "up",
     options: Int[Array, "batch option token"] | None = None,
 ) -> Answers:
     """The answer's probability with neurons scaled from the last prompt position on.
@@ -188,7 +188,7 @@ def _trial(
     change: Changes,
     *,
     config: ModelConfig,
-    site: str,
+    site: Site,
 ) -> Answers:
     """The answers of one trial, [batch, ...]; the arrays of its changes are [batch, neuron]."""
     batch, length = last.targets.shape

@@ -1,17 +1,18 @@
-"""Responses of every neuron to every prompt, on disk: they need not fit into memory.
+"""Responses of every neuron to every prompt: on disk, if they do not fit into memory, or in it.
 
 Section 2 of arXiv 2502.17355: a neuron's response is its output, averaged over the prompt's tokens.
-One forward pass per prompt; the mean is taken inside the scan over layers. A zarr array
+One forward pass per prompt; the mean is taken inside the scan over layers. On disk: a zarr array
 [example, layer, neuron] per site, a chunk for every batch and layer, with checksums.
 """
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -19,24 +20,24 @@ from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.model import finite
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.token_ids import check_ids
-from jaxneurons.model.transformer import forward
+from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.sets import check_site, site_width
 from jaxneurons.prompts import batches
+from jaxneurons.prompts.batches import PromptBatch
+from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import digest, make_directory, write_json
 from jaxneurons.storage.tables import read_json
 from jaxneurons.storage.typed_json import typed
 
 DTYPES = ("float32", "bfloat16")
+_ABOUT = "responses.json"
 ROWS = 64
 """Prompts in a batch (fewer where they are long), and examples in a chunk."""
-
-Read = Callable[[str, int], Float[np.ndarray, "example width"]]
-"""Responses of all examples at one site and layer."""
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sites"))
 def mean_responses(
-    params: Any,
+    params: Params,
     tokens: Int[Array, "batch seq"],
     lengths: Int[Array, " batch"],
     *,
@@ -54,13 +55,13 @@ def mean_responses(
 
 
 class ResponseStore:
-    """Responses of prompts on disk, written batch by batch, read layer by layer.
+    """Responses of prompts, written batch by batch, read layer by layer.
 
     Args:
-      path: a directory of its own.
+      path: a directory for nothing else; None keeps them in memory.
       prompts: token ids of the examples.
       config: the model's shape.
-      identity: what the responses depend on beside the prompts: the model's hash, say.
+      identity: what the responses on disk depend on beside the prompts: the model's hash, say.
       dtype: as stored: float32 or bfloat16.
 
     Raises:
@@ -70,11 +71,11 @@ class ResponseStore:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         prompts: Sequence[Sequence[int]],
         *,
         config: ModelConfig,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, Any] | None = None,
         dtype: str = "float32",
     ):
         if dtype not in DTYPES:
@@ -83,40 +84,42 @@ class ResponseStore:
             raise DataError("no prompts to take responses of")
         for prompt in prompts:
             check_ids(prompt, config.vocab_size)
-        self.path, self.config, self.dtype = Path(path), config, dtype
+        self.path = None if path is None else Path(path)
+        self.config, self.dtype = config, dtype
         self._plan = batches.by_length(prompts, ROWS)
         order = np.concatenate([batch.index for batch in self._plan])
         self._starts = np.cumsum([0, *(len(batch.index) for batch in self._plan)]).tolist()
         self._row_of = np.argsort(order)
-        self._about = self.path / "responses.json"
         self._identity = {
-            **identity,
+            **(identity or {}),
             "prompts": digest([list(map(int, prompt)) for prompt in prompts]),
             "stored_as": dtype,
             "shape": [config.num_layers, *(site_width(config, s) for s in ("up", "down", "q"))],
         }
-        self._done = self._read_done()
+        self._arrays: dict[str, np.ndarray] = {}  # in memory
+        self._done = {} if self.path is None else self._read_done(self.path)
 
-    def _read_done(self) -> dict[str, int]:
+    def _read_done(self, path: Path) -> dict[str, int]:
         """Batches finished, by site."""
-        if not self._about.is_file():
-            if self.path.is_dir() and any(p.name[0] != "." for p in self.path.iterdir()):
-                raise DataError(f"{self.path}: holds files but no responses; give a new directory")
+        about = path / _ABOUT
+        if not about.is_file():
+            if path.is_dir() and any(p.name[0] != "." for p in path.iterdir()):
+                raise DataError(f"{path}: holds files but no responses; give a new directory")
             return {}
         try:
             kind = {"identity": dict, "done": dict}
-            about = typed(kind, read_json(self._about), str(self._about))
-            known, done = about["identity"], about["done"]
+            values = typed(kind, read_json(about), str(about))
+            known, done = values["identity"], values["done"]
             other = [key for key in self._identity if known.get(key) != self._identity[key]]
             for site, count in done.items():
-                typed(int, count, f"{self._about}: {site}")
+                typed(int, count, f"{about}: {site}")
                 if not other and not 0 <= count <= len(self._plan):
-                    raise DataError(f"{self._about}: {site}: {count} of {len(self._plan)} batches")
+                    raise DataError(f"{about}: {site}: {count} of {len(self._plan)} batches")
         except DataError as error:
-            raise DataError(f"{error}: unreadable; delete {self.path}") from None
+            raise DataError(f"{error}: unreadable; delete {path}") from None
         if other:
             raise DataError(
-                f"{self.path}: holds responses with another {', '.join(other)}; "
+                f"{path}: holds responses with another {', '.join(other)}; "
                 "delete it, or give a new directory"
             )
         return done
@@ -126,17 +129,17 @@ class ResponseStore:
 
     def fill(
         self,
-        params: Any,
+        params: Params,
         sites: Sequence[str],
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Take and write the responses at `sites` that are not there yet.
 
         Args:
           params: the model's parameters.
           sites: which outputs.
-          progress: told how many prompts are done, and of how many.
+          progress: called with how many prompts are done, and of how many.
 
         Raises:
           DataError: responses that are not finite; says to which prompt, and from which layer on.
@@ -151,67 +154,82 @@ class ResponseStore:
             arrays = {site: self._open(site, create=True) for site in together}
             for number in range(done, len(self._plan)):
                 batch = self._plan[number]
-                found = mean_responses(
+                means = mean_responses(
                     params, batch.tokens, batch.lengths, config=self.config, sites=together
                 )
-                self._check(params, batch, found)
-                self._write(number, len(batch.index), arrays, found)
+                self._check(params, batch, means)
+                self._write(number, len(batch.index), arrays, means)
                 if progress is not None:
                     progress(self._starts[number + 1], len(self))
 
-    def _check(self, params: Any, batch: batches.PromptBatch, found: Mapping[str, Array]) -> None:
+    def _check(self, params: Params, batch: PromptBatch, means: Mapping[str, Array]) -> None:
         """Raise `DataError` for the first prompt of a batch whose responses are not finite."""
         for row, index in enumerate(batch.index.tolist()):
-            if not all(np.isfinite(np.asarray(values)[:, row]).all() for values in found.values()):
+            if not all(np.isfinite(np.asarray(values)[:, row]).all() for values in means.values()):
                 where = finite.explain(
                     params, batch.tokens[row, : batch.lengths[row]], config=self.config
                 )
                 raise DataError(f"prompt {index + 1} of {len(self)}: no responses: {where}")
 
-    def write(self, number: int, found: Mapping[str, Array]) -> None:
+    def write(self, number: int, means: Mapping[str, Array]) -> None:
         """Write one batch of the plan, [layer, batch, width] by site, made elsewhere.
 
         Raises:
           WriteError: no room, say.
         """
         self._write_about()
-        arrays = {site: self._open(site, create=True) for site in found}
-        self._write(number, len(self._plan[number].index), arrays, found)
+        arrays = {site: self._open(site, create=True) for site in means}
+        self._write(number, len(self._plan[number].index), arrays, means)
 
     def _write(
-        self, number: int, count: int, arrays: Mapping[str, Any], found: Mapping[str, Array]
+        self, number: int, count: int, arrays: Mapping[str, Any], means: Mapping[str, Array]
     ) -> None:
         start = self._starts[number]
         pending = {}
         for site, array in arrays.items():
-            values = np.asarray(found[site])[:, :count].swapaxes(0, 1)
-            pending[site] = array[start : start + count].write(
-                values.astype(array.dtype.numpy_dtype)
-            )
-        refused = {site: one.exception() for site, one in pending.items()}
+            values = np.asarray(means[site])[:, :count].swapaxes(0, 1)
+            if isinstance(array, np.ndarray):
+                array[start : start + count] = values.astype(array.dtype)
+            else:
+                pending[site] = array[start : start + count].write(
+                    values.astype(array.dtype.numpy_dtype)
+                )
+        refused = {site: write.exception() for site, write in pending.items()}
         for site, error in refused.items():  # all of them have ended
             if error is not None:
-                raise WriteError(self.path / site, error) from None
+                raise WriteError(self._place(site), error) from None
         for site in arrays:
             self._done[site] = number + 1
         self._write_about()
 
     def _write_about(self) -> None:
-        make_directory(self.path)
-        write_json(self._about, {"identity": self._identity, "done": self._done})
+        if self.path is not None:
+            make_directory(self.path)
+            write_json(self.path / _ABOUT, {"identity": self._identity, "done": self._done})
+
+    def _place(self, site: str) -> Path:
+        """Where a site's responses are, for messages too."""
+        return (self.path or Path("responses in memory")) / site
 
     def _open(self, site: str, *, create: bool = False) -> Any:
+        """The array [example, layer, width] of a site: NumPy's in memory, TensorStore's on disk."""
+        shape = (len(self), self.config.num_layers, site_width(self.config, site))
+        if self.path is None:
+            if site not in self._arrays:
+                self._arrays[site] = np.zeros(shape, jnp.dtype(self.dtype))
+            return self._arrays[site]
         import tensorstore as ts
 
-        width = site_width(self.config, site)
-        shape = [len(self), self.config.num_layers, width]
-        chunk = [ROWS, 1, width]
+        place = self._place(site)
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(self.path / site)},
+            "kvstore": {"driver": "file", "path": str(place)},
             "metadata": {
-                "shape": shape,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                "shape": list(shape),
+                "chunk_grid": {
+                    "name": "regular",
+                    "configuration": {"chunk_shape": [ROWS, 1, shape[2]]},
+                },
                 "chunk_key_encoding": {"name": "default"},
                 "data_type": self.dtype,
                 "codecs": [
@@ -223,10 +241,10 @@ class ResponseStore:
         try:
             return ts.open(spec, create=create, open=True).result()
         except (ValueError, OSError) as error:
-            if create and not (self.path / site / "zarr.json").exists():
-                raise WriteError(self.path / site, error) from None
+            if create and not (place / "zarr.json").exists():
+                raise WriteError(place, error) from None
             reason = str(error).split(" [")[0]
-            raise DataError(f"{self.path / site}: unreadable ({reason}); delete it") from None
+            raise DataError(f"{place}: unreadable ({reason}); delete it") from None
 
     def read(self, site: str, layer: int) -> Float[np.ndarray, "example width"]:
         """Responses of all examples, in their order, at one site and layer, as float32.
@@ -235,19 +253,22 @@ class ResponseStore:
           DataError: not all written, damaged, or not finite.
         """
         if self._done.get(site, 0) < len(self._plan):
-            raise DataError(f"{self.path}: the responses at {site!r} are not complete")
+            where = self.path or "in memory"
+            raise DataError(f"{where}: the responses at {site!r} are not complete")
+        array = self._open(site)
         try:
-            values = self._open(site)[:, layer].read().result()
+            values = array[:, layer] if self.path is None else array[:, layer].read().result()
         except ValueError as error:
             raise DataError(
-                f"{self.path / site}: damaged at layer {layer} ({str(error).split(' [')[0]}); "
+                f"{self._place(site)}: damaged at layer {layer} ({str(error).split(' [')[0]}); "
                 f"delete {self.path} and run again"
             ) from None
         values = values.astype(np.float32)[self._row_of]
-        lost = np.flatnonzero(~np.isfinite(values).all(axis=1))
-        if len(lost):
+        overflown = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if len(overflown):
+            delete = "" if self.path is None else f"delete {self.path}, and "
             raise DataError(
-                f"{self.path / site}: responses to prompt {lost[0] + 1} are not finite at layer "
-                f"{layer}; delete {self.path}, and run again in bfloat16 or float32"
+                f"{self._place(site)}: responses to prompt {overflown[0] + 1} are not finite at "
+                f"layer {layer}; {delete}run again in bfloat16 or float32"
             )
         return values

@@ -24,6 +24,7 @@ from jaxneurons.convert.export import write_hf
 from jaxneurons.lab import world
 from jaxneurons.lab.corpus import Corpus, Rows, tokenizer, vocabulary
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params
 from jaxneurons.model.transformer import Transformer, forward
 from jaxneurons.prompts.answers import encode_query
 from jaxneurons.prompts.queries import Query, parse_queries
@@ -72,7 +73,7 @@ def first_parameters(config: ModelConfig, seed: int) -> Any:
     }
 
 
-def loss(params: Any, rows: Rows, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def loss(params: Params, rows: Rows, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Mean over rows of the weighted cross entropy, and of the answers' alone, in nats."""
     tokens, lengths, at, targets, weights = map(jnp.asarray, rows)
     logits = forward(params, tokens, config=config, lengths=lengths, at=at).logits
@@ -96,7 +97,7 @@ def train(
     seed: int = 0,
     config: ModelConfig | None = None,
     report: Callable[[Losses], None] | None = None,
-) -> tuple[ModelConfig, Any]:
+) -> tuple[ModelConfig, Params]:
     """Parameters of a model that was told the facts, float32; the same seed gives the same ones.
 
     Args:
@@ -119,8 +120,8 @@ def train(
     state = optimiser.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, told: Rows, asked: Rows) -> Any:
-        def total(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def step(params: Params, state: Any, told: Rows, asked: Rows) -> Any:
+        def total(params: Params) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             of_texts, of_questions = loss(params, told, config), loss(params, asked, config)
             return of_texts[0] + of_questions[0], (of_texts[1], of_questions[1])
 
@@ -136,7 +137,7 @@ def train(
     return config, params
 
 
-def accuracy(params: Any, config: ModelConfig, tok: Any, queries: Sequence[Query]) -> np.ndarray:
+def accuracy(params: Params, config: ModelConfig, tok: Any, queries: Sequence[Query]) -> np.ndarray:
     """Whether the answer is the most probable token, [query, wording]."""
     prompts = [
         encode_query(tok, text, answer)
@@ -159,7 +160,7 @@ def accuracy(params: Any, config: ModelConfig, tok: Any, queries: Sequence[Query
 
 
 def examine(
-    params: Any, config: ModelConfig, tok: Any, facts: Sequence[world.Fact]
+    params: Params, config: ModelConfig, tok: Any, facts: Sequence[world.Fact]
 ) -> dict[str, float]:
     """Share of right answers, by kind of fact, form and language.
 
@@ -187,7 +188,7 @@ def examine(
 def write(
     out: Path,
     config: ModelConfig,
-    params: Any,
+    params: Params,
     vocab: dict[str, int],
     card: dict[str, Any],
     facts: Sequence[world.Fact],

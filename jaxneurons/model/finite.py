@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params
 from jaxneurons.model.transformer import forward
 
 ORDER = ("residual", "q", "k", "v", "o", "up", "gate", "act", "down")
@@ -37,7 +38,7 @@ class NotFiniteError(DataError):
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def finite_sites(
-    params: Any,
+    params: Params,
     tokens: Int[Array, "batch seq"],
     *,
     config: ModelConfig,
@@ -51,7 +52,7 @@ def finite_sites(
 
 
 def explain(
-    params: Any,
+    params: Params,
     tokens: Sequence[int] | np.ndarray,
     *,
     config: ModelConfig,

@@ -253,7 +253,7 @@ def forward(
       DataError: a token id that the vocabulary does not have (outside of `jit`).
     """
     check_ids(tokens, config.vocab_size)
-    return Transformer(config).apply(  # type: ignore[return-value]
+    output: Any = Transformer(config).apply(
         {"params": params},
         tokens,
         lengths=lengths,
@@ -263,3 +263,4 @@ def forward(
         capture=capture,
         reduce=reduce,
     )
+    return output

@@ -20,7 +20,7 @@ from jaxneurons.model.parameters import site_widths
 from jaxneurons.storage.csv_file import read_csv
 
 Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
-SITES: tuple[str, ...] = get_args(Site)
+SITES: tuple[Site, ...] = get_args(Site)
 FFN = ("up", "gate", "down")
 """Outputs of the feed-forward layer's matrices: what arXiv 2502.17355 calls FFN neurons."""
 ATTENTION = ("q", "k", "v", "o")
@@ -295,7 +295,7 @@ class Ranking:
     """
 
     ranking: tuple[Neuron, ...]
-    site: str
+    site: Site
 
     def __post_init__(self) -> None:
         check_site(self.site)

@@ -1,12 +1,14 @@
 """Figures whose texts are taken literally, in any script that the system has a font for."""
 
 import functools
+import io
 import unicodedata
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter, ScalarFormatter
@@ -176,6 +178,12 @@ class LetteredFigure(Figure):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said by warn_of
             super().draw(renderer)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        image = io.BytesIO()
+        FigureCanvasAgg(self).print_figure(image, dpi=100, format="png")
+        return image.getvalue()
 
     def choose_fonts(self) -> str:
         """Take texts literally and choose their fonts; the characters that no font has."""

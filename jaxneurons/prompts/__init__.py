@@ -1,7 +1,7 @@
 """What a model is asked: query files, multiple choice, relations, tokens of answers, batches."""
 
 from jaxneurons.prompts.answers import TokenPrompt, encode_prompt, encode_query
-from jaxneurons.prompts.batches import Batch, plan
+from jaxneurons.prompts.batches import Batch, bucket, plan
 from jaxneurons.prompts.multichoice import Question, free_form, multi_choice, read_questions
 from jaxneurons.prompts.queries import Query, parse_queries, read_queries
 from jaxneurons.prompts.relations import (
@@ -21,6 +21,7 @@ __all__ = [
     "Relation",
     "TokenPrompt",
     "Triple",
+    "bucket",
     "bundled_relations",
     "encode_prompt",
     "encode_query",

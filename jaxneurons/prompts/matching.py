@@ -110,7 +110,8 @@ def _same_units(generated: str, expected: str) -> bool:
         return True
     end = _words(generated)[min(len(_words(generated)), len(_words(expected))) - 1].end
     text = _normal(generated)
-    after = text[end:].lstrip(" ")[:1]
+    tail = _normal(expected)[_words(expected)[-1].end :].strip(" ")  # "%", or several: "¢°"
+    after = text[end:].lstrip(" ")[: max(1, len(tail))]
     units = _units(text[:end] + after)
     return not units or units == needed
 

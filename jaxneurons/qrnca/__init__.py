@@ -7,13 +7,14 @@ from jaxneurons.lazy import face
 if TYPE_CHECKING:
     from jaxneurons.lab.bundled import bundled_queries
     from jaxneurons.prompts.queries import Query, parse_queries, read_queries
+    from jaxneurons.qrnca.analyses import balanced
     from jaxneurons.qrnca.caveats import (
         CaveatWarning,
         LowOptionMassWarning,
         UnlikelyAnswerWarning,
         UnresolvedWarning,
     )
-    from jaxneurons.qrnca.demonstration import Demo, demo
+    from jaxneurons.qrnca.demonstration import Demo, demo, known
     from jaxneurons.qrnca.locating import locate
     from jaxneurons.qrnca.method import QRNCAConfig, QueryNeurons
     from jaxneurons.qrnca.run import Run, open_run
@@ -34,10 +35,12 @@ __all__ = [
     "UnlikelyAnswerWarning",
     "UnresolvedWarning",
     "analyse",
+    "balanced",
     "bundled_queries",
     "demo",
     "edit",
     "evaluate",
+    "known",
     "locate",
     "open_run",
     "parse_queries",

@@ -65,7 +65,7 @@ def count_rows(run: Run) -> list[Row]:
     rows = []
     for group, members in {"all": [q.id for q in run.queries], **run.groups}.items():
         sets = [run[query].ranking for query in members]
-        sizes = np.array([len(each) for each in sets])
+        sizes = np.array([len(ranking) for ranking in sets])
         rows.append(
             {
                 "group": group,
@@ -104,16 +104,16 @@ def overlap_rows(neurons: Sequence[Row]) -> list[Row]:
 
 def layer_rows(run: Run, neurons: Sequence[Row]) -> list[Row]:
     """How many of a group's neurons (once per query), and how much naica, each layer has."""
-    found: dict[tuple[str, int], list[float]] = {}
+    sums: dict[tuple[str, int], list[float]] = {}
     for group in run.groups:
         for layer in range(run.layers):
-            found[group, layer] = [0, 0.0]
+            sums[group, layer] = [0, 0.0]
     for row in neurons:
-        here = found[row["group"], row["layer"]]
+        here = sums[row["group"], row["layer"]]
         here[0] += row["queries"]
         here[1] += row["naica"]
     whole: dict[str, float] = {}
-    for (group, _), (count, _) in found.items():
+    for (group, _), (count, _) in sums.items():
         whole[group] = whole.get(group, 0) + count
     return [
         {
@@ -123,18 +123,18 @@ def layer_rows(run: Run, neurons: Sequence[Row]) -> list[Row]:
             "share": count / whole[group] if whole[group] else 0.0,
             "naica": weight,
         }
-        for (group, layer), (count, weight) in found.items()
+        for (group, layer), (count, weight) in sums.items()
     ]
 
 
-def word_rows(run: Run, neurons: Sequence[Row], *, each: int = 5) -> list[Row]:
-    """What the common neurons say, and the `each` heaviest neurons of every group."""
-    chosen = [("common", neuron, count) for neuron, count in run.common]
+def word_rows(run: Run, neurons: Sequence[Row], *, count: int = 5) -> list[Row]:
+    """What the common neurons say, and the `count` heaviest neurons of every group."""
+    chosen = [("common", neuron, clusters) for neuron, clusters in run.common]
     for group in run.groups:
-        own = sorted((r for r in neurons if r["group"] == group), key=lambda r: -r["naica"])
-        chosen += [(group, Neuron(r["layer"], r["index"]), r["queries"]) for r in own[:each]]
+        members = sorted((r for r in neurons if r["group"] == group), key=lambda r: -r["naica"])
+        chosen += [(group, Neuron(r["layer"], r["index"]), r["queries"]) for r in members[:count]]
     ranking = Ranking(tuple(neuron for _, neuron, _ in chosen), run.settings.site)
-    said = words(run.lm, ranking)
+    tokens = words(run.lm, ranking)
     return [
         {
             "group": group,
@@ -144,7 +144,7 @@ def word_rows(run: Run, neurons: Sequence[Row], *, each: int = 5) -> list[Row]:
             "promotes": " | ".join(promotes),
             "demotes": " | ".join(demotes),
         }
-        for (group, neuron, queries), (promotes, demotes) in zip(chosen, said, strict=True)
+        for (group, neuron, queries), (promotes, demotes) in zip(chosen, tokens, strict=True)
     ]
 
 
@@ -154,7 +154,7 @@ def balanced(queries: Sequence[Query], limit: int) -> list[Query]:
     for query in queries:
         groups.setdefault(query.group, []).append(query)
     rounds = itertools.zip_longest(*groups.values())
-    chosen = [query for each in rounds for query in each if query is not None][:limit]
+    chosen = [query for members in rounds for query in members if query is not None][:limit]
     kept = {query.id for query in chosen}
     return [query for query in queries if query.id in kept]
 

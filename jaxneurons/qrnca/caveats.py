@@ -14,7 +14,7 @@ LARGE_GAP = 0.01
 """Completeness gap, in probability, from which scores of the adaptive rule are in doubt."""
 
 Prompts = Mapping[str, Sequence[PromptScores]]
-"""By query id, what is known of each of its prompts."""
+"""By query id, the scores of each of its prompts."""
 
 
 class CaveatWarning(UserWarning):
@@ -40,15 +40,15 @@ def caveats(
     quadrature: Quadrature,
     decode: Callable[[list[int]], object],
 ) -> Iterator[tuple[type[CaveatWarning], str]]:
-    """What is to be said of a run: warnings by category.
+    """Warnings about a run, by category.
 
     Args:
-      queries: what was asked.
-      prompts: what is known of each of their prompts.
+      queries: of the run.
+      prompts: the scores of each of their prompts.
       quadrature: the rule that they were attributed by.
       decode: token ids to text.
     """
-    masses = [p.option_mass for each in prompts.values() for p in each]
+    masses = [prompt.option_mass for scores in prompts.values() for prompt in scores]
     masses = [mass for mass in masses if not math.isnan(mass)]
     if masses and np.mean(masses) < LOW_OPTION_MASS:
         yield (
@@ -70,7 +70,7 @@ def _unresolved(queries: Sequence[Query], prompts: Prompts, quadrature: Quadratu
         for query in queries
         for i, prompt in enumerate(prompts[query.id])
     ]
-    far = [each for each in gaps if each[0] > LARGE_GAP]
+    far = [place for place in gaps if place[0] > LARGE_GAP]
     if not far:
         return None
     gap, query, i, layer = max(far)
@@ -93,7 +93,7 @@ def _unlikely(
     ]
     if not far:
         return None
-    odds, query, i, choice = min(far, key=lambda each: each[0])
+    odds, query, i, choice = min(far, key=lambda place: place[0])
     return (
         f"{len(far)} of {sum(map(len, prompts.values()))} prompts have an answer that is less than "
         f"{LOW_ODDS:g} times as probable as the model's first choice: their neurons may be about "

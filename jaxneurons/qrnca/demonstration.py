@@ -119,13 +119,13 @@ def demo_facts(source: str) -> list[Query]:
     groups: dict[str, list[Query]] = {}
     for query in bundled_queries("lab-cloze"):
         groups.setdefault(query.group, []).append(query)
-    return [fact for own in groups.values() for fact in own[:: len(own) // 6][:6]]
+    return [fact for members in groups.values() for fact in members[:: len(members) // 6][:6]]
 
 
 def known(lm: LM, facts: list[Query]) -> list[bool]:
     """Whether the model says the answer, whole, after every wording of a fact."""
-    says = _suppressed(lm, facts, [[NeuronSet()]] * len(facts))[1]
-    return [bool(each[0].all()) for each in says]
+    _, first = _suppressed(lm, facts, [[NeuronSet()]] * len(facts))
+    return [bool(by_trial[0].all()) for by_trial in first]
 
 
 def demo(
@@ -186,14 +186,15 @@ def suppress(
     rng = generator(seed)
     trials = []
     for fact in facts:
-        own = run[fact.id].neurons
-        sets = [NeuronSet(), own, *(own.random_like(lm.config, rng) for _ in range(draws))]
+        neurons = run[fact.id].neurons
+        controls = [neurons.random_like(lm.config, rng) for _ in range(draws)]
+        sets = [NeuronSet(), neurons, *controls]
         trials.append(sets)
-    p, says = _suppressed(lm, facts, trials)
+    p, first = _suppressed(lm, facts, trials)
 
     def effect(group: str, members: list[int]) -> Effect:
         chance = np.concatenate([p[i] for i in members], axis=1)  # [trial, prompt]
-        kept = np.concatenate([says[i] for i in members], axis=1)
+        kept = np.concatenate([first[i] for i in members], axis=1)
         random = chance[2:].mean(1)
         sizes = [len(run[facts[i].id].ranking) for i in members]
         return Effect(
@@ -242,7 +243,7 @@ def _suppressed(
     prompts = encode_queries(lm, facts, SETTINGS)
     owner = [i for i, fact in enumerate(facts) for _ in fact.prompts[: SETTINGS.prompts]]
     p = np.zeros((len(trials[0]), len(prompts)), np.float32)
-    says = np.zeros(p.shape, bool)
+    first = np.zeros(p.shape, bool)
     for batch in batches.plan(prompts):
         index = batch.index[batch.index >= 0]
         rows = np.where(batch.index >= 0, batch.index, index[0])
@@ -250,10 +251,10 @@ def _suppressed(
         pre = run_prompts(lm.params, batch, config=lm.config, site=SETTINGS.site)
         last = last_position(pre)
         off = changes(off, site=SETTINGS.site)
-        got = jax.device_get(
+        answers = jax.device_get(
             scaled_answers(lm.params, last, off, config=lm.config, site=SETTINGS.site)
         )
-        p[:, index] = got.probability[:, : len(index)]
-        says[:, index] = got.first[:, : len(index)]
+        p[:, index] = answers.probability[:, : len(index)]
+        first[:, index] = answers.first[:, : len(index)]
     members = [np.flatnonzero(np.array(owner) == i) for i in range(len(facts))]
-    return [p[:, m] for m in members], [says[:, m] for m in members]
+    return [p[:, m] for m in members], [first[:, m] for m in members]

@@ -4,12 +4,11 @@ Sections "evaluation" and "applications" of arXiv 2406.10868, as tidy rows from 
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.neurons.sets import NeuronSet, Site
 from jaxneurons.qrnca import pcr
 from jaxneurons.qrnca.baselines import MATCHED
 from jaxneurons.qrnca.locating import NO_GROUP
@@ -17,8 +16,7 @@ from jaxneurons.qrnca.method import PromptScores
 from jaxneurons.qrnca.pcr import Interval
 from jaxneurons.qrnca.run import Run
 from jaxneurons.qrnca.trials import OWN, Outcome, Outcomes
-
-Row = dict[str, Any]
+from jaxneurons.storage.tables import Row
 
 
 def change_rows(run: Run, outcomes: Outcomes) -> list[Row]:
@@ -137,7 +135,7 @@ def editing_rows(run: Run, outcomes: Outcomes, *, seed: int = 0) -> list[Row]:
 
 
 def completeness_share(
-    prompts: Iterable[PromptScores], neurons: NeuronSet, *, config: ModelConfig, site: str
+    prompts: Iterable[PromptScores], neurons: NeuronSet, *, config: ModelConfig, site: Site
 ) -> float:
     """Share of all attribution (sum over every layer) that some neurons hold in a query's prompts.
 

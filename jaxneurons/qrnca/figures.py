@@ -47,10 +47,10 @@ def _subplots(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
 
 def _by(rows: Rows, *keys: str) -> dict[Any, Row]:
     """The first row of each value of a column, or of several."""
-    found: dict[Any, Row] = {}
+    cells: dict[Any, Row] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), row)
-    return found
+        cells.setdefault(tuple(row[key] for key in keys), row)
+    return cells
 
 
 def _percent(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,8 +76,7 @@ def _related_bars(
     cells = _by(rows, key, "change")
     for axes, change in zip(panels, changes, strict=True):
         for i, (which, colour) in enumerate((("related", OWN), ("unrelated", OTHER))):
-            found = [cells[name, change] for name in names]
-            heights, spread = _percent(found, which)
+            heights, spread = _percent([cells[name, change] for name in names], which)
             axes.bar(
                 np.arange(len(names)) + (i - 0.5) * 0.38,
                 heights,
@@ -156,9 +155,9 @@ def editing(rows: Rows, source: str) -> Any:
         return None
     figure, panels = _subplots(len(turns), 4.4, 0.9 + 0.4 * len(methods))
     for axes, turn in zip(panels, turns, strict=True):
-        found = {row["method"]: row for row in rows if row["turns"] == turn}
+        by_method = {row["method"]: row for row in rows if row["turns"] == turn}
         for y, method in enumerate(methods):
-            row = found[method]
+            row = by_method[method]
             ends = np.array([[row["rate"] - row["rate_low"]], [row["rate_high"] - row["rate"]]])
             axes.barh(
                 y - 0.18,
@@ -180,9 +179,8 @@ def editing(rows: Rows, source: str) -> Any:
         axes.set_ylim(len(methods) - 0.5, -0.5)
         describe_axes(axes, x="prompts turned, %")
         axes.grid(axis="x", alpha=0.25, lw=0.5)
-        entitle(
-            axes, f"{turn} ({found[methods[0]]['change']}, {found[methods[0]]['prompts']} prompts)"
-        )
+        first = by_method[methods[0]]
+        entitle(axes, f"{turn} ({first['change']}, {first['prompts']} prompts)")
     legend(panels[-1], fontsize=8, loc="lower right")
     head(figure, f"Answers turned, {source} (whiskers: 95 %)")
     return figure
@@ -329,8 +327,8 @@ def prediction(rows: Rows, source: str) -> Any:
     width = 0.84 / len(bars)
     cells = _by(rows, "group", "readout", "pool")
     for i, (readout, pool, label, colour) in enumerate(bars):
-        found = [cells[group, readout, pool] for group in groups]
-        heights, spread = _percent(found, "accuracy")
+        pools = [cells[group, readout, pool] for group in groups]
+        heights, spread = _percent(pools, "accuracy")
         axes.bar(
             np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width,
             heights,

@@ -54,12 +54,14 @@ def join(
                 continue
             between = separators(prompt, answer)
             texts = query.options[wording] or (answer,)
-            for each in between if len(between) > 1 else ():
-                own = [_encode(tokenizer, query, wording, text, each, config) for text in texts]
-                found = [form for form in own if form is not None]
-                if len(found) == len(texts):
-                    open_ends += [(number, wording, each)] * len(found)
-                    forms += found
+            for separator in between if len(between) > 1 else ():
+                encoded = [
+                    _encode(tokenizer, query, wording, text, separator, config) for text in texts
+                ]
+                usable = [form for form in encoded if form is not None]
+                if len(usable) == len(texts):
+                    open_ends += [(number, wording, separator)] * len(usable)
+                    forms += usable
     chances: dict[tuple[int, int, str], float] = {}
     logps = _log_probabilities(params, forms, config=config, site=site, batch_size=batch_size)
     for place, logp in zip(open_ends, logps, strict=True):
@@ -89,7 +91,7 @@ def _encode(
             max_length=config.max_position,
             vocab_size=config.vocab_size,
         )
-    except DataError:  # no tokens of its own in this form; what is wrong is said when it is encoded
+    except DataError:  # no tokens of its own in this form: an error when it is encoded
         return None
 
 
@@ -102,10 +104,10 @@ def _log_probabilities(
     batch_size: int | None,
 ) -> list[float]:
     """Log-probability of each whole answer."""
-    found = np.zeros(len(prompts))
+    logps = np.zeros(len(prompts))
     for batch in batches.plan(prompts, batch_size):
         pre = run_prompts(params, batch, config=config, site=site)
         p = np.maximum(np.asarray(pre.probability, np.float64), np.finfo(np.float64).tiny)
         real = batch.index >= 0
-        found[batch.index[real]] = np.log(p).sum(-1)[real]
-    return found.tolist()
+        logps[batch.index[real]] = np.log(p).sum(-1)[real]
+    return logps.tolist()

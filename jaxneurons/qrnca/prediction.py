@@ -23,7 +23,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.controls import generator, layer_matched_at_most
-from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.neurons.sets import NeuronSet, Site
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import past_shared_tokens
 from jaxneurons.qrnca import method as qrnca
@@ -44,8 +44,8 @@ from jaxneurons.qrnca.locating import NO_GROUP
 from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import digest
+from jaxneurons.storage.tables import Row
 
-Row = dict[str, Any]
 Chosen = dict[tuple[str, int], dict[str, NeuronSet]]
 """By group and half of its queries, the pools that their answers are read off."""
 READOUTS = ("presented", "signed", "direct")
@@ -56,7 +56,7 @@ FORMAT = 2
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
 def _read(
-    params: Params, batch: batches.Batch, where: jax.Array, *, config: ModelConfig, site: str
+    params: Params, batch: batches.Batch, where: jax.Array, *, config: ModelConfig, site: Site
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Option log-probabilities [row, option]; activations, contributions [row, option, neuron]."""
     pre = prefill(

@@ -1,6 +1,6 @@
 """A finished run of QRNCA: the neurons of every query, with all that later stages work on.
 
-`locate.locate` makes one; `open_run` reads one from its directory, where it changes nothing.
+`locating.locate` makes one; `open_run` reads one from its directory, where it changes nothing.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Run(Mapping[str, QueryNeurons]):
 
     Attributes:
       lm: the model that the neurons were located in.
-      queries: with their separators, in order.
+      queries: in order, with their separators.
       settings: of the method.
       batch_size: prompts per batch, as `batches.plan` takes it.
       neurons: by query id; what the run is a mapping of.
@@ -278,8 +278,8 @@ def open_run(path: str | os.PathLike[str], lm: LM | None = None) -> Run:
             raise DataError("neurons.jsonl: other queries than in queries.jsonl")
         common = read_common_of(path)
     except DataError as error:
-        said = f"{error}" if f"{path}" in f"{error}" else f"{path}: {error}"
-        raise DataError(f"{said}; {locate_again(path)}") from None
+        place = "" if f"{path}" in f"{error}" else f"{path}: "
+        raise DataError(f"{place}{error}; {locate_again(path)}") from None
     for located in neurons.values():
         located.neurons.check(lm.config)
     return Run(

@@ -259,14 +259,14 @@ def _written(
     run: Run, name: str | None, rows: Mapping[str, list[Row]], facts: dict[str, Any], out: Place
 ) -> Tables:
     """The tables, in `out` too: as CSV and Parquet, drawn, with `name`.json about them."""
-    rows = {table: found for table, found in rows.items() if found}
+    rows = {table: lines for table, lines in rows.items() if lines}
     if out is None:
         return Tables(rows, facts=facts)
     from jaxneurons.qrnca.figures import draw
 
     path = Path(out)
-    for table, found in rows.items():
-        write_table(path / TABLES, table, found)
+    for table, lines in rows.items():
+        write_table(path / TABLES, table, lines)
     draw(dict(rows), path / FIGURES, source=run.name)
     if name is not None:
         write_json(path / f"{name}.json", facts)

@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jaxneurons.errors import DataError
-from jaxneurons.terminal.console import console, load_and_say, show_comparison, show_study, stages
-from jaxneurons.terminal.options import IgnoreKeys
+from jaxneurons.relspec.method import RelSpecConfig
+from jaxneurons.relspec.views import show_comparison, show_study
+from jaxneurons.terminal.console import console, load_and_say, stages
+from jaxneurons.terminal.options import IgnoreKeys, Text, settings_options
 
 if TYPE_CHECKING:
+    from jaxneurons.relspec.analyses import Counts
     from jaxneurons.relspec.study import Study
 
 app = typer.Typer(help="Relation-specific neurons (arXiv 2502.17355).", no_args_is_help=True)
@@ -29,130 +32,73 @@ CountsFile = Annotated[
     Path | None,
     typer.Option(help="CSV of relation, subject, object, count: for the analysis 'frequency'."),
 ]
-K = Annotated[
-    str, typer.Option("--k", help="Neurons of a relation: a number, or a share such as 0.36%.")
-]
-Templates = Annotated[
-    str, typer.Option(help="Template sets, with commas: plain, zero-shot, answer, your own.")
-]
-Sites = Annotated[str, typer.Option(help="Neurons, with commas: up, gate, down, act, q, k, v, o.")]
-Seeds = Annotated[int, typer.Option(min=1, help="Random sets of neurons to compare with.")]
-Evaluation = Annotated[int, typer.Option(min=1, help="Facts held out of each relation.")]
-Minimum = Annotated[int, typer.Option(min=1, help="Answered prompts that make a relation known.")]
-Share = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="The same as a share of the detection prompts.")
-]
-Detection = Annotated[
-    int | None, typer.Option(min=1, help="Facts to detect with, at most; default: all others.")
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Tokens generated after a prompt; default: as many as its objects need. The paper: 2.",
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="Responses on disk: float32 or bfloat16.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of splits, negatives and random sets.")]
+
+
+def _parse_k(text: str) -> int | float:
+    """A number of neurons, or a share such as 0.36%."""
+    k = text.strip()
+    value: int | float
+    try:
+        share = k.endswith("%")
+        value = float(k[:-1]) / 100 if share else int(k) if k.isdigit() else float(k)
+    except ValueError:
+        value = -1
+    if not 0 < value < float("inf") or (isinstance(value, float) and value >= 1):
+        raise DataError(f"--k {text!r}: give a number of neurons, or a share such as 0.36%")
+    return value
+
+
+def _show_k(k: int | float) -> str:
+    return f"{100 * k:g}%" if isinstance(k, float) else str(k)
+
+
+with_settings = settings_options(RelSpecConfig, texts={"k": Text(_parse_k, _show_k)})
 
 
 @app.command()
+@with_settings
 def run(
     model: Model,
     relations: Relations,
     out: Out,
+    *,
     analyses: Analyses = "default",
     counts: CountsFile = None,
-    k: K = "0.36%",
-    templates: Templates = "plain",
-    sites: Sites = "up,gate,down",
-    seeds: Seeds = 10,
-    evaluation: Evaluation = 50,
-    minimum: Minimum = 10,
-    minimum_share: Share = 0.1,
-    detection: Detection = None,
-    steps: Steps = None,
-    dtype: Dtype = "float32",
-    seed: Seed = 0,
+    settings: RelSpecConfig,
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Every stage: ask, take responses, rank neurons, switch them off, measure, draw."""
-    from jaxneurons.prompts.relations import read_counts
-    from jaxneurons.relspec.stages import choose
-
-    names = choose(analyses, counts=counts is not None)
-    table = read_counts(counts) if counts else None
-    settings = _settings(
-        k,
-        templates,
-        sites,
-        seeds=seeds,
-        evaluation=evaluation,
-        minimum=minimum,
-        minimum_share=minimum_share,
-        detection=detection,
-        steps=steps,
-        dtype=dtype,
-        seed=seed,
-    )
-    with _study(out, model, relations, settings, ignore_key) as study:
-        from jaxneurons.relspec.stages import analyse, collect, neurons, plot
-
-        collect(study)
-        neurons(study)
-        analyse(study, names, counts=table)
-    plot(out)
+    names, of_facts = _chosen(analyses, counts)
+    with _begun(out, model, relations, settings, ignore_key) as study:
+        study.collect()
+        study.write_neurons()
+        study.analyse(names, counts=of_facts)
+    _draw(out)
     show_study(out)
 
 
 @app.command()
+@with_settings
 def collect(
     model: Model,
     relations: Relations,
     out: Out,
-    k: K = "0.36%",
-    templates: Templates = "plain",
-    sites: Sites = "up,gate,down",
-    seeds: Seeds = 10,
-    evaluation: Evaluation = 50,
-    minimum: Minimum = 10,
-    minimum_share: Share = 0.1,
-    detection: Detection = None,
-    steps: Steps = None,
-    dtype: Dtype = "float32",
-    seed: Seed = 0,
+    *,
+    settings: RelSpecConfig,
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Stage 1: which prompts does the model answer, and how do its neurons respond to them?"""
-    settings = _settings(
-        k,
-        templates,
-        sites,
-        seeds=seeds,
-        evaluation=evaluation,
-        minimum=minimum,
-        minimum_share=minimum_share,
-        detection=detection,
-        steps=steps,
-        dtype=dtype,
-        seed=seed,
-    )
-    with _study(out, model, relations, settings, ignore_key) as study:
-        from jaxneurons.relspec.stages import collect
-
-        collect(study)
+    with _begun(out, model, relations, settings, ignore_key) as study:
+        study.collect()
     show_study(out)
 
 
 @app.command()
 def neurons(out: Out) -> None:
     """Stage 2: average precision of every neuron, and the best of each relation as CSV."""
-    with _study(out) as study:
-        from jaxneurons.relspec.stages import neurons
-
-        neurons(study)
-        names = study.known
-    console.print(f"Written: {out}/neurons/ ({len(names)} relations)")
+    with _resumed(out) as study:
+        written = study.write_neurons()
+    console.print(f"Written: {out}/neurons/ ({len(written)} relations)")
 
 
 @app.command()
@@ -175,11 +121,10 @@ def analyse(out: Out, analyses: Analyses = "default", counts: CountsFile = None)
 def plot_command(out: Out) -> None:
     """Stage 5: the figures, from the tables alone."""
     from jaxneurons.plots.figures import check_places
-    from jaxneurons.relspec.stages import plot
 
     check_places(out, "figures")
-    made = plot(out)
-    console.print(f"Written: {out}/figures/ ({', '.join(path.name for path in made)})")
+    written = _draw(out)
+    console.print(f"Written: {out}/figures/ ({', '.join(path.name for path in written)})")
 
 
 @app.command("compare")
@@ -190,74 +135,61 @@ def compare_command(
     """How many neurons do relations of one name share in two runs, in which wordings?"""
     from jaxneurons.relspec.stages import compare
 
-    show_comparison(compare(out, other))
+    show_comparison(compare(out, other).to_pylist())
 
 
 def _analyse(out: Path, analyses: str, counts: Path | None) -> None:
-    from jaxneurons.prompts.relations import read_counts
-    from jaxneurons.relspec.stages import choose, plot
-
-    names = choose(analyses, counts=counts is not None)
-    table = read_counts(counts) if counts else None
-    with _study(out) as study:
-        from jaxneurons.relspec.stages import analyse
-
-        analyse(study, names, counts=table)
-    plot(out)
+    names, of_facts = _chosen(analyses, counts)
+    with _resumed(out) as study:
+        study.analyse(names, counts=of_facts)
+    _draw(out)
     show_study(out)
 
 
-@contextmanager
-def _study(
-    out: Path,
-    model: str | None = None,
-    relations: list[str] | None = None,
-    settings: Any = None,
-    ignore_keys: list[str] | None = None,
-) -> Iterator["Study"]:
-    """A study begun or gone on with; relations are checked before the model is loaded."""
-    from jaxneurons.plots.figures import check_places
-    from jaxneurons.relspec.stages import begin, gather, ignored_keys_of, resume
-    from jaxneurons.relspec.study import Study, check_relations
+def _chosen(analyses: str, counts: Path | None) -> tuple[tuple[str, ...], "Counts | None"]:
+    """Names of analyses and counts of facts, checked before anything is loaded."""
+    from jaxneurons.prompts.relations import read_counts
+    from jaxneurons.relspec.registry import choose
 
-    if model is None or relations is None:
-        model, relations, settings = resume(out)
-        ignore_keys = ignored_keys_of(out)
-    found = gather(relations)
-    check_relations(found, settings)
-    check_places(out, "neurons", "tables", "figures")
-    lm = load_and_say(model, ignore_keys=ignore_keys)
-    with stages() as tell:
-        study = Study(lm, found, out, settings=settings, tell=tell)
-        begin(out, model, relations, settings, ignore_keys or ())
+    names = choose(analyses, counts=counts is not None)
+    return names, read_counts(counts) if counts else None
+
+
+def _draw(out: Path) -> list[Path]:
+    from jaxneurons.relspec.stages import plot
+
+    return plot(out)
+
+
+@contextmanager
+def _resumed(out: Path) -> Iterator["Study"]:
+    """A study that goes on as it was begun."""
+    from jaxneurons.relspec.stages import ignored_keys_of, resume
+
+    model, relations, settings = resume(out)
+    with _begun(out, model, relations, settings, ignored_keys_of(out)) as study:
         yield study
 
 
-def _settings(k: str, templates: str, sites: str, *, dtype: str, **others: Any) -> Any:
-    from jaxneurons.engine.responses import DTYPES
-    from jaxneurons.relspec.method import RelSpecConfig
+@contextmanager
+def _begun(
+    out: Path,
+    model: str,
+    sources: list[str],
+    settings: RelSpecConfig,
+    ignore_keys: list[str] | None,
+) -> Iterator["Study"]:
+    """A study in a directory; relations are checked before the model is loaded."""
+    from jaxneurons.plots.figures import check_places
+    from jaxneurons.relspec.collection import check_relations
+    from jaxneurons.relspec.stages import begin, gather
+    from jaxneurons.relspec.study import Study
 
-    if dtype not in DTYPES:
-        raise DataError(f"unknown response dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    return RelSpecConfig(
-        k=_number(k), templates=_names(templates), sites=_names(sites), dtype=dtype, **others
-    )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _number(k: str) -> int | float:
-    text = k.strip()
-    try:
-        found: int | float
-        if text.endswith("%"):
-            found = float(text[:-1]) / 100
-        else:
-            found = int(text) if text.isdigit() else float(text)
-    except ValueError:
-        found = -1
-    if not 0 < found < float("inf") or (isinstance(found, float) and found >= 1):
-        raise DataError(f"--k {k!r}: give a number of neurons, or a share such as 0.36%")
-    return found
+    relations = gather(sources)
+    check_relations(relations, settings)
+    check_places(out, "neurons", "tables", "figures")
+    lm = load_and_say(model, ignore_keys=ignore_keys)
+    with stages() as progress:
+        study = Study(lm, relations, settings=settings, out=out, progress=progress)
+        begin(out, model, sources, settings, ignore_keys or ())
+        yield study

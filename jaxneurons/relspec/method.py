@@ -3,8 +3,8 @@
 Liu et al., "On Relation-Specific Neurons in Large Language Models", arXiv 2502.17355. From top to
 bottom, with the sections of the paper's method:
 
-1. `asked`: prompts of a relation's held-out and detection facts; `best_template`, `validated`: the
-   detection prompts that the model answers.
+1. `relation_prompts`: prompts of a relation's held-out and detection facts; `best_template`: the
+   one whose detection prompts the model answers most often; those are validated.
 2. Responses: `jaxneurons.engine.responses`.
 3. `examples`: positives and negatives; `jaxneurons.engine.experts` ranks the neurons.
 4. `drop`: what turning neurons off costs; `jaxneurons.engine.ablation` generates.
@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxneurons.engine.experts import Examples
-from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.engine.responses import DTYPES
+from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.neurons.sets import FFN, check_site
 from jaxneurons.prompts.relations import Relation, Triple, objects, prompt
+from jaxneurons.storage.settings import check_fields
 
 _POSITIVE = ("evaluation", "negatives", "minimum", "minimum_right", "seeds", "sweep_seeds")
 
@@ -34,10 +36,11 @@ class RelSpecConfig:
     """Hyper-parameters of the method; the defaults are the paper's, `templates` and `steps` aside.
 
     Attributes:
-      templates: the template sets that are asked; of their templates, the one answered most often
-        is used. The paper's is "answer", which small models do not answer.
+      templates: template sets: plain, zero-shot, answer, or your own; of their templates, the one
+        answered most often is used. The paper's is "answer", which small models do not answer.
       k: neurons of a relation: a number, or below 1 a share of all (0.36 % is 3,000 on Llama-2 7B).
-      sites: the neurons; the paper's are the outputs of the feed-forward layer's matrices.
+      sites: where the neurons are: up, gate, down, act, q, k, v, o; the paper's are the outputs of
+        the feed-forward layer's matrices.
       evaluation: facts held out of each relation.
       detection: facts to detect with, at most; None: all others.
       negatives: negatives for each positive.
@@ -51,7 +54,7 @@ class RelSpecConfig:
       seeds: random sets of neurons that every effect is compared with.
       sweep_seeds: the same for each point of a sweep and for perplexity.
       seed: of splits, negatives and random sets.
-      dtype: of the responses on disk.
+      dtype: of the responses that are kept: float32 or bfloat16.
     """
 
     templates: tuple[str, ...] = ("plain",)
@@ -70,6 +73,7 @@ class RelSpecConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.templates:
             raise ConfigError("templates must name at least one template set")
         if not self.sites or len(set(self.sites)) < len(self.sites):
@@ -79,22 +83,30 @@ class RelSpecConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, or None, got {self.steps!r}")
+        for name in ("detection", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, or None, got {value!r}")
+        if not self.k > 0 or not (self.k < 1 or self.k == self.k // 1):
+            raise ConfigError(
+                f"k must be a number of neurons, or below 1 a share of all, got {self.k!r}"
+            )
         if not 0 <= self.minimum_share <= 1:
             raise ConfigError(f"minimum_share must be from 0 to 1, got {self.minimum_share!r}")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed!r}")
-        if self.detection is not None and self.detection < 1:
-            raise ConfigError(f"detection must be at least 1, got {self.detection!r}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"unknown response dtype {self.dtype!r}; {near_matches(self.dtype, DTYPES)}"
+            )
 
 
-def too_few(validated: int, asked: int, settings: RelSpecConfig) -> str:
+def too_few(validated: int, prompts: int, settings: RelSpecConfig) -> str:
     """Why a relation (or one in another language) counts as unknown; "" if it is known."""
-    needed = max(settings.minimum, math.ceil(settings.minimum_share * asked))
+    needed = max(settings.minimum, math.ceil(settings.minimum_share * prompts))
     if validated >= needed:
         return ""
-    return f"{validated} of {asked} detection prompts answered, {needed} needed"
+    return f"{validated} of {prompts} detection prompts answered, {needed} needed"
 
 
 class Prompt(NamedTuple):
@@ -117,7 +129,7 @@ class Prompt(NamedTuple):
     text: str
 
 
-def asked(
+def relation_prompts(
     relation: Relation,
     triples: Sequence[Triple],
     template: str,
@@ -130,43 +142,48 @@ def asked(
     In another language, for the triples that are translated.
     """
     if language:
-        known = relation.translations[language].triples
-        triples = [known[triple] for triple in triples if triple in known]
-        right = objects(known.values())
+        translated = relation.translations[language].triples
+        triples = [translated[triple] for triple in triples if triple in translated]
+        answers = objects(translated.values())
     else:
-        right = objects(relation.triples)
+        answers = objects(relation.triples)
     return [
         Prompt(
-            relation.name, evaluation, language, subject, right[subject], prompt(template, subject)
+            relation.name,
+            evaluation,
+            language,
+            subject,
+            answers[subject],
+            prompt(template, subject),
         )
         for subject in dict.fromkeys(triple.subject for triple in triples)
     ]
 
 
-def best_template(right: Sequence[np.ndarray]) -> int:
+def best_template(correct: Sequence[np.ndarray]) -> int:
     """The template whose detection prompts are answered most often; the first of equals.
 
     Args:
-      right: for each template, whether each of its detection prompts is answered.
+      correct: for each template, whether each of its detection prompts is answered.
     """
-    return int(np.argmax([each.mean() if len(each) else 0.0 for each in right]))
+    return int(np.argmax([answers.mean() if len(answers) else 0.0 for answers in correct]))
 
 
-def examples(owner: Sequence[str], relation: str, *, settings: RelSpecConfig) -> Examples:
+def examples(relations: Sequence[str], relation: str, *, settings: RelSpecConfig) -> Examples:
     """Positives and negatives of a relation among the validated detection prompts (section 3).
 
     Negatives, too, are prompts that the model answers: a neuron that tells known facts from unknown
     ones is not what is looked for. There may be fewer than asked for, if others' are few.
 
     Args:
-      owner: the relation of each prompt, in the order of the responses.
+      relations: the relation of each prompt, in the order of the responses.
       relation: whose neurons are looked for.
       settings: how many negatives, and the seed.
 
     Raises:
       DataError: no negatives: there is one relation only, or only one is answered.
     """
-    names = np.asarray(owner)
+    names = np.asarray(relations)
     positives = np.flatnonzero(names == relation)
     others = np.flatnonzero(names != relation)
     if not len(others):
@@ -234,13 +251,13 @@ def frequency_test(pairs: Sequence[tuple[float, float]]) -> FrequencyTest:
     if not len(table) or not np.any(table[:, 0] != table[:, 1]):
         means = table.mean(0) if len(table) else (math.nan, math.nan)
         return FrequencyTest(len(table), float(means[0]), float(means[1]), math.nan, math.nan)
-    found: Any = wilcoxon(table[:, 0], table[:, 1])
+    test: Any = wilcoxon(table[:, 0], table[:, 1])
     return FrequencyTest(
         len(table),
         float(table[:, 0].mean()),
         float(table[:, 1].mean()),
-        float(found.statistic),
-        float(found.pvalue),
+        float(test.statistic),
+        float(test.pvalue),
     )
 
 
@@ -254,7 +271,7 @@ def sweep_sizes(count: int) -> tuple[int, ...]:
 
 
 def concept_prompts(
-    subjects: Mapping[str, Sequence[str]], *, words: Sequence[str], each: int, seed: int
+    subjects: Mapping[str, Sequence[str]], *, words: Sequence[str], count: int, seed: int
 ) -> dict[str, list[tuple[str, str]]]:
     """Prompts that name a subject with a novel relation word, by the subjects' type.
 
@@ -264,15 +281,15 @@ def concept_prompts(
     Args:
       subjects: by type.
       words: what follows the subject: "can", "has a".
-      each: prompts of a type, at most.
+      count: prompts of a type, at most.
       seed: of the draw of subjects.
 
     Returns:
       By type, (subject, text).
     """
-    found = {}
-    for kind, some in subjects.items():
+    prompts = {}
+    for kind, names in subjects.items():
         rng = np.random.default_rng([seed, *kind.encode()])
-        drawn = rng.permutation(np.asarray(some, object))[: max(each // len(words), 1)]
-        found[kind] = [(str(one), f"{one} {word}") for one in drawn for word in words]
-    return found
+        drawn = rng.permutation(np.asarray(names, object))[: max(count // len(words), 1)]
+        prompts[kind] = [(str(name), f"{name} {word}") for name in drawn for word in words]
+    return prompts

@@ -1,281 +1,346 @@
-"""A run directory for relation-specific neurons: every stage resumable, nothing computed twice.
-
-What costs time is kept in parts: what the model said after each prompt under each set of neurons,
-the responses, the average precisions. The same question asked again is read from disk, so that
-analyses share their generations and a stopped run goes on where it was, with identical results.
-"""
+"""A study of relation-specific neurons: the paper's analyses, in memory or in a directory."""
 
 import dataclasses
-import functools
+import html
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
-
-import numpy as np
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxneurons.checkpoints.loading import LM
-from jaxneurons.engine.ablation import Shape, default_shape
-from jaxneurons.engine.experts import Examples, Expertise, expertise, resolve_k
-from jaxneurons.engine.responses import ResponseStore
-from jaxneurons.errors import DataError, near_matches
-from jaxneurons.neurons.controls import random_sets
-from jaxneurons.neurons.sets import NeuronSet, neuron_count
-from jaxneurons.prompts.relations import Relation, Split, split
-from jaxneurons.relspec import method as relspec
-from jaxneurons.relspec.asking import Asking, Tell, check_steps
-from jaxneurons.relspec.method import Prompt, RelSpecConfig
-from jaxneurons.storage.store import RunDirectory, digest
+from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.neurons.sets import NeuronSet, neuron_count, neuron_table
+from jaxneurons.prompts.relations import Relation
+from jaxneurons.relspec import analyses, drops, wordings
+from jaxneurons.relspec.analyses import Counts
+from jaxneurons.relspec.collection import Collection
+from jaxneurons.relspec.drops import TableRows, mean_drops, relation_sets
+from jaxneurons.relspec.figures import make_figures
+from jaxneurons.relspec.method import RelSpecConfig
+from jaxneurons.relspec.registry import ANALYSES, DROPS, SkippedWarning, choose
+from jaxneurons.storage.progress import StageProgress
+from jaxneurons.storage.settings import check_argument
+from jaxneurons.storage.store import make_directory, null_for_nan, write_json, write_text
+from jaxneurons.storage.tables import Table, Tables, as_table, read_tables, write_table
 
-RESERVED = ("none", "random", "matched", "own")
-"""What the tables call the controls."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:  # imported where figures are drawn
+    Figure = Any
 
-FORMAT = 2
-"""Counts up where the same settings give other contents: 2, answers of any length and script."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """One relation, asked.
-
-    Attributes:
-      split: its facts.
-      template: the template of its set that is answered most often, by number.
-      accuracies: share of the detection facts answered with each template of the set.
-      detection: detection prompts in that template, all of them.
-      validated: those that the model answers.
-      evaluation: prompts of the held-out facts.
-      unknown: why its neurons are not looked for; "" if they are.
-    """
-
-    split: Split
-    template: int
-    accuracies: tuple[float, ...]
-    detection: list[Prompt]
-    validated: list[Prompt]
-    evaluation: list[Prompt]
-    unknown: str
+NOTHING = "these relations have nothing to measure"
 
 
-class Study(Asking):
-    """A model, relations and settings, and everything found out about them so far.
+class Study(Collection):
+    """Which neurons serve a relation, and what is lost without them?
+
+    A method for each analysis gives its table; those that make further ones leave them in `tables`.
+    What an analysis needs is computed when it is first asked for, and kept.
 
     Args:
       lm: the model.
-      relations: at least two.
-      out: the run directory.
+      relations: at least two; `bundled` and `read_relations` give some.
       settings: hyper-parameters.
-      tell: told how far each stage is.
+      out: a run directory: what is computed is kept there, tables are written there, and the same
+        call takes a stopped run up again. None: nothing touches the disk.
+      progress: called with (stage, done, of).
 
     Raises:
+      ConfigError: an argument of another type; steps that leave no room in the model's context.
       DataError: unusable relations or settings, before anything is computed, or a directory that
         holds a run of another model, other relations or settings.
-      ConfigError: steps that leave no room in the model's context.
     """
 
     def __init__(
         self,
         lm: LM,
         relations: Sequence[Relation],
-        out: str | os.PathLike[str],
         *,
         settings: RelSpecConfig = RelSpecConfig(),
-        tell: Tell = lambda stage, done, total: None,
+        out: str | os.PathLike[str] | None = None,
+        progress: StageProgress | None = None,
     ):
-        check_relations(relations, settings)
-        check_steps(lm, settings)
-        self.relations = {relation.name: relation for relation in relations}
-        self.k = resolve_k(settings.k, lm.config, settings.sites)
-        self.identity = lm.identity()
-        run = RunDirectory(
-            out,
-            {
-                **self.identity,
-                "format": FORMAT,
-                "settings": dataclasses.asdict(settings),
-                "relations": digest([_plain(relation) for relation in relations]),
-            },
+        check_argument("lm", LM, lm)
+        check_argument("relations", Sequence[Relation], relations)
+        check_argument("settings", RelSpecConfig, settings)
+        check_argument("out", str | os.PathLike | None, out)
+        check_argument("progress", Callable | None, progress)
+        super().__init__(
+            lm,
+            relations,
+            settings=settings,
+            out=None if out is None else Path(out),
+            progress=progress,
         )
-        super().__init__(lm, run, settings, tell)
+        self._rows: TableRows = {}
 
-    # --- section 1: which prompts does the model answer? ------------------------------------------
+    # --- the stages -------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def asked(self) -> dict[str, Asked]:
-        """Every relation, asked in every template of the set."""
-        settings = self.settings
-        splits = {}
-        for name, relation in self.relations.items():
-            parts = split(relation, evaluation=settings.evaluation, seed=settings.seed)
-            detection = parts.detection
-            if settings.detection is not None and len(detection) > settings.detection:
-                rng = np.random.default_rng([settings.seed, *name.encode()])
-                chosen = np.sort(rng.choice(len(detection), settings.detection, replace=False))
-                detection = tuple(detection[i] for i in chosen)
-            splits[name] = dataclasses.replace(parts, detection=detection)
-        forms = [
-            (name, number)
-            for name, relation in self.relations.items()
-            for number in range(len(relation.wordings(settings.templates)))
-        ]
-        prompts = {
-            form: self.prompts(form[0], splits[form[0]].detection, form[1]) for form in forms
-        }
-        right = self.untouched("Asking", prompts)
-        found = {}
-        for name in self.relations:
-            each = [right[form] for form in forms if form[0] == name]
-            best = relspec.best_template(each)
-            asked = prompts[name, best]
-            validated = [one for one, yes in zip(asked, each[best], strict=True) if yes]
-            found[name] = Asked(
-                split=splits[name],
-                template=best,
-                accuracies=tuple(float(one.mean()) for one in each),
-                detection=asked,
-                validated=validated,
-                evaluation=self.prompts(name, splits[name].evaluation, best, evaluation="eva"),
-                unknown=relspec.too_few(len(validated), len(asked), settings),
-            )
-        return found
+    def collect(self) -> Table:
+        """Stage 1: the model answers every detection prompt; responses to those that it knows.
 
-    def prompts(
-        self, name: str, triples: Any, template: int, *, evaluation: str = "det"
-    ) -> list[Prompt]:
-        """Prompts of some triples in one template of the run's set."""
-        relation = self.relations[name]
-        wording = relation.wordings(self.settings.templates)[template]
-        return relspec.asked(relation, triples, wording, evaluation=evaluation)
-
-    def untouched(self, stage: str, prompts: Mapping[Any, list[Prompt]]) -> dict[Any, np.ndarray]:
-        """Which prompts of several groups the model answers with no neuron off."""
-        flat = [one for group in prompts.values() for one in group]
-        if not flat:
-            return {key: np.zeros(0, bool) for key in prompts}
-        base = default_shape()
-        shape = Shape(1, base.sets * base.prompts)
-        right = self.right(self.said(stage, [NeuronSet()], flat, shape=shape)[0], flat)
-        cuts = np.cumsum([len(group) for group in prompts.values()])[:-1]
-        return dict(zip(prompts, np.split(right, cuts), strict=True))
-
-    @functools.cached_property
-    def known(self) -> list[str]:
-        """Names of the relations whose neurons are looked for.
+        Returns:
+          A row for each relation: its template, its prompts, those answered, why it is unknown.
 
         Raises:
-          DataError: none.
+          DataError: the model knows none of the relations.
         """
-        found = [name for name, asked in self.asked.items() if not asked.unknown]
-        if not found:
-            counts = {name: len(asked.validated) for name, asked in self.asked.items()}
-            best = max(counts, key=counts.__getitem__)
-            raise DataError(
-                f"the model knows none of the {len(counts)} relations in the template sets "
-                f"{', '.join(self.settings.templates)} (most: {best}, {counts[best]} prompts "
-                "answered; too few): try other sets or a larger model"
+        tables = wordings.relations(self)
+        self._keep(tables)
+        if self.known:
+            self.experts()
+        return as_table(tables["relations"])
+
+    def write_neurons(self, directory: str | os.PathLike[str] | None = None) -> list[Path]:
+        """Stage 2: the neurons of each relation with their scores, as CSV for `read_neurons`.
+
+        Args:
+          directory: made if it is missing; default: `neurons` in the run directory.
+
+        Raises:
+          ConfigError: no directory, neither here nor of the run.
+        """
+        if directory is None and self.out is None:
+            raise ConfigError("no directory to write neurons to: this study is in memory; name one")
+        place = Path(directory) if directory is not None else Path(self.out or "") / "neurons"
+        experts, written = self.experts(), []
+        make_directory(place)
+        for name, neurons in self.neurons().items():
+            scores = experts[name]
+            text = neuron_table(
+                neurons,
+                average_precision=scores.scores,
+                separation=scores.separations,
+                median_response=scores.medians,
             )
-        return found
+            written.append(place / f"{name}.csv")
+            write_text(written[-1], text)
+        return written
+
+    def analyse(
+        self, names: str | Sequence[str] = "default", *, counts: Counts | None = None
+    ) -> Tables:
+        """Stages 3 and 4: some analyses; their tables are written as they finish.
+
+        One that cannot be made is skipped, with a `SkippedWarning` and the reason in run.json.
+
+        Args:
+          names: of analyses, "default" or "all".
+          counts: how often each fact occurs, for the analysis "frequency".
+
+        Raises:
+          DataError: an unknown name, or the model knows none of the relations.
+        """
+        chosen = choose(names, counts=counts is not None)
+        tables = wordings.relations(self)
+        self._keep(tables)
+        _ = self.known  # nothing can be made without
+        seconds, skipped = {}, {}
+        for name in chosen:
+            start = time.perf_counter()
+            try:
+                rows = self._analysis(name, counts)
+            except DataError as error:
+                skipped[name] = str(error)
+                warnings.warn(f"{name} skipped: {error}", SkippedWarning, stacklevel=2)
+                continue
+            seconds[name] = round(time.perf_counter() - start, 2)
+            if not any(rows.values()):
+                skipped[name] = NOTHING
+                warnings.warn(f"{name} skipped: {NOTHING}", SkippedWarning, stacklevel=2)
+            self._keep(rows)
+            tables |= rows
+        self._finish(seconds, skipped)
+        return Tables(tables, path=self.out)
+
+    # --- the analyses, each by itself -------------------------------------------------------------
+
+    def ablation(self) -> Table:
+        """Accuracy on held-out and detection facts with each relation's neurons off, or random."""
+        return self._table("ablation")
+
+    def layers(self) -> Table:
+        """How many neurons of each relation are in each layer and site."""
+        return self._table("layers")
+
+    def overlap(self) -> Table:
+        """How many neurons two relations share, and how many two random sets would."""
+        return self._table("overlap")
+
+    def errors(self) -> Table:
+        """What wrong answers look like; every answer is in the table "answers"."""
+        return self._table("errors")
+
+    def templates(self) -> Table:
+        """Accuracy in another wording, the same neurons off: the table "robustness".
+
+        How often each wording is answered is in the table "templates".
+        """
+        return self._table("templates", "robustness")
+
+    def perplexity(self) -> Table:
+        """Perplexity of sentences that say nothing of a relation, its neurons off, or random."""
+        return self._table("perplexity")
+
+    def multilingual(self) -> Table:
+        """Accuracy in other languages; which are known is in the table "languages"."""
+        return self._table("multilingual")
+
+    def concepts(self) -> Table:
+        """Neurons that relations share with those of subjects' types.
+
+        Also the tables "concept_validation" and "concept_ablation".
+        """
+        return self._table("concepts")
+
+    def sizes(self) -> Table:
+        """Accuracy with more and more neurons of each relation off."""
+        return self._table("sizes")
+
+    def cumulativity(self) -> Table:
+        """Answers that more neurons break and the additions alone do not.
+
+        Means are in the table "cumulativity_mean".
+        """
+        return self._table("cumulativity")
+
+    def types(self) -> Table:
+        """Accuracy with neurons of some sites only off; where they are: "type_layers"."""
+        return self._table("types")
+
+    def frequency(self, counts: Counts) -> Table:
+        """Counts of the facts that survive and of those that are lost; test: "frequency_test".
+
+        Args:
+          counts: how often each fact occurs; `read_counts` reads them.
+        """
+        return self._table("frequency", counts=counts)
+
+    def measure(self, sets: Mapping[str, NeuronSet]) -> Table:
+        """Accuracy on the held-out facts of every known relation with sets of your own off.
+
+        Args:
+          sets: neurons, by the names that the column `off` gets.
+
+        Returns:
+          The columns of `ablation`; `mean_drops` averages its rows. The table is not kept.
+        """
+        for neurons in sets.values():
+            neurons.check(self.lm.config)
+        return as_table(drops.measure(self, "measure", relation_sets(sets), self.evaluation))
+
+    # --- what has been found ----------------------------------------------------------------------
 
     @property
-    def evaluation(self) -> list[Prompt]:
-        """The held-out prompts of all known relations."""
-        return [one for name in self.known for one in self.asked[name].evaluation]
+    def tables(self) -> Tables:
+        """Every table that has been made so far; those of the run directory too."""
+        return Tables(self._all_rows(), path=self.out)
 
-    @property
-    def detection(self) -> list[Prompt]:
-        """Up to as many validated detection prompts of each known relation."""
-        found = []
-        for name in self.known:
-            some = self.asked[name].validated
-            rng = np.random.default_rng([self.settings.seed, 1, *name.encode()])
-            count = min(len(some), self.settings.evaluation)
-            found += [some[i] for i in np.sort(rng.choice(len(some), count, replace=False))]
-        return found
+    def summary(self) -> Table:
+        """Mean drops over relations of every analysis made so far: see `mean_drops`."""
+        rows = self._all_rows()
+        return as_table(mean_drops([row for name in DROPS for row in rows.get(name, [])]))
 
-    # --- sections 2 and 3: responses and expertise ------------------------------------------------
+    def figures(self) -> dict[str, Figure]:
+        """A figure of every table made so far that has one."""
+        return make_figures(self._all_rows(), source=short_source(self.lm.source))
 
-    def expertise(
-        self,
-        kind: str,
-        prompts: Sequence[Prompt],
-        examples: Mapping[str, Examples],
-        sites: Sequence[str],
-    ) -> dict[str, Expertise]:
-        """Average precision of every neuron for every concept, from responses to `prompts`."""
-        responses = ResponseStore(
-            self.run.path / "responses" / kind,
-            self.encode(prompts),
-            config=self.lm.config,
-            identity=self.identity,
-            dtype=self.settings.dtype,
+    def __repr__(self) -> str:
+        title, rows = self._overview()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join([title, *(line.rstrip() for line in lines)])
+
+    def _repr_html_(self) -> str:
+        title, (head, *rows) = self._overview()
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in rows
         )
-        key = digest(
-            [
-                [(one.relation, one.text) for one in prompts],
-                {name: [part.tolist() for part in one] for name, one in examples.items()},
-            ]
-        )[:24]
-        parts = {site: self.run.load(f"experts-{kind}-{site}-{key}") for site in sites}
-        missing = [site for site, part in parts.items() if part is None]
-        if missing:
-            responses.fill(
-                self.lm.params,
-                missing,
-                progress=lambda done, total: self.tell(f"Responses ({kind})", done, total),
-            )
-            found = expertise(
-                responses.read,
-                examples,
-                config=self.lm.config,
-                sites=missing,
-                progress=lambda done, total: self.tell(f"Average precision ({kind})", done, total),
-            )
-            for site in missing:
-                part = {
-                    f"{what}-{number}": getattr(one, what)[site]
-                    for number, one in enumerate(found.values())
-                    for what in ("scores", "separations", "medians")
-                }
-                self.run.save(f"experts-{kind}-{site}-{key}", part)
-                parts[site] = part
-        return {
-            name: Expertise(
-                *(
-                    {site: part[f"{what}-{number}"] for site, part in parts.items() if part}
-                    for what in ("scores", "separations", "medians")
-                )
-            )
-            for number, name in enumerate(examples)
+        names = "".join(f"<th>{name}</th>" for name in head)
+        return (
+            f"<table><caption>{html.escape(title)}</caption>"
+            f"<thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>"
+        )
+
+    def _overview(self) -> tuple[str, list[list[str]]]:
+        """A title and cells of what is known so far; computes nothing."""
+        settings = self.settings
+        count = neuron_count(self.lm.config, settings.sites)
+        title = (
+            f"Study of {self.lm.source}: {len(self.relations)} relations, {self.k:,} of "
+            f"{count:,} neurons each ({', '.join(settings.sites)})"
+        )
+        rows = [["relation", "facts", "detection", "held out", "lost with them off", "known"]]
+        lost = {
+            row["relation"]: row
+            for row in self._all_rows().get("ablation", [])
+            if row["off"] == row["relation"] and row["evaluation"] == "eva"
         }
+        prompts = vars(self).get("prompts", {})
+        for name, relation in self.relations.items():
+            cells = [name, f"{len(relation.triples)}", "", "", "", ""]
+            if name in prompts:
+                of_relation = prompts[name]
+                cells[2] = f"{len(of_relation.validated)}/{len(of_relation.detection)}"
+                cells[5] = f"no: {of_relation.unknown}" if of_relation.unknown else "yes"
+            if name in lost:
+                cells[3] = f"{lost[name]['right_before']}/{lost[name]['prompts']}"
+                drop = lost[name]["drop"]
+                cells[4] = "" if drop is None else f"{drop:.0%}"
+            rows.append(cells)
+        return title, rows
 
-    def experts(self, sites: Sequence[str] | None = None) -> dict[str, Expertise]:
-        """Average precision of every neuron for every known relation."""
-        prompts = [one for asked in self.asked.values() for one in asked.validated]
-        owner = [one.relation for one in prompts]
-        examples = {
-            name: relspec.examples(owner, name, settings=self.settings) for name in self.known
-        }
-        return self.expertise("relations", prompts, examples, sites or self.settings.sites)
+    # --- tables -----------------------------------------------------------------------------------
 
-    def neurons(
-        self, k: int | None = None, sites: Sequence[str] | None = None
-    ) -> dict[str, NeuronSet]:
-        """The neurons of every known relation: the k best, see `Expertise.ranked`."""
-        sites = tuple(sites or self.settings.sites)
-        return {
-            name: one.top(sites, self.k if k is None else k, self.lm.config)
-            for name, one in self.experts(sites).items()
-        }
+    def _analysis(self, name: str, counts: Counts | None) -> TableRows:
+        if name == "frequency":
+            return analyses.frequency(self, counts or {})
+        return ANALYSES[name](self)
 
-    def random(
-        self, seeds: int, k: int | None = None, sites: Sequence[str] | None = None
-    ) -> list[NeuronSet]:
-        """As many sets of random neurons."""
-        sites, k = tuple(sites or self.settings.sites), self.k if k is None else k
-        return random_sets(self.lm.config, sites, k, seed=self.settings.seed, count=seeds)
+    def _table(self, name: str, table: str | None = None, *, counts: Counts | None = None) -> Table:
+        """The table of one analysis; all that it makes is kept."""
+        self._keep(wordings.relations(self))
+        _ = self.known
+        start = time.perf_counter()
+        rows = self._analysis(name, counts)
+        if not any(rows.values()):
+            raise DataError(f"{name}: {NOTHING}")
+        self._keep(rows)
+        self._finish({name: round(time.perf_counter() - start, 2)}, {})
+        return as_table(rows[table or name])
 
-    # --- provenance -------------------------------------------------------------------------------
+    def _all_rows(self) -> TableRows:
+        return self._rows if self.out is None else read_tables(self.out / "tables")
+
+    def _keep(self, tables: TableRows) -> None:
+        for name, rows in tables.items():
+            if rows and self.out is None:
+                self._rows[name] = rows
+            elif rows:
+                write_table(Path(self.out or "") / "tables", name, rows)
+
+    def _finish(self, seconds: Mapping[str, float], skipped: Mapping[str, str]) -> None:
+        """The summary over all tables that are there, and run.json."""
+        tables = self._all_rows()
+        means = mean_drops([row for name in DROPS for row in tables.get(name, [])])
+        self._keep({"summary": means})
+        if self.out is None:
+            return
+        write_json(
+            self.out / "run.json",
+            {
+                **self.facts(),
+                "tables": sorted({*tables, *(["summary"] if means else [])}),
+                "summary": null_for_nan([row for row in means if row["analysis"] == "ablation"]),
+                "seconds_of_this_call": dict(seconds),
+                "skipped_by_this_call": dict(skipped),
+            },
+        )
 
     def facts(self) -> dict[str, Any]:
         """What run.json says: model, settings, versions."""
@@ -292,7 +357,7 @@ class Study(Asking):
             "relations": {
                 "asked": len(self.relations),
                 "known": self.known,
-                "unknown": {n: one.unknown for n, one in self.asked.items() if one.unknown},
+                "unknown": {n: p.unknown for n, p in self.prompts.items() if p.unknown},
             },
             "seeds": {"splits, negatives, random sets": self.settings.seed},
             "versions": {
@@ -303,44 +368,6 @@ class Study(Asking):
         }
 
 
-def check_relations(relations: Sequence[Relation], settings: RelSpecConfig) -> None:
-    """Raise `DataError` for relations that cannot make a run, before a model is loaded."""
-    names = [relation.name for relation in relations]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"relation {twice[0]!r} is there twice; rename one of the files")
-    for name in names:
-        if name in RESERVED or "/" in name or not name:
-            raise DataError(f"a relation cannot be called {name!r}; rename it")
-    if len(names) < 2:
-        raise DataError(
-            "one relation only: the others' prompts are the negatives that its neurons are told "
-            "from; give at least two relations"
-        )
-    sets = {name: None for relation in relations for name in relation.templates}
-    for name in settings.templates:
-        if name not in sets:
-            raise DataError(f"no template set {name!r} in any relation; {near_matches(name, sets)}")
-    for relation in relations:
-        relation.wordings(settings.templates)
-        split(relation, evaluation=settings.evaluation, seed=settings.seed)
-
-
-def _plain(relation: Relation) -> Any:
-    return [
-        relation.name,
-        [dataclasses.astuple(triple) for triple in relation.triples],
-        {name: list(found) for name, found in relation.templates.items()},
-        relation.subject_type,
-        relation.neutral,
-        {
-            language: [
-                {name: list(found) for name, found in one.templates.items()},
-                [
-                    [*dataclasses.astuple(own), *dataclasses.astuple(other)]
-                    for own, other in one.triples.items()
-                ],
-            ]
-            for language, one in relation.translations.items()
-        },
-    ]
+def short_source(source: str) -> str:
+    """A model's source for titles: of a path, its last part."""
+    return Path(source).name if os.path.isabs(source) else source

@@ -7,3 +7,6 @@ Progress = Callable[[int, int], None]
 
 Advance = Callable[[int], None]
 """Called with how much has been done since the last call (bytes, generations), no total known."""
+
+StageProgress = Callable[[str, int, int], None]
+"""Called with the stage, how much of it is done and how much there is to do."""

@@ -204,7 +204,8 @@ def kind_name(kind: Any, *, plural: bool = False) -> str:
     name = getattr(kind, "__name__", str(kind))
     if plural:
         return f"{name}s"
-    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
+    vowels = "AEFHILMNORSX" if name.isupper() else "AEIOUaeiou"  # "an LM" is spelled out
+    return f"{'an' if name[:1] in vowels else 'a'} {name}"
 
 
 def _choices(kind: Any) -> list[Any]:

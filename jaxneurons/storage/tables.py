@@ -11,7 +11,9 @@ from jaxneurons.errors import DataError
 from jaxneurons.storage.store import make_directory, write_bytes
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from pyarrow import Table
+else:  # imported where a table is made: checks at run time need a name for it all the same
+    Table = Any
 
 Row = dict[str, Any]
 """A row of a tidy table: values by column."""
@@ -19,7 +21,7 @@ MOST_ROWS = 12
 """Rows of a table that a notebook shows."""
 
 
-def as_table(rows: Iterable[Mapping[str, Any]]) -> "pa.Table":
+def as_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """Rows as a table: a column for each key; a missing value or None is null.
 
     A column of nothing but nulls is one of float64: what is missing is a number here.
@@ -49,7 +51,7 @@ def write_table(directory: Path, name: str, rows: Iterable[Mapping[str, Any]]) -
         write_bytes(directory / f"{name}.{suffix}", buffer.getvalue())
 
 
-class Tables(Mapping[str, Any]):
+class Tables(Mapping[str, Table]):
     """Tidy tables by name, each a `pyarrow.Table`: `.to_pandas()` works for who has pandas.
 
     Args:
@@ -73,7 +75,7 @@ class Tables(Mapping[str, Any]):
         """A table's rows, each a dict."""
         return self._rows[name]
 
-    def __getitem__(self, name: str) -> "pa.Table":
+    def __getitem__(self, name: str) -> Table:
         return as_table(self._rows[name])
 
     def __iter__(self) -> Iterator[str]:

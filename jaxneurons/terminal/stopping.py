@@ -6,6 +6,7 @@ own shutdown, which would take down structures that XLA's threads are still comp
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -90,8 +91,9 @@ def leave(code: int) -> NoReturn:
 def lenient_streams() -> None:
     """Print what an encoding lacks as escapes instead of failing on it, whoever prints."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(ValueError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def is_broken_pipe(error: OSError) -> bool:

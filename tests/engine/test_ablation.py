@@ -1,7 +1,5 @@
 """Ablations against PyTorch with the weights themselves zeroed, and a loop without a cache."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,6 +194,8 @@ def test_many_sets_off_at_once(lm):
     ("prompts", "options", "error", "message"),
     [
         ("one", {}, ConfigError, "a list of texts is needed, got 'one'"),
+        ([3], {}, ConfigError, r"a list of texts is needed, got \[3\]"),
+        (["one"], {"steps": "2"}, ConfigError, "steps must be at least 1, got '2'"),
         (["one"], {"steps": 0}, ConfigError, "steps must be at least 1, got 0"),
         (["one", " "], {}, DataError, "prompt 2: the prompt is empty"),
         (["one"], {"steps": 10**6}, DataError, "prompt 1: 'one' has .* tokens and 1000000 are"),
@@ -203,15 +203,14 @@ def test_many_sets_off_at_once(lm):
         (["one"], {"scales": {"up": np.ones((3, 1, 1, 64))}}, ConfigError, "are of shape"),
     ],
 )
-def test_what_cannot_be_generated(lm, prompts, options, error, message):
+def test_what_cannot_be_generated(lm, as_users_call, prompts, options, error, message):
     with pytest.raises(error, match=message):
         generate(lm, prompts, **options)
 
 
-def test_sets_that_are_none(lm):
+def test_sets_that_are_none(lm, as_users_call):
     with pytest.raises(ConfigError, match="set 'mine': a NeuronSet is needed, got"):
-        # Before the types are checked.
-        inspect.unwrap(ablate)(lm, TEXTS, {"mine": [(0, 1)]})
+        ablate(lm, TEXTS, {"mine": [(0, 1)]})
     with pytest.raises(DataError, match="belong to another"):
         ablate(lm, TEXTS, {"mine": NeuronSet.of(up=[(99, 1)])})
 

@@ -135,6 +135,38 @@ def test_a_stop_before_the_first_batch(params, tmp_path, monkeypatch):
     check(found, params, ("up",))
 
 
+def test_in_memory_it_is_the_same(params, tmp_path, monkeypatch):
+    """Whole, stopped and gone on with, in both dtypes; nothing is written anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(responses, "write_json", None)
+    monkeypatch.setattr(responses, "make_directory", None)
+
+    def stop(done, total):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 1e-2)):
+        memory = ResponseStore(None, PROMPTS, config=CONFIG, dtype=dtype)
+        with pytest.raises(DataError, match="in memory: the responses at 'up' are not complete"):
+            memory.read("up", 0)
+        with pytest.raises(KeyboardInterrupt):
+            memory.fill(params, ("up", "o"), progress=stop)
+        with pytest.raises(DataError, match="'o' are not complete"):
+            memory.read("o", 0)
+        memory.fill(params, ("up", "o"))
+        check(memory, params, ("up", "o"), tolerance)
+        assert memory.read("up", 0).dtype == np.float32
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_disk_and_in_memory_are_equal(params, tmp_path):
+    disk, memory = store(tmp_path / "r", dtype="bfloat16"), store(None, dtype="bfloat16")
+    for responses_ in (disk, memory):
+        responses_.fill(params, ("down",))
+    for layer in range(CONFIG.num_layers):
+        np.testing.assert_array_equal(disk.read("down", layer), memory.read("down", layer))
+
+
 def test_sites_may_be_added_later(params, tmp_path):
     store(tmp_path / "r").fill(params, ("up",))
     found = store(tmp_path / "r")

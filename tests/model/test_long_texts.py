@@ -6,26 +6,32 @@ import numpy as np
 from support.models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import forward
-from jaxneurons.engine.ablation import generate_ablated, kept
+from jaxneurons.engine.ablation import generate_ablated
+from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.engine.responses import ResponseStore, mean_responses
-from jaxneurons.neurons.sets import FFN, NeuronSet, random_neurons
+from jaxneurons.neurons.controls import random_neurons
+from jaxneurons.neurons.sets import FFN, NeuronSet, stack_scales
 from jaxneurons.prompts import batches
-from jaxneurons.relspec.perplexity import sentence_loss
 
 CONFIG = tiny_config(num_layers=2, max_position=512)
 PARAMS = tiny_params(CONFIG)
 LONG = batches.LENGTH_TOKENS + 22
 
 
+OFF = random_neurons(CONFIG, FFN, 30, np.random.default_rng(0))
+
+
 def masks():
-    off = random_neurons(CONFIG, FFN, 30, np.random.default_rng(0))
-    return kept([NeuronSet(), off], CONFIG, FFN)
+    return stack_scales([NeuronSet(), OFF], CONFIG, sites=FFN)
 
 
 def test_perplexity_of_long_sentences():
     """Never the logits of all positions at once, and the same sum."""
     tokens, lengths = random_tokens(CONFIG, (2, LONG)), np.array([LONG, 90])
-    found = sentence_loss(PARAMS, tokens, jnp.asarray(lengths), masks(), config=CONFIG)
+    found = [
+        sentence_loss(PARAMS, tokens, jnp.asarray(lengths), config=CONFIG, scales=scales)
+        for scales in (None, OFF.scales(CONFIG))
+    ]
     logits = compiled(lambda tokens: forward(PARAMS, tokens, config=CONFIG, at="all").logits)
     expected = [
         -sum(float(row[i, ids[i + 1]]) for i in range(length - 1))

@@ -95,6 +95,7 @@ def test_a_site_is_as_wide_as_its_activations():
     out = forward(tiny_params(config), tokens, config=config, capture=SITES)
     widths = {site: out.activations[site].shape[-1] for site in SITES}
     assert widths == site_widths(config) == {site: site_width(config, site) for site in SITES}
+    assert tuple(site_widths(config)) == SITES
 
 
 @pytest.mark.usefixtures("grown")

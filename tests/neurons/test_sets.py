@@ -201,8 +201,11 @@ def test_a_ranking_is_a_set_with_an_order():
     assert list(ranking) == [("gate", neuron) for neuron in pairs]
     assert len(ranking) == 3
     assert ranking.neurons == NeuronSet.of(gate=sorted(pairs))
+
+
+def test_a_ranking_of_no_site(as_users_call):
     with pytest.raises(ConfigError, match="unknown site 'gat'"):
-        Ranking(pairs, "gat")
+        Ranking((), "gat")
 
 
 def test_a_set_shows_its_members_or_how_many():

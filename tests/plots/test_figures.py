@@ -138,7 +138,7 @@ def test_text_is_written_in_one_place():
     (own,) = [
         node
         for node in ast.walk(ast.parse(Path(plots.__file__).read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.module == "jaxneurons.lettering"
+        if isinstance(node, ast.ImportFrom) and node.module == "jaxneurons.plots.lettering"
     ]
     assert {"entitle", "head", "legend", "name_x", "name_y", "note"} <= {a.name for a in own.names}
 

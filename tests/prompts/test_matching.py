@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxneurons.prompts.matching import ERRORS, answers, any_answers, error_class, words
@@ -188,6 +188,8 @@ def test_no_mark_cuts_a_word(category):
 
 
 @given(st.text(max_size=12), st.text(max_size=12))
+@example("0¢°", "")
+@example("5 %", "$")
 def test_a_text_gives_itself_and_survives_what_follows(text, more):
     if words(text):
         assert answers(text, text)

@@ -89,7 +89,7 @@ def test_neurons_of_ones_own(run, located, everything, tmp_path):
     assert code == 0, err
     assert "yours" in out
     for text, message in (
-        ("down,5,18\n", "neurons at 'up', the file's are at down"),
+        ("down,5,18\n", "at down, but this run is of neurons at 'up'"),
         ("up,6,18\n", "layer 6"),
         ("", "holds no neurons"),
     ):

@@ -426,7 +426,7 @@ def test_words_are_the_ends_of_the_unembedded_row(run):
         order = np.argsort(logits)
         assert promotes == [lm.tokenizer.decode([i]) for i in order[::-1][:3]]
         assert demotes == [lm.tokenizer.decode([i]) for i in order[:3]]
-    rows = word_rows(run, neuron_rows(run), each=2)
+    rows = word_rows(run, neuron_rows(run), count=2)
     assert [row["group"] for row in rows].count("physics") == 2
     assert [row["group"] for row in rows].count("common") == len(run.common)
 

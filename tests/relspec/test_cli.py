@@ -97,7 +97,7 @@ def test_compare(run, done, tmp_path):
     code, said, err = run("relspec", "compare", whole, whole)
     assert code == 0, err
     assert said.count("the same") == len(list((whole / "neurons").iterdir()))
-    rows = compare(whole, whole)
+    rows = compare(whole, whole).to_pylist()
     for row in rows:
         assert row["shared"] == row["neurons"] == row["other_neurons"] == 24
         others = [
@@ -201,12 +201,20 @@ def test_directories_that_are_no_study(run, done, model, relations, tmp_path):
     )
 
 
-@pytest.mark.parametrize("steps", ["1e8", "0", "x", "2.5"])
-def test_steps_that_are_no_number_of_tokens(run, relations, tmp_path, steps):
+@pytest.mark.parametrize(
+    ("steps", "exit_code", "message"),
+    [
+        ("1e8", 2, "--steps"),
+        ("0", 1, "error: steps must be at least 1, or None, got 0"),
+        ("x", 2, "--steps"),
+        ("2.5", 2, "--steps"),
+    ],
+)
+def test_steps_that_are_no_number_of_tokens(run, relations, tmp_path, steps, exit_code, message):
     options = ("--relations", relations, "--model", "none", "--out", tmp_path / "run")
     code, _, err = run("relspec", "run", *options, "--steps", steps)
-    assert code == 2
-    assert "--steps" in err
+    assert code == exit_code
+    assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
@@ -289,7 +297,7 @@ def test_damaged_neurons_are_not_compared(run, tmp_path, line, message):
         (tmp_path / name / "neurons").mkdir()
         text = "site,layer,index,average_precision\nup,0,1,0.5\n"
         (tmp_path / name / "neurons" / "in.csv").write_text(text)
-    assert [row["shared"] for row in compare(tmp_path / "a", tmp_path / "b")] == [1]
+    assert [row["shared"] for row in compare(tmp_path / "a", tmp_path / "b").to_pylist()] == [1]
     (tmp_path / "b" / "neurons" / "in.csv").write_text(text + line + "\n")
     fails(run("relspec", "compare", tmp_path / "a", tmp_path / "b"), message)
     write_table(tmp_path / "a" / "tables", "relations", [{"relation": "in", "wording": "x"}])

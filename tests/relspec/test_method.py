@@ -13,13 +13,13 @@ from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.prompts.relations import Relation, Translation, Triple
 from jaxneurons.relspec.method import (
     RelSpecConfig,
-    asked,
     best_template,
     concept_prompts,
     cumulativity,
     drop,
     examples,
     frequency_test,
+    relation_prompts,
     sweep_sizes,
     too_few,
 )
@@ -51,12 +51,12 @@ def test_prompts():
     triples = (Triple("Köln", "x"), Triple("Köln", "y"), Triple("Rom", "z"))
     german = Translation({"plain": ("{} ist",)}, {triples[2]: Triple("Roma", "zett")})
     relation = Relation("r", triples, {"plain": ("{} is",)}, translations={"de": german})
-    found = asked(relation, triples[1:], "{} is", evaluation="eva")
+    found = relation_prompts(relation, triples[1:], "{} is", evaluation="eva")
     assert [(one.text, one.objects) for one in found] == [
         ("Köln is", ("x", "y")),
         ("Rom is", ("z",)),
     ]
-    found = asked(relation, triples, "{} ist", evaluation="eva", language="de")
+    found = relation_prompts(relation, triples, "{} ist", evaluation="eva", language="de")
     assert [(one.text, one.objects, one.language) for one in found] == [
         ("Roma ist", ("zett",), "de")
     ]
@@ -125,7 +125,7 @@ def test_sizes():
 
 def test_concept_prompts_are_balanced():
     subjects = {"city": [f"c{i}" for i in range(3)], "star": [f"s{i}" for i in range(40)]}
-    found = concept_prompts(subjects, words=("can", "has a"), each=13, seed=0)
+    found = concept_prompts(subjects, words=("can", "has a"), count=13, seed=0)
     for kind, count in (("city", 3), ("star", 6)):
         endings = collections.Counter(text[len(subject) + 1 :] for subject, text in found[kind])
         assert endings == {"can": count, "has a": count}
@@ -146,8 +146,30 @@ def test_concept_prompts_are_balanced():
         ({"seed": -1}, "seed must be at least 0"),
         ({"detection": 0}, "detection must be at least 1"),
         ({"minimum_share": 2.0}, "minimum_share must be from 0 to 1"),
+        ({"dtype": "float99"}, "unknown response dtype 'float99'; did you mean 'float32'"),
+        ({"k": 0}, "k must be a number of neurons, or below 1 a share of all, got 0"),
+        ({"k": 1.5}, "k must be a number of neurons"),
+        ({"k": math.nan}, "k must be a number of neurons"),
     ],
 )
 def test_settings(changes, message):
     with pytest.raises(ConfigError, match=message):
         RelSpecConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seeds", 2.5, "seeds must be an integer; got 2.5"),
+        ("seeds", True, "seeds must be an integer; got True"),
+        ("templates", "plain", "templates must be a tuple of strings; got 'plain'"),
+        ("sites", ["up"], "sites must be a tuple"),
+        ("steps", "two", "steps must be an integer or None"),
+        ("dtype", None, "dtype must be a string; got None"),
+    ],
+)
+def test_settings_of_another_type(name, value, message):
+    settings = RelSpecConfig()
+    object.__setattr__(settings, name, value)  # the tests' own type checks would come first
+    with pytest.raises(ConfigError, match=message):
+        settings.__post_init__()

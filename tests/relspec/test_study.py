@@ -3,11 +3,14 @@
 import csv
 import dataclasses
 import functools
+import inspect
+import io
 import json
 import shutil
 
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import pytest
 from support.fixtures import write_lm
@@ -16,18 +19,29 @@ from support.models import compiled
 from support.pictures import ink
 
 import jaxneurons
-from jaxneurons.errors import DataError
-from jaxneurons.neurons.sets import FFN, read_neurons
+from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.neurons.sets import FFN, NeuronSet, read_neurons
 from jaxneurons.prompts.matching import any_answers
 from jaxneurons.prompts.relations import Triple, read_relations
-from jaxneurons.relspec import analyses
-from jaxneurons.relspec import stages as relspec_run
+from jaxneurons.relspec import analyses, drops, figures, stages
 from jaxneurons.relspec.method import RelSpecConfig
-from jaxneurons.relspec.stages import choose, run_study
+from jaxneurons.relspec.registry import DEFAULT, SkippedWarning, choose
 from jaxneurons.relspec.study import Study
+from jaxneurons.storage import store
+from jaxneurons.storage import tables as tables_module
 from jaxneurons.storage.tables import read_tables
 
 SETTINGS = RelSpecConfig(k=24, minimum=5, minimum_right=1, seeds=2, sweep_seeds=2)
+
+
+def run_study(lm, relations, out, *, settings, names=DEFAULT, counts=None, progress=None):
+    """Every stage in a directory, as `relspec run` has them."""
+    study = Study(lm, relations, settings=settings, out=out, progress=progress)
+    study.collect()
+    study.write_neurons()
+    study.analyse(names, counts=counts)
+    stages.plot(out)
+    return study
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +79,7 @@ def whole(lm, relations, tmp_path_factory):
 
 
 def tables(study):
-    return read_tables(study.run.path / "tables")
+    return read_tables(study.out / "tables")
 
 
 def test_everything_is_written(whole):
@@ -75,25 +89,23 @@ def test_everything_is_written(whole):
         *("perplexity", "languages", "concepts", "concept_validation", "sizes", "cumulativity"),
         *("types", "type_layers", "frequency", "frequency_test", "summary"),
     }
-    figures = {path.stem for path in (whole.run.path / "figures").glob("*.png")}
-    drawn = {
-        name for name, (table, _) in relspec_run.relspec_plots.FIGURES.items() if table in found
-    }
-    assert drawn - figures <= {"robustness", "multilingual"}  # nothing is counted there
-    for path in (whole.run.path / "figures").glob("*.png"):
+    written = {path.stem for path in (whole.out / "figures").glob("*.png")}
+    drawn = {name for name, (table, _) in figures.FIGURES.items() if table in found}
+    assert drawn - written <= {"robustness", "multilingual"}  # nothing is counted there
+    for path in (whole.out / "figures").glob("*.png"):
         assert ink(path) > 0.005, path.name
-    run = json.loads((whole.run.path / "run.json").read_text())
+    run = json.loads((whole.out / "run.json").read_text())
     assert run["relations"]["known"] == sorted(WORDINGS)
     assert run["neurons"] == {"k": 24, "of": 480, "sites": list(FFN)}
     assert found["cumulativity_mean"][-1]["total"] > 0
     for row in found["relations"]:
-        prompts = whole.asked[row["relation"]].detection
+        prompts = whole.prompts[row["relation"]].detection
         assert row["steps"] == max(whole.steps(prompts)) > 2  # words of several tokens
     # "Wien" as bytes: a token for the space, or " W", and the others.
     assert {row["steps"] for row in found["languages"]} <= {5, 6}
     assert set(run["tables"]) == set(found)
     for name, rows in found.items():
-        with (whole.run.path / "tables" / f"{name}.csv").open() as file:
+        with (whole.out / "tables" / f"{name}.csv").open() as file:
             assert len(list(csv.DictReader(file))) == len(rows) > 0
 
 
@@ -120,14 +132,14 @@ def test_accuracies_against_a_plain_loop(whole, lm):
 
     rows = tables(whole)["ablation"]
     for off in whole.known[:2]:
-        neurons = read_neurons(whole.run.path / "neurons" / f"{off}.csv")
+        neurons = read_neurons(whole.out / "neurons" / f"{off}.csv")
         assert len(neurons) == 24
         scales = {
             site: jnp.asarray(values)[:, None, None]
             for site, values in neurons.scales(lm.config, sites=FFN).items()
         }
         for name in whole.known:
-            prompts = whole.asked[name].evaluation
+            prompts = whole.prompts[name].evaluation
             (row,) = (
                 r for r in rows if (r["off"], r["relation"], r["evaluation"]) == (off, name, "eva")
             )
@@ -141,7 +153,7 @@ def test_the_neurons_are_those_of_highest_average_precision(whole):
     from sklearn.metrics import average_precision_score
 
     name = whole.known[1]
-    prompts = [one for asked in whole.asked.values() for one in asked.validated]
+    prompts = [one for of_relation in whole.prompts.values() for one in of_relation.validated]
     positives = np.array([one.relation == name for one in prompts])
     tokens = whole.encode(prompts)
     responses = {site: [] for site in FFN}
@@ -161,7 +173,7 @@ def test_the_neurons_are_those_of_highest_average_precision(whole):
                 score = average_precision_score(positives, values[:, layer, index])
                 best.append((score, site, layer, index))
     scores = {(site, layer, index): score for score, site, layer, index in best}
-    chosen = read_neurons(whole.run.path / "neurons" / f"{name}.csv")
+    chosen = read_neurons(whole.out / "neurons" / f"{name}.csv")
     lowest = min(scores[site, *neuron] for site, neuron in chosen)
     others = [score for key, score in scores.items() if (key[0], key[1:]) not in chosen]
     assert len(chosen) == 24
@@ -215,7 +227,7 @@ def test_perplexity_against_pytorch(whole, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(whole.lm.source, dtype=torch.float32)
     name = whole.known[0]
-    objects = dict.fromkeys(t.object for t in whole.asked[name].split.evaluation)
+    objects = dict.fromkeys(t.object for t in whole.prompts[name].split.evaluation)
     loss, count = 0.0, 0
     for one in objects:
         ids = torch.tensor([whole.lm.tokenizer(f"They talk about {one}")["input_ids"]])
@@ -243,13 +255,152 @@ def test_the_summary_is_what_it_says():
             row("c", "c", 1.0, counted=False),
         ),
     ]
-    (found,) = analyses.summary(rows)
+    (found,) = drops.mean_drops(rows)
     assert (found["relations"], found["right_before"]) == (2, 14)
     assert found["diagonal"] == pytest.approx(0.6)
     assert found["off_diagonal"] == pytest.approx((0.2 + 0.0 + 0.5) / 3)
     assert found["random"] == pytest.approx(0.1)
     assert found["random_spread"] == pytest.approx(np.std([0.2, 0.0], ddof=1))
     assert found["matched"] is None
+
+
+# --- in memory ------------------------------------------------------------------------------------
+
+SOME = ("ablation", "layers", "overlap", "errors", "perplexity", "concepts")
+
+
+@pytest.fixture(scope="module")
+def in_memory(lm, relations):
+    """A study without a directory, and how far it said that it was."""
+    reports = []
+    study = Study(
+        lm,
+        read_relations(relations),
+        settings=SETTINGS,
+        progress=lambda *report: reports.append(report),
+    )
+    return study, reports
+
+
+def test_before_anything_is_computed(in_memory):
+    study, reports = in_memory
+    head, columns, *lines = repr(study).splitlines()
+    assert head.endswith("4 relations, 24 of 480 neurons each (up, gate, down)")
+    assert columns.split()[:2] == ["relation", "facts"]
+    assert [line.split() for line in lines] == [[name, "24"] for name in sorted(WORDINGS)]
+    assert not study.tables
+    assert not study.figures()
+    assert not reports
+
+
+def test_in_memory_it_is_the_same_and_nothing_is_written(whole, in_memory, tmp_path, monkeypatch):
+    import pyarrow as pa
+
+    study, reports = in_memory
+    monkeypatch.chdir(tmp_path)
+    for module in (store, tables_module):
+        monkeypatch.setattr(module, "write_bytes", None)
+    on_disk = tables(whole)
+    assert study.collect().to_pylist() == on_disk["relations"]
+    for name in SOME:
+        table = getattr(study, name)()
+        assert isinstance(table, pa.Table)
+        assert table.to_pylist() == on_disk[name]
+    for name in ("templates", "answers", "concept_validation", "concept_ablation"):
+        assert study.tables[name].to_pylist() == on_disk[name]
+    for name, neurons in study.neurons().items():
+        assert neurons == read_neurons(whole.out / "neurons" / f"{name}.csv")
+    means = {(r["analysis"], r["evaluation"]): r for r in study.summary().to_pylist()}
+    for row in on_disk["summary"]:
+        if row["analysis"] == "ablation":
+            assert means["ablation", row["evaluation"]] == row
+    assert set(study.figures()) >= {"inter_relation", "layers", "overlap", "errors", "perplexity"}
+    assert not list(tmp_path.iterdir())
+    for stage in {stage for stage, *_ in reports}:
+        done, total = [report[1:] for report in reports if report[0] == stage][-1]
+        assert done == total > 0, stage
+
+
+def test_what_a_study_shows(whole, in_memory):
+    """The numbers of its tables, without and with a directory."""
+    ablation = tables(whole)["ablation"]
+    for study in (in_memory[0], whole):
+        for line, name in zip(repr(study).splitlines()[2:], sorted(WORDINGS), strict=True):
+            (row,) = (
+                r
+                for r in ablation
+                if r["off"] == r["relation"] == name and r["evaluation"] == "eva"
+            )
+            lost = f"{row['drop']:.0%}"
+            assert line.split() == [name, "24", "12/12", "12/12", lost, "yes"]
+            cells = "".join(f"<td>{c}</td>" for c in (name, "24", "12/12", "12/12", lost, "yes"))
+            assert f"<tr>{cells}</tr>" in study._repr_html_()
+
+
+def test_sets_of_ones_own(whole, in_memory):
+    """A relation's neurons by another name: its drops; under its own, the means' diagonal."""
+    study, _ = in_memory
+    neurons = study.neurons()
+    rows = study.measure({"mine": neurons["speak"]}).to_pylist()
+    expected = [
+        {**row, "analysis": "measure", "off": "mine"}
+        for row in tables(whole)["ablation"]
+        if row["off"] == "speak" and row["evaluation"] == "eva"
+    ]
+    assert rows == expected
+    (line,) = drops.mean_drops(study.measure(neurons).to_pylist())
+    (same,) = (
+        row
+        for row in tables(whole)["summary"]
+        if (row["analysis"], row["evaluation"]) == ("ablation", "eva")
+    )
+    for key in ("diagonal", "off_diagonal", "right_before"):
+        assert line[key] == same[key]
+    with pytest.raises(DataError, match="layer 99 is not in this model"):
+        study.measure({"far": NeuronSet.of(up=[(99, 0)])})
+
+
+def test_figures_show_themselves(in_memory):
+    for figure in in_memory[0].figures().values():
+        image = matplotlib.image.imread(io.BytesIO(figure._repr_png_()))
+        assert image.std() > 0.05  # not one colour
+
+
+def test_neurons_are_written_where_they_are_wanted(whole, in_memory, tmp_path):
+    study, _ = in_memory
+    with pytest.raises(ConfigError, match="no directory to write neurons to"):
+        study.write_neurons()
+    written = study.write_neurons(tmp_path / "neurons")
+    assert [path.name for path in written] == [f"{name}.csv" for name in study.known]
+    for path in written:
+        assert path.read_bytes() == (whole.out / "neurons" / path.name).read_bytes()
+
+
+def test_an_analysis_with_nothing_to_measure(lm, relations):
+    alike = [
+        dataclasses.replace(relation, translations={}, subject_type="")
+        for relation in read_relations(relations)
+    ]
+    study = Study(lm, alike, settings=SETTINGS)
+    for name in ("multilingual", "concepts"):
+        with pytest.raises(DataError, match=f"{name}: these relations have nothing to measure"):
+            getattr(study, name)()
+
+
+def test_arguments_of_another_kind(lm, relations):
+    """At once, before anything is hashed or generated."""
+    make, known = inspect.unwrap(Study.__init__), read_relations(relations)
+    for arguments, message in (
+        ({"lm": "lab"}, "lm must be an? LM; got 'lab'"),
+        ({"relations": "bundled"}, "relations must be a sequence of Relation"),
+        ({"relations": [known[0], "speak"]}, r"relations\[1\] must be a Relation; got 'speak'"),
+        ({"settings": {"k": 24}}, "settings must be a RelSpecConfig"),
+        ({"out": 7}, "out must be"),
+        ({"progress": True}, "progress must be"),
+    ):
+        good = {"lm": lm, "relations": known}
+        with pytest.raises(ConfigError, match=message):
+            make(Study.__new__(Study), **{**good, **arguments})
 
 
 # --- stops and resumes ----------------------------------------------------------------------------
@@ -278,7 +429,7 @@ def test_stopped_anywhere_it_ends_the_same(whole, lm, relations, tmp_path, after
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run_study(lm, found, tmp_path / "run", settings=SETTINGS, names=names, tell=stop)
+            run_study(lm, found, tmp_path / "run", settings=SETTINGS, names=names, progress=stop)
     told = []
     run_study(
         lm,
@@ -286,17 +437,17 @@ def test_stopped_anywhere_it_ends_the_same(whole, lm, relations, tmp_path, after
         tmp_path / "run",
         settings=SETTINGS,
         names=names,
-        tell=lambda *what: told.append(what),
+        progress=lambda *what: told.append(what),
     )
     assert told  # there was something left to do
-    mine, theirs = contents(tmp_path / "run"), contents(whole.run.path)
+    mine, theirs = contents(tmp_path / "run"), contents(whole.out)
     for path, content in mine.items():
         if path.stem != "summary":
             assert content == theirs[path], path
 
 
 def test_a_finished_study_computes_nothing(whole, lm, relations, tmp_path, monkeypatch):
-    shutil.copytree(whole.run.path, tmp_path / "run")
+    shutil.copytree(whole.out, tmp_path / "run")
     before = contents(tmp_path / "run")
 
     def never(*_, **__):
@@ -305,7 +456,7 @@ def test_a_finished_study_computes_nothing(whole, lm, relations, tmp_path, monke
     monkeypatch.setattr("jaxneurons.engine.ablation.generate_ablated", never)
     monkeypatch.setattr("jaxneurons.engine.responses.mean_responses", never)
     monkeypatch.setattr("jaxneurons.engine.experts.average_precision", never)
-    monkeypatch.setattr("jaxneurons.relspec.perplexity.sentence_loss", never)
+    monkeypatch.setattr("jaxneurons.relspec.perplexity._losses", never)
     run_study(
         lm, read_relations(relations), tmp_path / "run", settings=SETTINGS, names=choose("all")
     )
@@ -313,7 +464,7 @@ def test_a_finished_study_computes_nothing(whole, lm, relations, tmp_path, monke
 
 
 def test_spoilt_parts_are_made_again(whole, lm, relations, tmp_path):
-    shutil.copytree(whole.run.path, tmp_path / "run")
+    shutil.copytree(whole.out, tmp_path / "run")
     before = contents(tmp_path / "run")
     spoilt = sorted((tmp_path / "run" / "parts").glob("said-*.npz"))[::7]
     for path in spoilt:
@@ -327,10 +478,10 @@ def test_spoilt_parts_are_made_again(whole, lm, relations, tmp_path):
 def test_another_study_is_refused(whole, lm, relations):
     found = read_relations(relations)
     with pytest.raises(DataError, match="holds a run with another relations"):
-        Study(lm, found[1:], whole.run.path, settings=SETTINGS)
+        Study(lm, found[1:], out=whole.out, settings=SETTINGS)
     other = RelSpecConfig(k=25, minimum=5, minimum_right=1, seeds=2, sweep_seeds=2)
     with pytest.raises(DataError, match="holds a run with another settings"):
-        Study(lm, found, whole.run.path, settings=other)
+        Study(lm, found, out=whole.out, settings=other)
 
 
 # --- what cannot be studied -----------------------------------------------------------------------
@@ -386,18 +537,18 @@ def test_relations_that_make_no_study(lm, relations, tmp_path):
         (found, RelSpecConfig(k=481), "give a number from 1 to 480"),
     ):
         with pytest.raises(DataError, match=message):
-            Study(lm, some, tmp_path / "run", settings=settings)
+            Study(lm, some, out=tmp_path / "run", settings=settings)
         assert not (tmp_path / "run").exists()
 
 
 def test_an_analysis_that_cannot_be_made_is_skipped(whole, lm, relations, tmp_path):
     """Said so; the others are made, and everything is written."""
-    shutil.copytree(whole.run.path, tmp_path / "run")
+    shutil.copytree(whole.out, tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
-    study = Study(lm, read_relations(relations), tmp_path / "run", settings=SETTINGS)
+    study = Study(lm, read_relations(relations), out=tmp_path / "run", settings=SETTINGS)
     counts = {("in", Triple("x", "y")): 1.0}
-    with pytest.warns(relspec_run.SkippedWarning, match="frequency skipped: none of the held-out"):
-        relspec_run.analyse(study, ("layers", "frequency"), counts=counts)
+    with pytest.warns(SkippedWarning, match="frequency skipped: none of the held-out"):
+        study.analyse(("layers", "frequency"), counts=counts)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert list(run["skipped_by_this_call"]) == ["frequency"]
     assert "layers" in run["tables"]
@@ -408,7 +559,7 @@ def test_relations_without_a_second_wording(lm, relations, tmp_path):
         dataclasses.replace(one, templates={"plain": one.templates["plain"]}, translations={})
         for one in read_relations(relations)
     ]
-    with pytest.warns(relspec_run.SkippedWarning, match="skipped: these relations have nothing"):
+    with pytest.warns(SkippedWarning, match="skipped: these relations have nothing"):
         run_study(
             lm,
             found,
@@ -442,7 +593,7 @@ def test_means_of_cumulativity():
 
 
 def test_names_of_analyses():
-    assert choose("default") == relspec_run.DEFAULT
+    assert choose("default") == DEFAULT
     assert choose("layers,ablation") == ("ablation", "layers")
     assert choose("all", counts=True)[-1] == "frequency"
     assert "frequency" not in choose("all")

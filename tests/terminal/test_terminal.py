@@ -15,6 +15,7 @@ import pytest
 from rich.cells import cell_len
 
 from jaxneurons.qrnca import views as qrnca_views
+from jaxneurons.relspec import views as relspec_views
 from jaxneurons.storage.printable import encodable
 from jaxneurons.terminal import console as terminal
 from jaxneurons.terminal.stopping import BROKEN_PIPE, PROMISE, too_much
@@ -36,7 +37,7 @@ def printed(show, monkeypatch, *, encoding="utf-8", width=80):
     """What a function of `terminal` prints, as bytes in an encoding, decoded."""
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    for module in (terminal, qrnca_views):
+    for module in (terminal, qrnca_views, relspec_views):
         monkeypatch.setattr(module, "console", terminal.Plain(file=file, width=width))
     show()
     file.flush()
@@ -68,7 +69,7 @@ def prediction(groups):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_tables_hold_names_as_they_are(monkeypatch, name, encoding):
     text = printed(
-        lambda: terminal.show_comparison(comparison(name)), monkeypatch, encoding=encoding
+        lambda: relspec_views.show_comparison(comparison(name)), monkeypatch, encoding=encoding
     )
     line = next(line for line in text.splitlines() if "17" in line)
     shown = AS_SHOWN[HOSTILE.index(name)] if name in HOSTILE[:-1] else None
@@ -83,7 +84,7 @@ def test_tables_hold_names_as_they_are(monkeypatch, name, encoding):
 @pytest.mark.parametrize("width", [20, 40, 80])
 def test_a_long_name_leaves_room_for_the_numbers(monkeypatch, width):
     rows = comparison("of which " * 40)
-    text = printed(lambda: terminal.show_comparison(rows), monkeypatch, width=width)
+    text = printed(lambda: relspec_views.show_comparison(rows), monkeypatch, width=width)
     assert max(map(cell_len, text.splitlines())) <= max(width, terminal.LEAST)
     if width == 80:
         assert re.search(r"of which of .*….* 120, 130 +17 +4 +the same", text)
@@ -92,7 +93,7 @@ def test_a_long_name_leaves_room_for_the_numbers(monkeypatch, width):
 def test_a_name_of_escapes_leaves_room_for_the_numbers(monkeypatch):
     """Twelve letters of a script that the terminal lacks are 72 columns of escapes."""
     rows = comparison("\u751f\u7269" * 6)
-    text = printed(lambda: terminal.show_comparison(rows), monkeypatch, encoding="ascii")
+    text = printed(lambda: relspec_views.show_comparison(rows), monkeypatch, encoding="ascii")
     assert len({len(line) for line in text.splitlines()[1:]}) == 1
     assert re.search(r"\\u751f\\u7269.*\| *120, 130 \| *17 \| *4 \| *the same", text)
 

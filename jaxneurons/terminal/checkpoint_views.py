@@ -1,0 +1,86 @@
+"""What people see of checkpoints: a certificate of `verify`, the description of `inspect`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from jaxneurons.terminal.console import console, gib
+
+if TYPE_CHECKING:
+    from jaxneurons.checkpoints.description import Description
+
+
+def show_certificate(certificate: Mapping[str, Any]) -> None:
+    """How a converted model compares with PyTorch, of `verify`."""
+    table = Table(
+        title="Largest difference from PyTorch, in standard deviations (FFN sites: worst layer)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("sequence", "logits", "gate", "up", "act", "down"):
+        table.add_column(name, justify="left" if name == "sequence" else "right")
+    for result in certificate["sequences"]:
+        sites = (f"{result[site]['relative']:.1e}" for site in ("gate", "up", "act", "down"))
+        table.add_row(result["sequence"], f"{result['logits']['relative']:.1e}", *sites)
+    console.print(table)
+    weights, most = certificate["weights"], certificate["tolerance"]
+    console.print(
+        f"Greedy continuations equal: {certificate['continuations_equal']}. Weights that differ: "
+        f"{len(weights['differ'])} of {weights['tensors']} tensors. "
+        f"{'Passed' if certificate['passed'] else 'FAILED'} ({certificate['dtype']} weights; "
+        f"logits may differ by {most['largest']:g}, and by {most['mean']:g} on average)."
+    )
+    means = [r["own_arithmetic"]["mean"] for r in certificate["sequences"] if "own_arithmetic" in r]
+    if means:
+        console.print(
+            f"Computed in {certificate['dtype']} itself, logits differ by {max(means):.1e} on "
+            "average."
+        )
+
+
+def show_description(description: "Description") -> None:
+    """Family, shapes, sizes and tokenizer of a checkpoint, of `inspect`."""
+    config, rope = description.config, description.config.rope
+    window = f"{config.sliding_window} positions" if config.sliding_window else "none"
+    if config.sliding_layers:
+        window += f", {sum(config.sliding_layers)} of {config.num_layers} layers"
+    kind = rope.rope_type + (f" x {rope.factor:g}" if rope.factor != 1 else "")
+    tokens = description.tokenizer
+    table = Table(box=None, show_header=False, title=description.source, title_justify="left")
+    rows = [
+        ("family", f"{config.family}, {description.kind}"),
+        ("layers", f"{config.num_layers}"),
+        ("hidden size", f"{config.hidden_size}"),
+        (
+            "attention",
+            f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} key/value heads",
+        ),
+        ("sliding window", window),
+        ("rotary embedding", f"{kind}, theta {rope.theta:g}"),
+        ("context", f"{config.max_position} tokens"),
+        ("biases", ", ".join(config.biases) or "none"),
+        ("unembedding", "tied to the embedding" if config.tied else "its own"),
+        ("parameters", f"{description.parameters:,}"),
+        (
+            "neurons per layer",
+            ", ".join(f"{site} {width:,}" for site, width in description.neurons.items()),
+        ),
+        ("FFN neurons", f"{config.num_layers * config.intermediate_size:,}"),
+        ("on disk", _sizes(description.stored) or "not here"),
+        ("in memory", _sizes(description.memory)),
+        (
+            "tokenizer",
+            f"{tokens['tokens']:,} tokens, BOS {tokens['bos']!r} "
+            f"({'put first' if tokens['bos put first'] else 'not put first'}), "
+            f"EOS {tokens['eos']!r}, {'a' if tokens['chat template'] else 'no'} chat template",
+        ),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {gib(size)}" for name, size in sizes.items())
