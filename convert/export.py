@@ -210,7 +210,7 @@ def write_hf(
 
 
 def _tensors(
-    config: ModelConfig, params: Mapping[str, Any], dtype: np.dtype, dtypes: Mapping[str, str]
+    config: ModelConfig, params: Params, dtype: np.dtype, dtypes: Mapping[str, str]
 ) -> dict[str, ToWrite]:
     """Every tensor by name, in its stored dtype where its values allow, else in the parameters'."""
     host = _Host(params)

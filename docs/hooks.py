@@ -26,8 +26,9 @@ def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> 
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Renew it whenever the site is built."""
+    """Renew it whenever the site is built; search from a folder with a script of our own."""
     _lay_out()
+    config.extra["polyfills"] = ["file_search.js"]  # for what the plugin `offline` names there
     return config
 
 

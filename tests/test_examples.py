@@ -24,8 +24,6 @@ PAGES = [
 ]
 NOT_RUN = {"docs/families.md": 1}
 """Blocks that are not run, by page."""
-INNER = {"benchmarks/query_neurons.py", "notebooks/relation_neurons.ipynb"}
-"""Where more than faces may still be used: this becomes empty when these are changed."""
 LAB = {"smollm2-135m": "lab"}
 """Models that a page may name, and the one that is loaded here instead."""
 
@@ -206,7 +204,7 @@ def test_inner_uses_are_seen(code, inner):
 
 def test_only_faces_are_used():
     found = {where: inner for where, code in sources().items() if (inner := inner_uses(code))}
-    assert found.keys() <= INNER, found
+    assert found == {}
     assert len([where for where in sources() if where.endswith(".ipynb")]) == 3
 
 

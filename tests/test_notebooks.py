@@ -7,8 +7,6 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-STORED = ("ablation", "query_neurons")
-"""Those whose outputs are shown in the documentation."""
 
 
 def outputs_of(notebook):
@@ -34,7 +32,7 @@ def test_runs(name, request, monkeypatch, tmp_path):
     assert pictures_of(notebook)
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", ["ablation", "query_neurons", "relation_neurons"])
 def test_is_stored_as_it_was_executed(name):
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]

@@ -126,7 +126,8 @@ def train(
             return of_texts[0] + of_questions[0], (of_texts[1], of_questions[1])
 
         (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(params)
-        updates, state = optimiser.update(gradient, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with its step count
+            updates, state = optimiser.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, losses
 
     for number in range(steps):

@@ -87,8 +87,9 @@ def rope_angles(
     frequencies: Array = jnp.asarray(rope_frequencies(rope, dim))
     if rope.rope_type == "dynamic":
         context = rope.original_max_position
-        stretch = rope.factor * jnp.maximum(lengths, context) / context - (rope.factor - 1)
-        theta = rope.theta * stretch.astype(jnp.float32) ** (dim / (dim - 2))
+        longest = jnp.maximum(lengths, context).astype(jnp.float32)
+        stretch = rope.factor * longest / context - (rope.factor - 1)
+        theta = rope.theta * stretch ** (dim / (dim - 2))
         exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
         scaled = 1.0 / theta[:, None] ** exponents
         frequencies = jnp.where(lengths[:, None] > context, scaled, frequencies)[:, None]

@@ -14,10 +14,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.model import layers
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import LAYERS, Parameter, Params, parameter_tree
+from jaxneurons.model.parameters import LAYERS, Parameter, Params, parameter_tree, site_widths
 from jaxneurons.model.token_ids import check_ids
 
 Scales = Mapping[str, Array | np.ndarray]
@@ -144,6 +145,27 @@ def _by_layer(scales: Scales) -> Scales:
     }
 
 
+def _check_sites(config: ModelConfig, scales: Scales, capture: tuple[str, ...]) -> None:
+    """Raise `ConfigError` for sites that there are not, or multipliers of another model's shape."""
+    widths = site_widths(config)
+    for site in (*scales, *(name for name in capture if name != "residual")):
+        if site not in widths:
+            raise ConfigError(f"unknown site {site!r}; {near_matches(str(site), widths)}")
+    for site, values in scales.items():
+        shape = np.shape(values)
+        layers_at = 1 if len(shape) == 3 else 0
+        if (
+            len(shape) not in (2, 3, 4)
+            or shape[layers_at] != config.num_layers
+            or shape[-1] not in (1, widths[site])
+        ):
+            raise ConfigError(
+                f"scales of site {site!r} are of shape {shape}; this model needs [layer, width] = "
+                f"({config.num_layers}, {widths[site]}), [batch, layer, width] or "
+                "[layer, batch, seq, width]"
+            )
+
+
 def _take(x: Array, at: Array) -> Array:
     """[batch, seq, width] at [batch, at] -> [batch, at, width]."""
     return jnp.take_along_axis(x, at[..., None], axis=1)
@@ -250,9 +272,12 @@ def forward(
       Logits, the extended cache and the activations: see `Output`.
 
     Raises:
+      ConfigError: a site that there is not, in `scales` or `capture`, or multipliers of a shape
+        that does not fit this model.
       DataError: a token id that the vocabulary does not have (outside of `jit`).
     """
     check_ids(tokens, config.vocab_size)
+    _check_sites(config, scales or {}, capture)
     output: Any = Transformer(config).apply(
         {"params": params},
         tokens,

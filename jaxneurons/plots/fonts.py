@@ -65,8 +65,8 @@ def families_for(text: str, base: str) -> tuple[list[str], str]:
     missing = frozenset(ord(c) for c in text if not _unseen(c)) - _characters(base)
     if not missing:
         return [], ""
-    found, left = _search(missing)
-    return list(found), "".join(map(chr, sorted(left)))
+    families, left = _search(missing)
+    return list(families), "".join(map(chr, sorted(left)))
 
 
 def _unseen(character: str) -> bool:

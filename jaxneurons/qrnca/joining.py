@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import Params
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt, encode_query, separators
 from jaxneurons.prompts.queries import Query
@@ -20,7 +21,7 @@ from jaxneurons.qrnca.method import run_prompts
 
 
 def join(
-    params: Any,
+    params: Params,
     tokenizer: Any,
     queries: Sequence[Query],
     *,
@@ -96,7 +97,7 @@ def _encode(
 
 
 def _log_probabilities(
-    params: Any,
+    params: Params,
     prompts: Sequence[TokenPrompt],
     *,
     config: ModelConfig,

@@ -25,6 +25,7 @@ from jaxneurons.engine.rows import Prefill, prefill
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.finite import NotFiniteError, explain
+from jaxneurons.model.parameters import Params
 from jaxneurons.neurons.sets import Neuron, NeuronSet, Site
 from jaxneurons.prompts.answers import TargetForm
 from jaxneurons.prompts.batches import Batch
@@ -156,7 +157,7 @@ class QueryNeurons:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
-def run_prompts(params: Any, batch: Batch, *, config: ModelConfig, site: str) -> Prefill:
+def run_prompts(params: Params, batch: Batch, *, config: ModelConfig, site: str) -> Prefill:
     """`prefill` of a batch, with the activations of a site: the same program for every stage."""
     return prefill(
         params,
@@ -181,7 +182,7 @@ class _Answered(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def _attribute(
-    params: Any, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
+    params: Params, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
 ) -> tuple[Attribution, _Answered]:
     attribution = attribute(
         params,
@@ -222,7 +223,7 @@ def _attribute(
 
 
 def attribute_batch(
-    params: Any, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
+    params: Params, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
 ) -> dict[int, PromptScores]:
     """Attribution of a batch of prompts that `run_prompts` has run, by their index in the plan.
 

@@ -117,7 +117,9 @@ def mismatch(kind: Any, value: Any) -> Mismatch | None:
         wrong = [mismatch(choice, value) for choice in inner]
         if None in wrong:
             return None
-        deepest = max((one for one in wrong if one is not None), key=lambda one: len(one.place))
+        deepest = max(
+            (miss for miss in wrong if miss is not None), key=lambda miss: len(miss.place)
+        )
         return deepest if deepest.place else Mismatch("", kind, value)
     if origin is tuple and inner[-1:] != (...,):
         if not isinstance(value, tuple) or len(value) != len(inner):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import compiled, random_tokens, tiny_config, tiny_params
 
-from jaxneurons import SITES, forward, init_cache
+from jaxneurons import SITES, ConfigError, forward, init_cache
 from jaxneurons.convert.hf import read_hf
 from jaxneurons.model import layers
 from jaxneurons.model.transformer import Transformer
@@ -470,3 +470,23 @@ def test_smollm2_greedy_continuations(smollm2, torch_smollm2):
         picked = logits[row, lengths[row] - 1 : len(whole[row]) - 1].argmax(-1)
         np.testing.assert_array_equal(continued[row], picked, err_msg=text)
     assert smollm2.tokenizer.decode(continued[0]).startswith(" Paris")
+
+
+@pytest.mark.parametrize(
+    ("scales", "capture", "message"),
+    [
+        ({"upp": (2, 24)}, (), "unknown site 'upp'; did you mean 'up'"),
+        ({"up": (24,)}, (), r"scales of site 'up' are of shape \(24,\); this model needs"),
+        ({"up": (2, 23)}, (), r"\[layer, width\] = \(2, 24\)"),
+        ({"up": (3, 24)}, (), "of shape"),
+        ({"down": (1, 3, 16)}, (), "of shape"),
+        ({}, ("ups",), "unknown site 'ups'"),
+    ],
+)
+def test_sites_and_multipliers_that_do_not_fit(scales, capture, message):
+    """An unknown site would leave the model as it is, in silence."""
+    config = tiny_config(num_layers=2, intermediate_size=24, hidden_size=16)
+    ones = {site: np.ones(shape, np.float32) for site, shape in scales.items()}
+    params, tokens = tiny_params(config), random_tokens(config, (1, 4))
+    with pytest.raises(ConfigError, match=message):
+        forward(params, tokens, config=config, scales=ones, capture=capture)

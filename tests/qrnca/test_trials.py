@@ -446,8 +446,8 @@ def test_balanced_takes_of_each_group(run):
     assert chosen == [query for query in run.queries if query in chosen]
 
 
-def test_kinds_of_neurons_on_the_same_queries(run):
-    pairs, effects = kind_rows(run, limit=8, out=run.path)
+def test_kinds_of_neurons_on_the_same_queries(run, tmp_path):
+    pairs, effects = kind_rows(run, limit=8, out=tmp_path)
     assert [(row["site"], row["other"]) for row in pairs] == [
         ("up", "gate"),
         ("up", "act"),
@@ -458,7 +458,7 @@ def test_kinds_of_neurons_on_the_same_queries(run):
             line["id"]: set(map(tuple, line["neurons"]))
             for line in map(
                 json.loads,
-                (run.path / "sites" / f"{site}-8" / "neurons.jsonl").read_text().splitlines(),
+                (tmp_path / "sites" / f"{site}-8" / "neurons.jsonl").read_text().splitlines(),
             )
         }
         for site in ("up", "gate", "act")
@@ -469,7 +469,8 @@ def test_kinds_of_neurons_on_the_same_queries(run):
         assert row["queries"] == len(a) == 8
         shared = [len(a[query] & b[query]) / len(a[query] | b[query]) for query in a]
         assert row["jaccard"] == pytest.approx(np.mean(shared))
-        assert 0 < row["jaccard"] < 1
+    assert pairs[1]["jaccard"] == 1  # they multiply each other: scaling either is the same
+    assert pairs[0]["jaccard"] < 1
     assert {row["site"] for row in effects} == {"up", "gate", "act"}
     assert {row["method"] for row in effects} == {"QRNCA", MATCHED}
 

@@ -196,7 +196,7 @@ def test_tables_agree_with_each_other(whole):
         for condition, count in wrong.items():
             shares = [r for r in found["errors"] if (r["relation"], r["off"]) == (name, condition)]
             assert sum(r["answers"] for r in shares) == count
-            assert sum(r["share"] for r in shares) == pytest.approx(bool(count))
+            assert sum(r["share"] for r in shares) == pytest.approx(1.0 if count else 0.0)
         perplexity = {r["off"]: r for r in found["perplexity"] if r["relation"] == name}
         for row in perplexity.values():
             ratio = row["perplexity"] / perplexity["none"]["perplexity"]
