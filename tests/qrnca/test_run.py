@@ -212,7 +212,10 @@ def test_a_part_that_is_lost(run, lm, tmp_path, damage, monkeypatch):
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr
-    same_neurons(run, open_run(copy, lm))
+    mended = open_run(copy, lm)
+    for query, located in run.items():  # another process: its devices and precision are others
+        assert mended[query].ranking == located.ranking
+        np.testing.assert_allclose(mended[query].naica, located.naica, rtol=1e-4)
 
 
 def test_a_run_of_version_0_1(run, lm, tmp_path):
