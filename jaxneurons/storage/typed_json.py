@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxneurons.errors import DataError, JaxneuronsError
+from jaxneurons.errors import DataError, JaxneuronsError, near_matches
 from jaxneurons.storage.settings import field_kinds, mismatch
 
 
@@ -44,6 +44,8 @@ def typed(kind: Any, value: Any, where: str) -> Any:
                 continue
     elif mismatch(kind, value) is None:
         return float(value) if kind is float else value
+    if origin is typing.Literal and isinstance(value, str):
+        raise DataError(f"{where}: {value!r:.40} is none of them; {near_matches(value, inner)}")
     name = getattr(kind, "__name__", str(kind))
     raise DataError(f"{where}: {value!r:.40} where {name} is needed")
 
