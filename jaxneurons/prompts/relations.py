@@ -66,6 +66,10 @@ class Relation:
     neutral: str = NEUTRAL
     translations: Mapping[str, Translation] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        languages = f", languages: {1 + len(self.translations)}" if self.translations else ""
+        return f"<Relation {self.name!r}, facts: {len(self.triples)}{languages}>"
+
     def wordings(self, sets: Iterable[str]) -> tuple[str, ...]:
         """The templates of some sets together, each once.
 

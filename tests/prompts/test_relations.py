@@ -1,6 +1,7 @@
 """Relations: reading, translations, the split, the files of the package."""
 
 import json
+import re
 
 import pytest
 
@@ -278,3 +279,10 @@ def test_no_bundled_prompt_holds_its_object(relation):
             assert template == template.strip()
             found = [t for t in triples if holds(prompt(template, t.subject), t.object)]
             assert not found, template
+
+
+def test_a_relation_shows_itself_in_a_line():
+    """Not with its facts: a notebook shows lists of relations."""
+    shown = repr(Relation("shape", (Triple("dice", "cube"),), {"plain": ("{} is a",)}))
+    assert shown == "<Relation 'shape', facts: 1>"
+    assert all(re.search(r", facts: \d\d(, languages: 6)?>$", repr(r)) for r in bundled_relations())
