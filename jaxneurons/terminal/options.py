@@ -140,7 +140,7 @@ class _Field(NamedTuple):
 def _fields(settings: type, instance: Any = None) -> dict[str, _Field]:
     """The fields of a dataclass, nested ones in place; defaults are those of an instance's."""
     hints, helps = typing.get_type_hints(settings), attributes(settings)
-    found: dict[str, _Field] = {}
+    fields: dict[str, _Field] = {}
     for field in dataclasses.fields(settings):
         if not field.init:
             continue
@@ -154,11 +154,11 @@ def _fields(settings: type, instance: Any = None) -> dict[str, _Field]:
             inner = _fields(type(default), default)
         else:
             inner = {field.name: _Field(hints[field.name], default, helps.get(field.name, ""))}
-        twice = found.keys() & inner.keys()
+        twice = fields.keys() & inner.keys()
         if twice:
             raise TypeError(f"{settings.__name__}: two fields are called {twice.pop()!r}")
-        found.update(inner)
-    return found
+        fields.update(inner)
+    return fields
 
 
 def _made(settings: type, given: Mapping[str, Any]) -> Any:
@@ -226,18 +226,18 @@ def _plain(hint: Any) -> type:
 def attributes(described: type) -> dict[str, str]:
     """What a docstring's "Attributes:" says of each name, as a sentence."""
     _, _, section = (inspect.getdoc(described) or "").partition("\nAttributes:\n")
-    found: dict[str, list[str]] = {}
+    described_as: dict[str, list[str]] = {}
     name = ""
     for line in section.splitlines():
         start = re.match(r"  (\w+): (.*)", line)
         if start:
             name = start[1]
-            found[name] = [start[2]]
+            described_as[name] = [start[2]]
         elif line.startswith("   ") and name:
-            found[name].append(line.strip())
+            described_as[name].append(line.strip())
         elif line.strip():  # the next section
             break
-    return {name: _sentence(" ".join(lines)) for name, lines in found.items()}
+    return {name: _sentence(" ".join(lines)) for name, lines in described_as.items()}
 
 
 def _sentence(text: str) -> str:
