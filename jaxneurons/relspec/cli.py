@@ -1,9 +1,9 @@
 """The command line of relation-specific neurons: `relspec run` and each of its stages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,6 @@ from jaxneurons.terminal.console import console, load_and_say, stages
 from jaxneurons.terminal.options import IgnoreKeys, Text, settings_options
 
 if TYPE_CHECKING:
-    from jaxneurons.relspec.analyses import Counts
     from jaxneurons.relspec.study import Study
 
 app = typer.Typer(help="Relation-specific neurons (arXiv 2502.17355).", no_args_is_help=True)
@@ -146,7 +145,9 @@ def _analyse(out: Path, analyses: str, counts: Path | None) -> None:
     show_study(out)
 
 
-def _chosen(analyses: str, counts: Path | None) -> tuple[tuple[str, ...], "Counts | None"]:
+def _chosen(
+    analyses: str, counts: Path | None
+) -> tuple[tuple[str, ...], Mapping[tuple[str, Any], float] | None]:
     """Names of analyses and counts of facts, checked before anything is loaded."""
     from jaxneurons.prompts.relations import read_counts
     from jaxneurons.relspec.registry import choose
