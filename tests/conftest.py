@@ -35,7 +35,8 @@ def pytest_addoption(parser):
         "--data",
         type=Path,
         metavar="DIR",
-        help="run the checks of published formats on the files in DIR/qrneuron and DIR/lre too",
+        help="run the checks of published formats on the files in DIR/qrneuron and DIR/lre too "
+        "(--data=DIR: after a space pytest would take DIR for what to collect)",
     )
 
 
