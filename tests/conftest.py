@@ -79,9 +79,10 @@ def few_programs(request):
 @pytest.fixture(autouse=True, scope="session")
 def settings_check_themselves():
     """Wrong fields are refused with errors of the settings' own, where beartype would be first."""
+    from jaxneurons.engine.quadrature import Quadrature
     from jaxneurons.qrnca.method import QRNCAConfig
 
-    for settings in (QRNCAConfig,):
+    for settings in (QRNCAConfig, Quadrature):
         settings.__init__ = inspect.unwrap(settings.__init__)
 
 

@@ -21,7 +21,11 @@ def pictures_of(notebook):
 
 @pytest.mark.parametrize(
     "name",
-    ["ablation", "query_neurons", pytest.param("relation_neurons", marks=pytest.mark.smollm2)],
+    [
+        "ablation",
+        "query_neurons",
+        pytest.param("relation_neurons", marks=[pytest.mark.smollm2, pytest.mark.slow]),
+    ],
 )
 def test_runs(name, request, monkeypatch, tmp_path):
     if name == "relation_neurons":

@@ -29,6 +29,7 @@ def test_the_model_that_ships_with_the_package(run, tmp_path):
     assert_passed(json.loads((tmp_path / "lab" / "certificate.json").read_text()))
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_the_model_that_is_fetched_by_name(smollm2, smollm2_path):
     assert locate_source("smollm2-135m")[0] == smollm2_path

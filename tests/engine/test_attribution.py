@@ -415,7 +415,14 @@ def real_attribution(lm, quadrature):
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize(("rule", "steps"), [("reference", 6), ("right", 6), ("gauss", 6)])
+@pytest.mark.parametrize(
+    ("rule", "steps"),
+    [
+        ("reference", 6),
+        pytest.param("right", 6, marks=pytest.mark.slow),
+        pytest.param("gauss", 6, marks=pytest.mark.slow),
+    ],
+)
 def test_smollm2_equals_the_published_procedure(smollm2, torch_smollm2, published, rule, steps):
     model = copy.deepcopy(torch_smollm2[0]).double()
     ids = np.asarray(smollm2.tokenizer(FACT)["input_ids"], np.int32)
@@ -434,6 +441,7 @@ FACT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_adaptive_is_complete_on_varied_prompts(smollm2, samples):
     of = real_attribution(smollm2, Quadrature())
@@ -451,6 +459,7 @@ def adaptive_against_gauss(lm, prompts):
         yield difference(adaptive(ids, answer).scores, fine(ids, answer).scores)
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_adaptive_equals_256_nodes(smollm2, samples):
     prompts = prompts_and_answers(smollm2, samples)

@@ -518,7 +518,8 @@ def test_what_is_read_off_is_what_the_plain_model_has(run):
                 want = up[layer, 0, 0, neuron]
                 assert seen[row, o, n] == pytest.approx(want, rel=1e-4, abs=1e-4)
                 want = act[layer, 0, 0, neuron] * (down[layer, neuron] * weight) @ said
-                assert added[row, o, n] == pytest.approx(want, rel=1e-4, abs=1e-4)
+                # A sum in float32 whose terms cancel, in another order.
+                assert added[row, o, n] == pytest.approx(want, rel=5e-4, abs=5e-4)
 
 
 def test_pools_come_from_the_other_half_alone(run):
