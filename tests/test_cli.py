@@ -149,7 +149,7 @@ def fails(result, message):
         (["--limit", "2"], r"2 queries leave no neurons"),
     ],
 )
-def test_bad_options(run, model, facts, tmp_path, more, message):
+def test_bad_options(run, model, facts, tmp_path, as_users_call, more, message):
     fails(locate(run, model, facts, tmp_path / "run", *more), message)
     assert not (tmp_path / "run").exists()
 
