@@ -30,6 +30,8 @@ def pictures_of(notebook):
 def test_runs(name, request, monkeypatch, tmp_path):
     if name == "relation_neurons":
         request.getfixturevalue("smollm2_path")
+    else:  # a tiny model: compiling takes most of the time
+        monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setenv("JAXNEURONS_SHORT", "1")
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()

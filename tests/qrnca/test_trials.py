@@ -516,10 +516,9 @@ def test_what_is_read_off_is_what_the_plain_model_has(run):
             )
             for n, (layer, neuron) in enumerate(where):
                 want = up[layer, 0, 0, neuron]
-                assert seen[row, o, n] == pytest.approx(want, rel=1e-4, abs=1e-4)
+                assert seen[row, o, n] == pytest.approx(want, rel=CLOSE, abs=CLOSE)
                 want = act[layer, 0, 0, neuron] * (down[layer, neuron] * weight) @ said
-                # A sum in float32 whose terms cancel, in another order.
-                assert added[row, o, n] == pytest.approx(want, rel=5e-4, abs=5e-4)
+                assert added[row, o, n] == pytest.approx(want, rel=CLOSE, abs=CLOSE)
 
 
 def test_pools_come_from_the_other_half_alone(run):
