@@ -32,7 +32,7 @@ from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import as_path, check_argument, check_number
 
 CERTIFICATE = "certificate.json"
-SITES = ("gate", "up", "act", "down")
+COMPARED_SITES = ("gate", "up", "act", "down")
 SHORT, LONG = 24, 512
 BEYOND = 64  # tokens past the original context
 WHOLE = 1024  # tokens up to which a sequence is compared at every position, and else at so many:
@@ -255,9 +255,9 @@ def _run(
 
 
 def _compare(params: Params, lm: LM, ids: np.ndarray, theirs: Any) -> dict[str, Any]:
-    logits, sites = _run(params, lm, ids, SITES)
+    logits, sites = _run(params, lm, ids, COMPARED_SITES)
     result = {"tokens": len(ids), "logits": _difference(logits, theirs[0])}
-    for site in SITES:
+    for site in COMPARED_SITES:
         per_layer = [
             _difference(ours, torchs)
             for ours, torchs in zip(sites[site], theirs[1][site], strict=True)
@@ -281,7 +281,7 @@ def _torch_forward(
     torch: Any, model: Any, ids: np.ndarray
 ) -> tuple[np.ndarray, Mapping[str, list[np.ndarray]]]:
     """Logits, and inputs and outputs of the feed-forward's projections in every layer."""
-    outputs: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    outputs: dict[str, list[np.ndarray]] = {site: [] for site in COMPARED_SITES}
     positions = _compared(ids)
     hooks = []
     for layer in model.model.layers:

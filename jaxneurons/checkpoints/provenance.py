@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import platform
 import weakref
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,13 @@ def hash_tokenizer(tokenizer: Any) -> str:
         )
     special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
     return hashlib.sha256(f"{special}\n{backend.to_str()}".encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that numbers may depend on, and of the machine."""
+    packages = ("jaxneurons", "jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
+    return {
+        **{name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

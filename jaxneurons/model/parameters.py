@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.model.config import ModelConfig
 
 Params = Mapping[str, Any]
@@ -71,6 +72,12 @@ SITE_AXES = {
     "o": "hidden",
 }
 """The axis that the neurons of a site lie along."""
+
+
+def check_site(site: str) -> None:
+    """Raise `ConfigError` with near matches unless `site` is one."""
+    if site not in SITE_AXES:
+        raise ConfigError(f"unknown site {site!r}; {near_matches(site, SITE_AXES)}")
 
 
 def site_widths(config: ModelConfig) -> dict[str, int]:

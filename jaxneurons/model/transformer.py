@@ -14,11 +14,18 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxneurons.errors import ConfigError, near_matches
+from jaxneurons.errors import ConfigError
 from jaxneurons.model import layers
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import LAYERS, Parameter, Params, parameter_tree, site_widths
+from jaxneurons.model.parameters import (
+    LAYERS,
+    Parameter,
+    Params,
+    check_site,
+    parameter_tree,
+    site_widths,
+)
 from jaxneurons.model.token_ids import check_ids
 
 Scales = Mapping[str, Array | np.ndarray]
@@ -149,8 +156,7 @@ def _check_sites(config: ModelConfig, scales: Scales, capture: tuple[str, ...]) 
     """Raise `ConfigError` for sites that there are not, or multipliers of another model's shape."""
     widths = site_widths(config)
     for site in (*scales, *(name for name in capture if name != "residual")):
-        if site not in widths:
-            raise ConfigError(f"unknown site {site!r}; {near_matches(str(site), widths)}")
+        check_site(site)
     for site, values in scales.items():
         shape = np.shape(values)
         layers_at = 1 if len(shape) == 3 else 0

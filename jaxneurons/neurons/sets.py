@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import site_widths
+from jaxneurons.model.parameters import check_site, site_widths
 from jaxneurons.storage.csv_file import read_csv
 
 Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
@@ -38,12 +38,6 @@ class Neuron(NamedTuple):
 
     layer: int
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
-
-
-def check_site(site: str) -> None:
-    """Raise `ConfigError` with near matches unless `site` is one of `SITES`."""
-    if site not in SITES:
-        raise ConfigError(f"unknown site {site!r}; {near_matches(site, SITES)}")
 
 
 def site_width(config: ModelConfig, site: str) -> int:

@@ -9,15 +9,14 @@ import dataclasses
 import itertools
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxneurons.checkpoints.loading import LM
+from jaxneurons.checkpoints.provenance import versions
 from jaxneurons.errors import DataError
 from jaxneurons.neurons.sets import Neuron
 from jaxneurons.prompts.answers import LOW_ODDS, LOW_OPTION_MASS
@@ -318,14 +317,4 @@ def facts_of(
             "per_prompt": round(seconds / len(prompts), 4),
         },
         "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that numbers may depend on, and of the machine."""
-    packages = ("jaxneurons", "jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
-    return {
-        **{name: metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
     }

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxneurons.checkpoints.provenance import versions
 from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.neurons.sets import NeuronSet, read_neurons
 from jaxneurons.plots.figures import check_places
 from jaxneurons.qrnca import analyses, prediction
 from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
-from jaxneurons.qrnca.files import versions
 from jaxneurons.qrnca.locating import check_progress, checked_directory
 from jaxneurons.qrnca.pcr import DRAWS, FACTORS
 from jaxneurons.qrnca.run import Run, open_run

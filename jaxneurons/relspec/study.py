@@ -3,15 +3,14 @@
 import dataclasses
 import html
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxneurons.checkpoints.loading import LM
+from jaxneurons.checkpoints.provenance import versions
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons.sets import NeuronSet, neuron_count, neuron_table
 from jaxneurons.prompts.relations import Relation
@@ -344,7 +343,6 @@ class Study(Collection):
 
     def facts(self) -> dict[str, Any]:
         """What run.json says: model, settings, versions."""
-        packages = ("jaxneurons", "jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
         return {
             "method": "relation-specific neurons (arXiv 2502.17355)",
             "model": self.lm.facts(),
@@ -360,11 +358,7 @@ class Study(Collection):
                 "unknown": {n: p.unknown for n, p in self.prompts.items() if p.unknown},
             },
             "seeds": {"splits, negatives, random sets": self.settings.seed},
-            "versions": {
-                **{name: metadata.version(name) for name in packages},
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-            },
+            "versions": versions(),
         }
 
 

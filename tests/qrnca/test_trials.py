@@ -337,7 +337,9 @@ def test_one_group_only_is_an_error(lm, tmp_path):
 def test_a_run_opened_again(run, outcomes, monkeypatch):
     written = (run.path / "run.json").read_text()
     monkeypatch.setattr(trials, "scaled_answers", None)  # nothing is computed again
-    monkeypatch.setattr("jaxneurons.qrnca.files.platform.platform", lambda: "another machine")
+    monkeypatch.setattr(
+        "jaxneurons.checkpoints.provenance.platform.platform", lambda: "another machine"
+    )
     again = open_run(run.path, run.lm)
     assert again.queries == run.queries
     assert again.settings == run.settings
