@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from jaxneurons.qrnca.demonstration import Demo, demo, known
     from jaxneurons.qrnca.locating import locate
     from jaxneurons.qrnca.method import QRNCAConfig, QueryNeurons
-    from jaxneurons.qrnca.run import Run, open_run
+    from jaxneurons.qrnca.opening import open_run
+    from jaxneurons.qrnca.run import Run
     from jaxneurons.qrnca.stages import analyse, edit, evaluate, predict
     from jaxneurons.storage.tables import Tables
 

@@ -264,7 +264,7 @@ def analyse(
 
 
 def _opened(run: Path, out: Path, model: str | None, ignore_keys: list[str] | None) -> "Run":
-    from jaxneurons.qrnca.run import ignored_keys_of, open_run, source_of
+    from jaxneurons.qrnca.opening import ignored_keys_of, open_run, source_of
     from jaxneurons.qrnca.stages import check_out
 
     source = source_of(run) if model is None else model

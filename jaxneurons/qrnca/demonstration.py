@@ -23,10 +23,12 @@ from jaxneurons.neurons.sets import Neuron, NeuronSet, site_width
 from jaxneurons.plots.figures import neuron_map
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import Query
+from jaxneurons.qrnca.arguments import check_model
+from jaxneurons.qrnca.encoding import encode_queries
 from jaxneurons.qrnca.joining import join
-from jaxneurons.qrnca.locating import check_model, locate
+from jaxneurons.qrnca.locating import locate
 from jaxneurons.qrnca.method import QRNCAConfig, run_prompts
-from jaxneurons.qrnca.run import Run, encode_queries
+from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import write_json
 from jaxneurons.storage.tables import as_table, html_table

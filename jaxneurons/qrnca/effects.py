@@ -11,7 +11,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import NeuronSet, Site
 from jaxneurons.qrnca import pcr
 from jaxneurons.qrnca.baselines import MATCHED
-from jaxneurons.qrnca.locating import NO_GROUP
+from jaxneurons.qrnca.encoding import NO_GROUP
 from jaxneurons.qrnca.method import PromptScores
 from jaxneurons.qrnca.pcr import Interval
 from jaxneurons.qrnca.run import Run

@@ -21,6 +21,7 @@ from jaxneurons.errors import DataError
 from jaxneurons.neurons.sets import Neuron
 from jaxneurons.prompts.answers import LOW_ODDS, LOW_OPTION_MASS
 from jaxneurons.prompts.queries import Query
+from jaxneurons.qrnca.encoding import prompt_count
 from jaxneurons.qrnca.method import PromptScores, QRNCAConfig, QueryNeurons
 from jaxneurons.storage.json_file import read_values
 from jaxneurons.storage.store import Parts, write_json, write_json_lines
@@ -98,12 +99,13 @@ def read_parts(parts: Parts, count: int) -> list[PromptScores]:
     return [scores[index] for index in range(count)]
 
 
-def by_query(scores: Sequence[PromptScores], queries: Sequence[Query], prompts: int) -> Scores:
-    """The scores of each query's prompts, at most `prompts` of each, from those of all in order."""
+def by_query(
+    scores: Sequence[PromptScores], queries: Sequence[Query], settings: QRNCAConfig
+) -> Scores:
+    """The scores of each query's prompts that are used, from those of all in order."""
     order = iter(scores)
     return {
-        query.id: list(itertools.islice(order, min(len(query.prompts), prompts)))
-        for query in queries
+        query.id: list(itertools.islice(order, prompt_count(query, settings))) for query in queries
     }
 
 

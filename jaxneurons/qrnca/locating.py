@@ -23,7 +23,9 @@ from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca import method as qrnca
+from jaxneurons.qrnca.arguments import check_model, check_progress, check_whole, checked_directory
 from jaxneurons.qrnca.caveats import caveats
+from jaxneurons.qrnca.encoding import check_groups, check_queries, encode_queries, prompt_count
 from jaxneurons.qrnca.files import (
     FORMAT,
     QUERIES,
@@ -38,12 +40,9 @@ from jaxneurons.qrnca.files import (
 from jaxneurons.qrnca.joining import join
 from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
 from jaxneurons.qrnca.prompt_cache import Caches, prompts_of
-from jaxneurons.qrnca.run import Run, check_queries, encode_queries, prompt_count
+from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import Memory, Parts, RunDirectory, digest, write_json_lines
-
-NO_GROUP = "all"
-"""The group of queries that name none, and of rows over every query."""
 
 
 def locate(
@@ -100,7 +99,7 @@ def locate(
             batch_size=size,
             neurons={},
             common=[],
-            prompts=by_query(scores, queries, settings.prompts),
+            prompts=by_query(scores, queries, settings),
             facts={},
             identity=identity,
             store=store,
@@ -134,49 +133,12 @@ def _checked(
     if not isinstance(settings, QRNCAConfig):
         raise ConfigError(f"settings are a QRNCAConfig, got {settings!r:.80}")
     for name, value, least in (("batch size", batch_size, 1), ("cache_bytes", cache_bytes, 0)):
-        if value is not None and not _is_whole(value, least):
-            raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r:.80}")
+        if value is not None:
+            check_whole(name, value, least=least)
     check_queries(chosen)
     qrnca.check_count(len(chosen), settings.common)
     check_groups(chosen)
     return chosen
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return (
-        isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
-    )
-
-
-def check_model(lm: object) -> None:
-    """Raise `ConfigError` unless this is a loaded model."""
-    if not isinstance(lm, LM):
-        raise ConfigError(f"lm is a model as jaxneurons.load gives it, got {lm!r:.80}")
-
-
-def checked_directory(out: object) -> Path | None:
-    """A directory to write to; raise `ConfigError` unless it is a path, or None."""
-    if out is None:
-        return None
-    if not isinstance(out, str | os.PathLike):
-        raise ConfigError(f"out is the path of a directory, or None, got {out!r:.80}")
-    return Path(out)
-
-
-def check_progress(progress: object) -> None:
-    """Raise `ConfigError` unless this can be called, or is None."""
-    if progress is not None and not callable(progress):
-        raise ConfigError(f"progress is a function of (done, of), or None, got {progress!r:.80}")
-
-
-def check_groups(queries: Sequence[Query]) -> None:
-    """Raise `DataError` if some queries are in a group and some in none."""
-    loose = [query.id for query in queries if query.group == NO_GROUP]
-    if 0 < len(loose) < len(queries):
-        raise DataError(
-            f"query {loose[0]!r} is in no group (or in one called {NO_GROUP!r}), as are "
-            f"{len(loose)} of {len(queries)}: give each a group, or none of them"
-        )
 
 
 def _identity(

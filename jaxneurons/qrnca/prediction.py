@@ -40,7 +40,7 @@ from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import past_shared_tokens
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca import pcr
-from jaxneurons.qrnca.locating import NO_GROUP
+from jaxneurons.qrnca.encoding import NO_GROUP
 from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import digest

@@ -16,7 +16,7 @@ import jaxneurons as jn
 from jaxneurons.checkpoints.provenance import hash_params
 from jaxneurons.convert.native import MARKER
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.qrnca.run import open_run
+from jaxneurons.qrnca.opening import open_run
 from jaxneurons.relspec.method import RelSpecConfig
 from jaxneurons.relspec.stages import begin, ignored_keys_of, resume
 from jaxneurons.storage.store import RunDirectory

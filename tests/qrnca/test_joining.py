@@ -22,12 +22,13 @@ from jaxneurons.prompts.queries import parse_queries, read_queries
 from jaxneurons.qrnca import joining
 from jaxneurons.qrnca.baselines import MATCHED
 from jaxneurons.qrnca.caveats import LowOptionMassWarning, UnlikelyAnswerWarning
+from jaxneurons.qrnca.encoding import encode_queries
 from jaxneurons.qrnca.joining import join
 from jaxneurons.qrnca.locating import locate
 from jaxneurons.qrnca.method import QRNCAConfig, run_prompts
+from jaxneurons.qrnca.opening import open_run
 from jaxneurons.qrnca.pcr import FACTORS
 from jaxneurons.qrnca.prediction import predict
-from jaxneurons.qrnca.run import encode_queries, open_run
 from jaxneurons.qrnca.trials import run_trials
 
 SETTINGS = QRNCAConfig(quadrature=Quadrature("gauss", 2), common=0.6, prompts=1)

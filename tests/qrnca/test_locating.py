@@ -21,10 +21,11 @@ from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import read_queries
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca.caveats import LowOptionMassWarning, UnresolvedWarning
+from jaxneurons.qrnca.encoding import encode_queries
 from jaxneurons.qrnca.files import read_facts
 from jaxneurons.qrnca.locating import locate
 from jaxneurons.qrnca.method import QRNCAConfig
-from jaxneurons.qrnca.run import encode_queries, open_run, source_of
+from jaxneurons.qrnca.opening import open_run, source_of
 from jaxneurons.qrnca.views import show_located
 
 # A random model says anything rather than the answer.

@@ -25,8 +25,8 @@ from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca import prompt_cache as caches
 from jaxneurons.qrnca import trials as trials_module
 from jaxneurons.qrnca.method import QRNCAConfig
+from jaxneurons.qrnca.opening import open_run
 from jaxneurons.qrnca.prompt_cache import Caches, Prompts, default_limit
-from jaxneurons.qrnca.run import open_run
 from jaxneurons.qrnca.trials import run_trials
 
 # A random model says anything rather than the answer.

@@ -25,7 +25,7 @@ from jaxneurons.qrnca import locating as locate
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca import run as qrnca_run
 from jaxneurons.qrnca.method import QRNCAConfig
-from jaxneurons.qrnca.run import open_run
+from jaxneurons.qrnca.opening import open_run
 from jaxneurons.qrnca.stages import analyse, edit, evaluate, predict
 from jaxneurons.storage.tables import read_tables
 
@@ -387,7 +387,7 @@ LOCATE = {
     [(name, *case) for name, cases in LOCATE.items() for case in cases],
 )
 def test_locate_refuses_wrong_arguments_at_once(lm, queries, monkeypatch, name, value, message):
-    monkeypatch.setattr(qrnca_run, "encode_queries", None)
+    monkeypatch.setattr(locate, "encode_queries", None)
     arguments = {"lm": lm, "queries": queries, "settings": SETTINGS} | {name: value}
     with pytest.raises(ConfigError, match=message):
         inspect.unwrap(locate.locate)(**arguments)  # before the types are checked

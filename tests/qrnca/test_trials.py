@@ -46,9 +46,9 @@ from jaxneurons.qrnca.effects import (
     evaluation_rows,
 )
 from jaxneurons.qrnca.method import QRNCAConfig
+from jaxneurons.qrnca.opening import open_run
 from jaxneurons.qrnca.pcr import FACTORS
 from jaxneurons.qrnca.prediction import READOUTS, _read, halves, pools, predict
-from jaxneurons.qrnca.run import open_run
 from jaxneurons.qrnca.trials import run_trials
 
 # A random model says anything rather than the answer.
