@@ -15,7 +15,6 @@ from support.checkpoints import (
     hf_tensors,
     tiny,
     write_gguf,
-    write_hf,
 )
 
 from jaxneurons.checkpoints.fetch import TOKENIZER_FILES
@@ -28,19 +27,6 @@ loading = importlib.import_module(
 
 VOCABULARY = byte_level_vocabulary()
 CONFIG = tiny(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]))
-
-
-@pytest.fixture
-def gguf_file(tmp_path):
-    tensors = gguf_tensors(CONFIG, hf_tensors(CONFIG))
-    return write_gguf(tmp_path / "tiny.gguf", gguf_fields(CONFIG) | VOCABULARY, tensors)
-
-
-@pytest.fixture
-def hf_directory(tmp_path, gguf_file):
-    directory = write_hf(tmp_path / "tiny", CONFIG, hf_tensors(CONFIG), shards=2)
-    load(gguf_file).tokenizer.save_pretrained(directory)
-    return directory
 
 
 def test_directory_and_file_give_the_same_model(gguf_file, hf_directory):
