@@ -98,3 +98,13 @@ def test_a_face_says_what_it_holds(package):
         assert name in dir(module)
     with pytest.raises(AttributeError, match="nothing_of_ours"):
         module.nothing_of_ours  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("conftest.py")), ids=lambda path: path.parent.name)
+def test_conftests_import_the_package_in_fixtures_only(path):
+    # pytest imports those beside the files it is given before jaxtyping 0.2.36 instruments the
+    # package, which must not be imported then.
+    nodes = ast.parse(path.read_text()).body
+    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    assert [name for name in modules if name.split(".")[0] == "jaxneurons"] == []

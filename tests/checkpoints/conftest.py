@@ -11,8 +11,6 @@ from support.checkpoints import (
     write_hf,
 )
 
-from jaxneurons.checkpoints.loading import load
-
 VOCABULARY = byte_level_vocabulary()
 CONFIG = tiny(vocab_size=len(VOCABULARY["tokenizer.ggml.tokens"]))
 
@@ -25,6 +23,8 @@ def gguf_file(tmp_path):
 
 @pytest.fixture
 def hf_directory(tmp_path, gguf_file):
+    from jaxneurons.checkpoints.loading import load
+
     directory = write_hf(tmp_path / "tiny", CONFIG, hf_tensors(CONFIG), shards=2)
     load(gguf_file).tokenizer.save_pretrained(directory)
     return directory
