@@ -100,11 +100,16 @@ def test_a_face_says_what_it_holds(package):
         module.nothing_of_ours  # noqa: B018
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("conftest.py")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests").rglob("conftest.py")), ids=lambda path: path.parent.name
+)
 def test_conftests_import_the_package_in_fixtures_only(path):
     # pytest imports those beside the files it is given before jaxtyping 0.2.36 instruments the
     # package, which must not be imported then.
-    nodes = ast.parse(path.read_text()).body
-    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
-    modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    assert [name for name in modules if name.split(".")[0] == "jaxneurons"] == []
+    names = [
+        name
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+    ]
+    assert [name for name in names if name.split(".")[0] == "jaxneurons"] == []
