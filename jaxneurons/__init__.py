@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from jaxneurons import (
         checkpoints,
         convert,
+        edit,
         engine,
         errors,
         lab,
@@ -69,6 +70,7 @@ __all__ = [
     "checkpoints",
     "citation",
     "convert",
+    "edit",
     "engine",
     "errors",
     "forward",

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "jaxneurons"
-SYSTEMS = ("qrnca", "relspec")
+SYSTEMS = ("qrnca", "relspec", "edit")
 """They stand on one floor, side by side; each may import itself and what is below."""
 SHARED = {"lazy", "data"}
 """What makes faces, and files that are no code."""

@@ -1,0 +1,190 @@
+"""The methods of editing facts: their settings, and what an edit is.
+
+- `ROME`: Meng et al. 2022, arXiv 2202.05262. One layer, one rank-one term for each request.
+- `MEMIT`: Meng et al. 2023, arXiv 2210.07229. Several layers, all requests together; with
+  `accumulate`, the constraints of earlier edits are kept exactly (arXiv 2605.26670).
+- `AlphaEdit`: Fang et al. 2025, arXiv 2410.02355. As MEMIT, in the null space of kept keys.
+- `FineTune`: of one down kernel, plain or within an L-infinity ball (Zhu et al. 2020).
+- `KnowledgeNeurons`: surgery on located neurons' output rows (Dai et al. 2022, arXiv 2104.08696).
+- `LearnedNeurons`: multipliers of, or additions to, a located set, learnt.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxneurons.edit.changes import Change
+from jaxneurons.neurons.sets import NeuronSet
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimisation:
+    """How the value v* of a request is found (ROME, section 3.1; MEMIT, section 4.3.1).
+
+    Attributes:
+      steps: of Adam, at most.
+      learning_rate: of Adam.
+      kl_factor: weight of the divergence after "{subject} is a".
+      weight_decay: weight of |delta| / |v|^2.
+      clamp: |delta| is at most so many |v|.
+      stop: loss below which a request is done.
+      prefixes: texts that the model wrote, put before the prompt; the prompt alone comes beside.
+      prefix_tokens: their lengths, in turn.
+      seed: of the prefixes.
+    """
+
+    steps: int = 25
+    learning_rate: float = 0.5
+    kl_factor: float = 0.0625
+    weight_decay: float = 1e-3
+    clamp: float = 4.0
+    stop: float = 0.05
+    prefixes: int = 10
+    prefix_tokens: tuple[int, ...] = (5, 10)
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ROME:
+    """One rank-one term in one layer for each request.
+
+    Attributes:
+      layer: whose down kernel is edited; None: the default for a model of that depth.
+      covariance: "text" for the second moment of keys over text, or "identity".
+      optimisation: of the values.
+    """
+
+    layer: int | None = None
+    covariance: Literal["text", "identity"] = "text"
+    optimisation: Optimisation = Optimisation()
+
+
+@dataclasses.dataclass(frozen=True)
+class MEMIT:
+    """All requests together, spread over layers.
+
+    Attributes:
+      layers: whose down kernels are edited, ascending; None: the default for that depth.
+      weight: of the covariance (lambda).
+      accumulate: keep the keys of earlier edits exactly, as constraints.
+      optimisation: of the values.
+    """
+
+    layers: tuple[int, ...] | None = None
+    weight: float = 15_000.0
+    accumulate: bool = False
+    optimisation: Optimisation = Optimisation(clamp=0.75)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlphaEdit:
+    """As MEMIT, within the null space of the keys of text.
+
+    Attributes:
+      layers: whose down kernels are edited, ascending; None: the default for that depth.
+      threshold: eigenvalues of the covariance below it span the null space.
+      optimisation: of the values.
+    """
+
+    layers: tuple[int, ...] | None = None
+    threshold: float = 2e-2
+    optimisation: Optimisation = Optimisation(clamp=0.75)
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTune:
+    """One layer's down kernel, by Adam on the new answers.
+
+    Attributes:
+      layer: whose down kernel; None: the default for that depth.
+      norm: bound of every entry's change (L-infinity); None: no bound.
+      steps: of Adam, at most.
+      learning_rate: of Adam.
+      stop: loss below which it is done.
+    """
+
+    layer: int | None = None
+    norm: float | None = None
+    steps: int = 25
+    learning_rate: float = 5e-4
+    stop: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class KnowledgeNeurons:
+    """Output rows of located neurons lose the old answer's embedding and gain the new one's.
+
+    Attributes:
+      neurons: of site "act" or of one whose index is the row's ("up", "gate").
+      old: times the old answer's embedding is subtracted (lambda 1).
+      new: times the new answer's embedding is added (lambda 2).
+    """
+
+    neurons: NeuronSet
+    old: float = 1.0
+    new: float = 8.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedNeurons:
+    """For a located set only: multipliers of it, or additions to its output rows, learnt.
+
+    Attributes:
+      neurons: the set.
+      learn: "multipliers" or "rows".
+      kl_factor: weight of the divergence on other prompts.
+      norm: bound of the change: of |log multiplier|, or of a row's as a share of its norm.
+      steps: of Adam, at most.
+      learning_rate: of Adam.
+      stop: loss below which it is done.
+    """
+
+    neurons: NeuronSet
+    learn: Literal["multipliers", "rows"] = "rows"
+    kl_factor: float = 1.0
+    norm: float = 1.0
+    steps: int = 50
+    learning_rate: float = 0.05
+    stop: float = 0.05
+
+
+Settings = ROME | MEMIT | AlphaEdit | FineTune | KnowledgeNeurons | LearnedNeurons
+
+
+class Trace(NamedTuple):
+    """How an optimisation went, request by request.
+
+    Attributes:
+      loss: -log p of the new answer (mean over its prefixes) before each step; NaN after the last.
+      probability: of the new answer after the prompt alone, teacher-forced, at the end.
+      steps: that were taken.
+      reached: whether the loss came below `stop`.
+    """
+
+    loss: Float[np.ndarray, "request step"]
+    probability: Float[np.ndarray, " request"]
+    steps: Int[np.ndarray, " request"]
+    reached: Bool[np.ndarray, " request"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Edit:
+    """What an edit changes, and how it was found.
+
+    Attributes:
+      changes: for `apply`, in order.
+      settings: of the method.
+      trace: of the optimisation; None where there is none.
+      keys: by layer, sum of the outer products of all keys edited so far, float32 [width, width];
+        what `earlier` of the next sequential edit takes. Empty where the method keeps none.
+      facts: what a patch records beside: covariance's identity, seed, layers.
+    """
+
+    changes: tuple[Change, ...]
+    settings: Settings
+    trace: Trace | None
+    keys: Mapping[int, Float[np.ndarray, "width width"]]
+    facts: Mapping[str, Any]
