@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
+    from jaxneurons.edit.prefixes import generate_prefixes
     from jaxneurons.edit.requests import (
         EditRequest,
         KnownFact,
@@ -48,6 +49,7 @@ __all__ = [
     "check_requests",
     "encode_prefixed",
     "encode_request",
+    "generate_prefixes",
     "read_known",
     "read_requests",
 ]
