@@ -6,6 +6,18 @@ from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.constants import force, with_biases
+    from jaxneurons.edit.interventions import (
+        ablate,
+        add,
+        interpolate,
+        restore,
+        scale,
+        scale_at,
+        set_rows,
+        sparse_scales,
+        swap,
+    )
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -35,5 +47,16 @@ __all__ = [
     "Optimisation",
     "Rows",
     "Trace",
+    "ablate",
+    "add",
     "apply",
+    "force",
+    "interpolate",
+    "restore",
+    "scale",
+    "scale_at",
+    "set_rows",
+    "sparse_scales",
+    "swap",
+    "with_biases",
 ]
