@@ -5,7 +5,16 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
-    from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.changes import (
+        LowRank,
+        Multipliers,
+        Rows,
+        apply,
+    )
+    from jaxneurons.edit.constants import (
+        force,
+        with_biases,
+    )
     from jaxneurons.edit.covariance import (
         Covariance,
         SingularCovarianceWarning,
@@ -15,7 +24,22 @@ if TYPE_CHECKING:
         regularise,
         write_covariances,
     )
-    from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
+    from jaxneurons.edit.encoding import (
+        EncodedRequest,
+        encode_prefixed,
+        encode_request,
+    )
+    from jaxneurons.edit.interventions import (
+        ablate,
+        add,
+        interpolate,
+        restore,
+        scale,
+        scale_at,
+        set_rows,
+        sparse_scales,
+        swap,
+    )
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -27,7 +51,9 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
-    from jaxneurons.edit.prefixes import generate_prefixes
+    from jaxneurons.edit.prefixes import (
+        generate_prefixes,
+    )
     from jaxneurons.edit.requests import (
         EditRequest,
         KnownFact,
@@ -35,7 +61,12 @@ if TYPE_CHECKING:
         read_known,
         read_requests,
     )
-    from jaxneurons.edit.texts import held_out_text, lab_text, neutral_text, sample_text
+    from jaxneurons.edit.texts import (
+        held_out_text,
+        lab_text,
+        neutral_text,
+        sample_text,
+    )
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -57,20 +88,31 @@ __all__ = [
     "Rows",
     "SingularCovarianceWarning",
     "Trace",
+    "ablate",
+    "add",
     "apply",
     "check_covariance",
     "check_requests",
     "collect_covariance",
     "encode_prefixed",
     "encode_request",
+    "force",
     "generate_prefixes",
     "held_out_text",
+    "interpolate",
     "lab_text",
     "neutral_text",
     "read_covariances",
     "read_known",
     "read_requests",
     "regularise",
+    "restore",
     "sample_text",
+    "scale",
+    "scale_at",
+    "set_rows",
+    "sparse_scales",
+    "swap",
+    "with_biases",
     "write_covariances",
 ]
