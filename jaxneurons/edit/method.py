@@ -24,14 +24,14 @@ from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.storage.settings import check_fields
 
 
-def _check_ranges(settings: Any, **least: float) -> None:
+def _check_ranges(settings: Any, **least: int) -> None:
     """Raise unless numbers are finite and at least so much; None stays None."""
     for name, bound in least.items():
         value = getattr(settings, name)
         if value is None or (math.isfinite(value) and value >= bound):
             continue
         raise ConfigError(
-            f"{type(settings).__name__}.{name} must be a finite number of at least {bound:g}, "
+            f"{type(settings).__name__}.{name} must be a finite number of at least {bound}, "
             f"got {value!r}"
         )
 
