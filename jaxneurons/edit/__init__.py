@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.applying import Conflict, apply_patches, conflicts
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.diff import diff
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -17,7 +19,10 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
+    from jaxneurons.edit.patch import Patch, make_patch
+    from jaxneurons.edit.patch_file import read_patch, write_patch
     from jaxneurons.edit.requests import EditRequest
+    from jaxneurons.edit.reverting import revert
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -25,6 +30,7 @@ __all__ = [
     "MEMIT",
     "ROME",
     "AlphaEdit",
+    "Conflict",
     "Edit",
     "EditRequest",
     "FineTune",
@@ -33,7 +39,15 @@ __all__ = [
     "LowRank",
     "Multipliers",
     "Optimisation",
+    "Patch",
     "Rows",
     "Trace",
     "apply",
+    "apply_patches",
+    "conflicts",
+    "diff",
+    "make_patch",
+    "read_patch",
+    "revert",
+    "write_patch",
 ]
