@@ -7,7 +7,19 @@ from jaxneurons.lazy import face
 if TYPE_CHECKING:
     from jaxneurons.edit.applying import Conflict, apply_patches, conflicts
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.constants import force, with_biases
     from jaxneurons.edit.diff import diff
+    from jaxneurons.edit.interventions import (
+        ablate,
+        add,
+        interpolate,
+        restore,
+        scale,
+        scale_at,
+        set_rows,
+        sparse_scales,
+        swap,
+    )
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -42,12 +54,23 @@ __all__ = [
     "Patch",
     "Rows",
     "Trace",
+    "ablate",
+    "add",
     "apply",
     "apply_patches",
     "conflicts",
     "diff",
+    "force",
+    "interpolate",
     "make_patch",
     "read_patch",
+    "restore",
     "revert",
+    "scale",
+    "scale_at",
+    "set_rows",
+    "sparse_scales",
+    "swap",
+    "with_biases",
     "write_patch",
 ]

@@ -14,23 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxneurons.edit.interventions import scale_at
+from jaxneurons.edit.neuron_parameters import neuron_arrays
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import LAYERS, Params, get, list_parameters, site_widths
+from jaxneurons.model.parameters import (
+    LAYERS,
+    SITE_AXES,
+    Params,
+    get,
+    list_parameters,
+    replace,
+    site_widths,
+)
 from jaxneurons.neurons.sets import NeuronSet, Ranking
-
-SITE_KERNELS: dict[str, tuple[str, Literal["input", "output"]]] = {
-    "up": ("ffn.up", "output"),
-    "gate": ("ffn.gate", "output"),
-    "act": ("ffn.down", "input"),
-    "down": ("ffn.down", "output"),
-    "q": ("attn.q", "output"),
-    "k": ("attn.k", "output"),
-    "v": ("attn.v", "output"),
-    "o": ("attn.o", "output"),
-}
-"""The module whose kernel holds a site's neurons, and along which of its axes: what is computed is
-an output (and has a bias), `act` is what the down projection reads."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,13 +135,17 @@ def apply(params: Params, changes: Sequence[Change], *, config: ModelConfig) -> 
         if isinstance(change, LowRank):
             terms.setdefault(change.module, {}).setdefault(change.layer, []).append(change)
             continue
-        module = SITE_KERNELS[change.site][0] if isinstance(change, Multipliers) else change.module
+        if isinstance(change, Multipliers):
+            module = site_kernel(change.site, config)[0]
+        else:
+            module = change.module
         if module in terms:
             params = _add(params, module, terms.pop(module))
         if isinstance(change, Rows):
             params = _set_rows(params, change)
         else:
-            params = _multiply(params, change, config)
+            neurons = (change.site, change.layer, change.index, change.factor)
+            params = scale_at(params, *neurons, config=config)
     for module, layers in terms.items():
         params = _add(params, module, layers)
     return params
@@ -176,28 +177,6 @@ def _set_rows(params: Params, rows: Rows) -> Params:
     kernel = get(params, path)
     values = rows.values.astype(kernel.dtype)
     return replace(params, path, kernel.at[rows.layer, rows.index].set(values))
-
-
-def _multiply(params: Params, change: Multipliers, config: ModelConfig) -> Params:
-    """Neurons of a site multiplied, biases included.
-
-    By a table of factors and not at the neurons alone: a product by element keeps every sharding.
-    """
-    module, axis = SITE_KERNELS[change.site]
-    table = jnp.ones((config.num_layers, site_widths(config)[change.site]), jnp.float32)
-    table = table.at[change.layer, change.index].multiply(change.factor)
-    path = kernel_path(module)
-    factors = jnp.expand_dims(table, 1 if axis == "output" else 2)
-    params = replace(params, path, _scaled(get(params, path), factors))
-    if axis == "output" and has_bias(config, module):
-        path = (*path[:-1], "bias")
-        params = replace(params, path, _scaled(get(params, path), table))
-    return params
-
-
-@jax.jit
-def _scaled(values: jax.Array, factors: jax.Array) -> jax.Array:
-    return (values.astype(jnp.float32) * factors).astype(values.dtype)
 
 
 def multipliers(
@@ -284,8 +263,8 @@ def check_changes(
 
 
 def _check_site(site: str, where: str) -> None:
-    if site not in SITE_KERNELS:
-        raise DataError(f"{where}: unknown site {site!r}; {near_matches(site, SITE_KERNELS)}")
+    if site not in SITE_AXES:
+        raise DataError(f"{where}: unknown site {site!r}; {near_matches(site, SITE_AXES)}")
 
 
 def _kernel_shape(at: str, module: str, config: ModelConfig) -> tuple[int, int]:
@@ -348,14 +327,7 @@ def kernel_path(module: str) -> tuple[str, ...]:
     return (LAYERS, *module.split("."), "kernel")
 
 
-def has_bias(config: ModelConfig, module: str) -> bool:
-    """Whether a module of every layer has a bias beside its kernel."""
-    path = (*kernel_path(module)[:-1], "bias")
-    return any(parameter.path == path for parameter in list_parameters(config))
-
-
-def replace(params: Params, path: tuple[str, ...], leaf: Any) -> Params:
-    """Nested parameters with one leaf replaced; all others are the same objects."""
-    key, *rest = path
-    inner = replace(params[key], tuple(rest), leaf) if rest else leaf
-    return {**params, key: inner}
+def site_kernel(site: str, config: ModelConfig) -> tuple[str, Literal["input", "output"]]:
+    """The module whose kernel holds a site's neurons, and along which of its axes."""
+    parameter, axis = neuron_arrays(site, config)[0]
+    return ".".join(parameter.path[1:-1]), "input" if axis == 1 else "output"

@@ -10,18 +10,17 @@ import numpy as np
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.checkpoints.provenance import layer_values
 from jaxneurons.edit.changes import (
-    SITE_KERNELS,
     Change,
     LowRank,
     Multipliers,
     Rows,
     apply,
-    has_bias,
+    site_kernel,
 )
 from jaxneurons.edit.patch import Patch, make_patch
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import LAYERS, get, list_parameters
+from jaxneurons.model.parameters import LAYERS, SITE_AXES, get, list_parameters
 from jaxneurons.storage.settings import check_argument
 
 _MOST_RANK = 64
@@ -114,13 +113,14 @@ def _multiplied(
 ) -> Multipliers | None:
     """Neurons of a site whose factors make one kernel of the other, bit for bit."""
     dtype = base.dtype
-    for site, (of_site, axis) in SITE_KERNELS.items():
+    for site in SITE_AXES:
+        of_site, axis = site_kernel(site, base.config)
         if of_site != module:
             continue
         index = where[0] if axis == "input" else where[1]
         before, after = (k[index] if axis == "input" else k.T[index] for k in kernels)
-        if axis == "output" and has_bias(base.config, module):
-            path = (LAYERS, *module.split("."), "bias")
+        path = (LAYERS, *module.split("."), "bias")
+        if axis == "output" and any(p.path == path for p in list_parameters(base.config)):
             biases = [
                 layer_values(get(lm.params, path), layer).astype(np.float32)[index, None]
                 for lm in (base, edited)

@@ -12,18 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.checkpoints.provenance import layer_values
-from jaxneurons.edit.changes import (
-    SITE_KERNELS,
-    Change,
-    LowRank,
-    Multipliers,
-    Rows,
-    has_bias,
-    replace,
-)
+from jaxneurons.edit.changes import Change, LowRank, Multipliers, Rows
+from jaxneurons.edit.neuron_parameters import neuron_arrays
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import LAYERS, Params, get, list_parameters
+from jaxneurons.model.parameters import LAYERS, Params, get, list_parameters, replace
 
 Axis = Literal["all", "input", "output"]
 _AXIS: dict[str, int] = {"input": 0, "output": -1}
@@ -94,13 +87,12 @@ def _regions(change: Change, config: ModelConfig) -> Iterator[Region]:
         index = np.asarray(change.index)
         yield Region(f"{change.module}.kernel", change.layer, "input", index, "set")
     elif isinstance(change, Multipliers):
-        module, axis = SITE_KERNELS[change.site]
         layers, index = np.asarray(change.layer), np.asarray(change.index)
         for layer in np.unique(layers).tolist():
             here = index[layers == layer]
-            yield Region(f"{module}.kernel", layer, axis, here, "scale")
-            if axis == "output" and has_bias(config, module):
-                yield Region(f"{module}.bias", layer, "output", here, "scale")
+            for parameter, axis in neuron_arrays(change.site, config):
+                along: Axis = "input" if axis < len(parameter.shape) - 1 else "output"
+                yield Region(".".join(parameter.path[1:]), layer, along, here, "scale")
 
 
 def take(params: Params, touched: Sequence[Region]) -> tuple[Entries, ...]:

@@ -11,7 +11,8 @@ from support.fixtures import write_lm
 import jaxneurons as jn
 from jaxneurons import DataError
 from jaxneurons.edit import LowRank, Multipliers, Rows, apply, apply_patches, diff, revert
-from jaxneurons.edit.changes import multipliers, replace
+from jaxneurons.edit.changes import multipliers
+from jaxneurons.model.parameters import replace
 from jaxneurons.neurons.sets import NeuronSet
 
 DOWN = ("layers", "ffn", "down", "kernel")

@@ -96,7 +96,7 @@ def test_the_base_is_known_by_its_values(lm, directory, tmp_path):
     assert jn.load(other).values_hash != lm.values_hash
     down = lm.params["layers"]["ffn"]["down"]["kernel"]
     swapped = down[jnp.asarray([1, 0, 2])]
-    from jaxneurons.edit.changes import replace
+    from jaxneurons.model.parameters import replace
 
     params = replace(lm.params, ("layers", "ffn", "down", "kernel"), swapped)
     assert dataclasses.replace(lm, params=params).values_hash != lm.values_hash
