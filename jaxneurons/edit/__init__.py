@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.applying import (
+        Conflict,
+        apply_patches,
+        conflicts,
+    )
     from jaxneurons.edit.changes import (
         LowRank,
         Multipliers,
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
         read_covariances,
         regularise,
         write_covariances,
+    )
+    from jaxneurons.edit.diff import (
+        diff,
     )
     from jaxneurons.edit.encoding import (
         EncodedRequest,
@@ -51,6 +59,14 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
+    from jaxneurons.edit.patch import (
+        Patch,
+        make_patch,
+    )
+    from jaxneurons.edit.patch_file import (
+        read_patch,
+        write_patch,
+    )
     from jaxneurons.edit.prefixes import (
         generate_prefixes,
     )
@@ -60,6 +76,9 @@ if TYPE_CHECKING:
         check_requests,
         read_known,
         read_requests,
+    )
+    from jaxneurons.edit.reverting import (
+        revert,
     )
     from jaxneurons.edit.texts import (
         held_out_text,
@@ -74,6 +93,7 @@ __all__ = [
     "MEMIT",
     "ROME",
     "AlphaEdit",
+    "Conflict",
     "Covariance",
     "Edit",
     "EditRequest",
@@ -85,15 +105,19 @@ __all__ = [
     "LowRank",
     "Multipliers",
     "Optimisation",
+    "Patch",
     "Rows",
     "SingularCovarianceWarning",
     "Trace",
     "ablate",
     "add",
     "apply",
+    "apply_patches",
     "check_covariance",
     "check_requests",
     "collect_covariance",
+    "conflicts",
+    "diff",
     "encode_prefixed",
     "encode_request",
     "force",
@@ -101,12 +125,15 @@ __all__ = [
     "held_out_text",
     "interpolate",
     "lab_text",
+    "make_patch",
     "neutral_text",
     "read_covariances",
     "read_known",
+    "read_patch",
     "read_requests",
     "regularise",
     "restore",
+    "revert",
     "sample_text",
     "scale",
     "scale_at",
@@ -115,4 +142,5 @@ __all__ = [
     "swap",
     "with_biases",
     "write_covariances",
+    "write_patch",
 ]
