@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.cases import MeasureSettings
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.measures import measure
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -31,9 +33,11 @@ __all__ = [
     "KnowledgeNeurons",
     "LearnedNeurons",
     "LowRank",
+    "MeasureSettings",
     "Multipliers",
     "Optimisation",
     "Rows",
     "Trace",
     "apply",
+    "measure",
 ]
