@@ -10,6 +10,9 @@ if TYPE_CHECKING:
         apply_patches,
         conflicts,
     )
+    from jaxneurons.edit.cases import (
+        MeasureSettings,
+    )
     from jaxneurons.edit.changes import (
         LowRank,
         Multipliers,
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
         set_rows,
         sparse_scales,
         swap,
+    )
+    from jaxneurons.edit.measures import (
+        measure,
     )
     from jaxneurons.edit.method import (
         MEMIT,
@@ -103,6 +109,7 @@ __all__ = [
     "KnownFact",
     "LearnedNeurons",
     "LowRank",
+    "MeasureSettings",
     "Multipliers",
     "Optimisation",
     "Patch",
@@ -126,6 +133,7 @@ __all__ = [
     "interpolate",
     "lab_text",
     "make_patch",
+    "measure",
     "neutral_text",
     "read_covariances",
     "read_known",
