@@ -6,6 +6,7 @@ from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
-    from jaxneurons.edit.requests import EditRequest
+    from jaxneurons.edit.prefixes import generate_prefixes
+    from jaxneurons.edit.requests import (
+        EditRequest,
+        KnownFact,
+        check_requests,
+        read_known,
+        read_requests,
+    )
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -27,8 +35,10 @@ __all__ = [
     "AlphaEdit",
     "Edit",
     "EditRequest",
+    "EncodedRequest",
     "FineTune",
     "KnowledgeNeurons",
+    "KnownFact",
     "LearnedNeurons",
     "LowRank",
     "Multipliers",
@@ -36,4 +46,10 @@ __all__ = [
     "Rows",
     "Trace",
     "apply",
+    "check_requests",
+    "encode_prefixed",
+    "encode_request",
+    "generate_prefixes",
+    "read_known",
+    "read_requests",
 ]
