@@ -24,7 +24,7 @@ from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.storage.settings import check_fields
 
 
-def _check_ranges(settings: Any, **least: float) -> None:
+def _check_ranges(settings: Any, **least: float | int) -> None:
     """Raise unless numbers are finite and at least so much; None stays None."""
     for name, bound in least.items():
         value = getattr(settings, name)
