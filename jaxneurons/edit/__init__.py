@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.cases import MeasureSettings
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
     from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
+    from jaxneurons.edit.measures import measure
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -41,6 +43,7 @@ __all__ = [
     "KnownFact",
     "LearnedNeurons",
     "LowRank",
+    "MeasureSettings",
     "Multipliers",
     "Optimisation",
     "Rows",
@@ -50,6 +53,7 @@ __all__ = [
     "encode_prefixed",
     "encode_request",
     "generate_prefixes",
+    "measure",
     "read_known",
     "read_requests",
 ]
