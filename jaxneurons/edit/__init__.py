@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         read_known,
         read_requests,
     )
+    from jaxneurons.edit.restoring import restored_probabilities
+    from jaxneurons.edit.tracing import trace
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -56,4 +58,6 @@ __all__ = [
     "measure",
     "read_known",
     "read_requests",
+    "restored_probabilities",
+    "trace",
 ]

@@ -153,9 +153,7 @@ def restored_probabilities(
     return Restored(probability(clean.residual[-1]), noised, restored)
 
 
-def _chunks(
-    count: int, kinds: tuple[Kind, ...], window: int
-) -> tuple[Array, Array, Array, Array]:
+def _chunks(count: int, kinds: tuple[Kind, ...], window: int) -> tuple[Array, Array, Array, Array]:
     """Kind, first layer, and where windows begin and end, of runs that start together."""
     size = -(-count // math.ceil(count / TOGETHER))
     parts = -(-count // size)

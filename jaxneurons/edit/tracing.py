@@ -16,8 +16,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +24,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxneurons.checkpoints.loading import LM
-from jaxneurons.edit.encoding import encode_request
-from jaxneurons.edit.intervals import mean_interval
-from jaxneurons.edit.requests import EditRequest, KnownFact
+from jaxneurons.edit.requests import KnownFact
 from jaxneurons.edit.restoring import (
     KINDS,
     Kind,
-    NoisedPrompts,
     restored_probabilities,
     window_of,
 )
+from jaxneurons.edit.traced_facts import POSITIONS, TracedFact, encode_fact, noised_prompts, plan
+from jaxneurons.engine import bootstrap
 from jaxneurons.engine.rows import prefill
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
@@ -43,75 +41,11 @@ from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import as_path, check_argument, check_number
-from jaxneurons.storage.store import Memory, Parts, RunDirectory, digest, write_json
+from jaxneurons.storage.store import Memory, RunDirectory, digest, write_json
 from jaxneurons.storage.tables import Row, Tables, write_table
 
 FORMAT = 1
 """Changes when the parts of a run mean something else."""
-
-POSITIONS = (
-    "first subject",
-    "middle subject",
-    "last subject",
-    "first after",
-    "further",
-    "last",
-)
-"""What a token is to the subject. One of a subject of one token is its last; the prompt's last token
-is `last` also where it is the first after the subject, and `last subject` where it is that."""
-
-
-class TracedFact(NamedTuple):
-    """A fact as token ids.
-
-    Attributes:
-      prompt: ids.
-      answer: ids of the attribute as it follows the prompt.
-      subject: index in `prompt` of the subject's first token, and of the one after its last.
-    """
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-    subject: tuple[int, int]
-
-    @property
-    def positions(self) -> range:
-        """Where states are restored: from the subject on."""
-        return range(self.subject[0], len(self.prompt))
-
-    def position_class(self, position: int) -> str:
-        """What the token at a position is to the subject: one of `POSITIONS`."""
-        start, end = self.subject
-        if position < end:
-            if position == end - 1:
-                return "last subject"
-            return "first subject" if position == start else "middle subject"
-        if position == len(self.prompt) - 1:
-            return "last"
-        return "first after" if position == end else "further"
-
-
-def encode_fact(tokenizer: Any, fact: KnownFact, *, config: ModelConfig) -> TracedFact:
-    """A fact as token ids.
-
-    Args:
-      tokenizer: the model's.
-      fact: with a subject that its prompt holds.
-      config: the model's shape.
-
-    Raises:
-      DataError: as `encode_request`, or a subject whose first token cannot be told.
-    """
-    request = EditRequest(fact.prompt, fact.subject, fact.attribute, id=fact.id)
-    encoded = encode_request(tokenizer, request, config=config)
-    end = encoded.subject_last + 1
-    for start in reversed(range(end)):
-        if fact.subject.strip() in str(tokenizer.decode(list(encoded.prompt[start:end]))):
-            return TracedFact(encoded.prompt, encoded.target, (start, end))
-    raise DataError(
-        f"this tokenizer writes the subject {fact.subject!r} in another way, so that its first "
-        f"token in {fact.prompt!r} cannot be told; leave this fact out"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +91,9 @@ def trace(
       progress: called with how many facts are done, of how many.
 
     Returns:
-      Tables `effects` (fact, kind, layer, position, effect), `summary` (their means over facts with
-      95 % bootstrap intervals) and `facts` (probabilities `clean` and `noised`, or `left_out`: why).
-      Effects are in probability; those of `position` `middle subject` and `further` are means over
-      tokens.
+      Tables `effects` (fact, kind, layer, position, effect), `summary` (means over facts with 95 %
+      bootstrap intervals) and `facts` (probabilities `clean` and `noised`, or `left_out`: why).
+      Effects are in probability; those at `middle subject` and `further` are means over tokens.
 
     Raises:
       ConfigError: arguments of the wrong kind.
@@ -225,9 +158,7 @@ def _written(tables: Tables) -> Tables:
     return tables
 
 
-def _identity(
-    lm: LM, facts: Sequence[KnownFact], settings: _Settings, size: int
-) -> dict[str, Any]:
+def _identity(lm: LM, facts: Sequence[KnownFact], settings: _Settings, size: int) -> dict[str, Any]:
     return {
         **lm.identity(),
         "format": FORMAT,
@@ -237,9 +168,7 @@ def _identity(
     }
 
 
-def _encoded(
-    lm: LM, facts: Sequence[KnownFact]
-) -> tuple[dict[int, TracedFact], dict[int, str]]:
+def _encoded(lm: LM, facts: Sequence[KnownFact]) -> tuple[dict[int, TracedFact], dict[int, str]]:
     """Facts as token ids by their place, and why others cannot be."""
     encoded, left_out = {}, {}
     for i, fact in enumerate(facts):
@@ -250,17 +179,13 @@ def _encoded(
     return encoded, left_out
 
 
-def _leave_out_wrong(
-    lm: LM, encoded: dict[int, TracedFact], left_out: dict[int, str]
-) -> None:
+def _leave_out_wrong(lm: LM, encoded: dict[int, TracedFact], left_out: dict[int, str]) -> None:
     """Move facts that the model does not answer right from the one to the other."""
     places = list(encoded)
     prompts = [TokenPrompt(encoded[i].prompt, encoded[i].answer) for i in places]
     for batch in batches.plan(prompts):
         right = np.asarray(
-            _answers_right(
-                lm.params, batch.tokens, batch.lengths, batch.targets, config=lm.config
-            )
+            _answers_right(lm.params, batch.tokens, batch.lengths, batch.targets, config=lm.config)
         )
         for row, member in enumerate(batch.index.tolist()):
             if member >= 0 and not right[row]:
@@ -287,49 +212,6 @@ def _spread(params: Params, encoded: Mapping[int, TracedFact]) -> float:
     ids = [i for fact in encoded.values() for i in fact.prompt[slice(*fact.subject)]]
     embeddings = params["embed"]["embedding"][jnp.asarray(ids)]
     return float(np.asarray(embeddings, np.float32).std())
-
-
-def plan(encoded: Mapping[int, TracedFact], size: int) -> list[list[int]]:
-    """Places of facts in batches of equal padded shape; the same facts give the same batches."""
-    shapes: dict[tuple[int, int, int], list[int]] = {}
-    for i, fact in encoded.items():
-        shapes.setdefault(_shape(fact), []).append(i)
-    return [
-        members[start : start + size]
-        for _, members in sorted(shapes.items())
-        for start in range(0, len(members), size)
-    ]
-
-
-def _shape(fact: TracedFact) -> tuple[int, int, int]:
-    """Padded tokens, padded positions and answer tokens."""
-    tokens = len(fact.prompt) + len(fact.answer) - 1
-    return batches.bucket(tokens, 4), batches.bucket(len(fact.positions), 4), len(fact.answer)
-
-
-def noised_prompts(
-    encoded: Sequence[TracedFact], noise: Sequence[np.ndarray]
-) -> NoisedPrompts:
-    """Facts of one padded shape, as `restored_probabilities` takes them.
-
-    Args:
-      encoded: the facts.
-      noise: of each fact, [sample, token of the subject, hidden].
-    """
-    seq, room, _ = map(max, zip(*map(_shape, encoded), strict=True))
-    tokens = np.zeros((len(encoded), seq), np.int32)
-    positions = np.full((len(encoded), room), -1, np.int32)
-    samples, _, hidden = noise[0].shape
-    added = np.zeros((samples, len(encoded), seq, hidden), np.float32)
-    lengths = []
-    for row, (fact, of_fact) in enumerate(zip(encoded, noise, strict=True)):
-        ids = fact.prompt + fact.answer[:-1]
-        lengths.append(len(ids))
-        tokens[row, : len(ids)] = ids
-        positions[row, : len(fact.positions)] = fact.positions
-        added[:, row, slice(*fact.subject)] = of_fact
-    targets = np.array([fact.answer for fact in encoded], np.int32)
-    return NoisedPrompts(tokens, np.array(lengths, np.int32), targets, added, positions)
 
 
 _restored_probabilities = jax.jit(
@@ -420,7 +302,7 @@ def summarise(rows: Sequence[Row], *, seed: int = 0) -> list[Row]:
     groups: dict[tuple[str, int, str], list[float]] = {}
     for row in rows:
         groups.setdefault((row["kind"], row["layer"], row["position"]), []).append(row["effect"])
-    means = {key: mean_interval(values, seed=seed) for key, values in groups.items()}
+    means = {key: bootstrap.mean(np.array(values), seed=seed) for key, values in groups.items()}
     order = {name: i for i, name in enumerate((*KINDS, *POSITIONS))}
     return [
         {

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.edit.restoring import KINDS
-from jaxneurons.edit.tracing import POSITIONS
+from jaxneurons.edit.traced_facts import POSITIONS
 from jaxneurons.plots.figures import new_panels, save_figure
 from jaxneurons.plots.lettering import describe_axes, entitle, name_y
 from jaxneurons.storage.store import make_directory

@@ -9,7 +9,8 @@ import pytest
 import jaxneurons as jn
 from jaxneurons.edit.requests import KnownFact
 from jaxneurons.edit.restoring import KINDS, NoisedPrompts, restored_probabilities
-from jaxneurons.edit.tracing import POSITIONS, TracedFact, encode_fact, summarise, trace
+from jaxneurons.edit.traced_facts import POSITIONS, TracedFact, encode_fact
+from jaxneurons.edit.tracing import summarise, trace
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.storage.tables import read_tables
 
@@ -62,8 +63,10 @@ def test_effects_are_means_over_samples_and_tokens(lab, tables):
     """Against runs of one fact alone, with its noise drawn here."""
     embedding = np.asarray(lab.params["embed"]["embedding"])
     ids = lab.tokenizer(FACTS[0].prompt)["input_ids"]
-    subjects = [lab.tokenizer(fact.subject, add_special_tokens=False)["input_ids"] for fact in FACTS]
-    spread = embedding[sum(subjects, [])].std()
+    subjects = [
+        lab.tokenizer(fact.subject, add_special_tokens=False)["input_ids"] for fact in FACTS
+    ]
+    spread = embedding[np.concatenate(subjects)].std()
     start = ids.index(subjects[0][0])
     noise = np.zeros((SAMPLES, 1, len(ids), embedding.shape[1]), np.float32)
     drawn = np.random.default_rng([5, 0]).standard_normal((SAMPLES, 3, embedding.shape[1]))
@@ -185,7 +188,7 @@ def test_wrong_arguments(lab, options, message):
 def test_nothing_to_trace(lab):
     with pytest.raises(DataError, match="no facts"):
         trace(lab, [])
-    with pytest.raises(DataError, match="none of 1 facts .* answers otherwise"):
+    with pytest.raises(DataError, match=r"none of 1 facts .* answers otherwise"):
         trace(lab, FACTS[1:2])
     unknown = dataclasses.replace(FACTS[1], prompt="The capital of Rome is", subject="Rome")
     with pytest.raises(DataError, match="does not know"):
