@@ -1,4 +1,4 @@
-"""Facts as token ids, as causal tracing takes them: where the subject is, in batches of few shapes."""
+"""Facts as token ids, as causal tracing takes them: where the subject is, batches of few shapes."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
