@@ -324,7 +324,8 @@ def test_output_rows(name, site):
 
 
 def test_vectors_in_the_order_in_which_the_set_iterates():
-    neurons, params = members(CONFIG, ["up", "v", "act"]), PARAMS["biases"]
+    neurons = NeuronSet.of(up=[(0, 1), (2, 3)], act=[(2, 1), (0, 3)], v=[(1, 4), (1, 8)])
+    params = PARAMS["biases"]
     vectors = np.random.default_rng(2).normal(size=(len(neurons), CONFIG.hidden_size))
     together, added = (edit(params, neurons, vectors, config=CONFIG) for edit in (set_rows, add))
     by_row, plus = params, params
