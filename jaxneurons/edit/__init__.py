@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         write_covariances,
     )
     from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
+    from jaxneurons.edit.lab_requests import lab_requests
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -65,6 +66,7 @@ __all__ = [
     "encode_request",
     "generate_prefixes",
     "held_out_text",
+    "lab_requests",
     "lab_text",
     "neutral_text",
     "read_covariances",
