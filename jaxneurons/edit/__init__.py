@@ -51,6 +51,9 @@ if TYPE_CHECKING:
         sparse_scales,
         swap,
     )
+    from jaxneurons.edit.lab_requests import (
+        lab_requests,
+    )
     from jaxneurons.edit.measures import (
         measure,
     )
@@ -137,6 +140,7 @@ __all__ = [
     "generate_prefixes",
     "held_out_text",
     "interpolate",
+    "lab_requests",
     "lab_text",
     "make_patch",
     "measure",
