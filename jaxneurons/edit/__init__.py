@@ -6,6 +6,7 @@ from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.editing import edit, edit_each, layers_of, values_of
     from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
     from jaxneurons.edit.method import (
         MEMIT,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         read_known,
         read_requests,
     )
+    from jaxneurons.edit.values import Values
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -45,11 +47,16 @@ __all__ = [
     "Optimisation",
     "Rows",
     "Trace",
+    "Values",
     "apply",
     "check_requests",
+    "edit",
+    "edit_each",
     "encode_prefixed",
     "encode_request",
     "generate_prefixes",
+    "layers_of",
     "read_known",
     "read_requests",
+    "values_of",
 ]

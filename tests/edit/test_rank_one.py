@@ -20,9 +20,11 @@ from support.editing_models import (
 import jaxneurons
 from jaxneurons import forward
 from jaxneurons.edit.changes import apply
+from jaxneurons.edit.contexts import encode_contexts
 from jaxneurons.edit.editing import edit, edit_each, values_of
 from jaxneurons.edit.encoding import encode_prefixed
-from jaxneurons.edit.method import ROME
+from jaxneurons.edit.method import ROME, Optimisation
+from jaxneurons.edit.requests import EditRequest
 from jaxneurons.errors import DataError
 
 LAYER = 1
@@ -216,3 +218,45 @@ def test_a_key_without_length_and_numbers_that_are_not_finite_name_their_request
         broken = {**lm.params, "layers": {**lm.params["layers"], "ffn": {**ffn, "up": up}}}
         with pytest.raises(DataError, match=message):
             edit(broken, REQUESTS[:1], settings=SETTINGS, **options)
+
+
+@pytest.mark.smollm2
+def test_smollm2_is_edited_as_by_plain_pytorch(smollm2, torch_smollm2):
+    torch = pytest.importorskip("torch")
+    from support.torch_editing import find_value, rome_update
+
+    layer, prefixes = 5, ("The weather was fine today", "I like old books, and")
+    request = EditRequest(
+        "The mother tongue of Danielle Darrieux is", "Danielle Darrieux", "English"
+    )
+    optimisation = dataclasses.replace(Optimisation(), steps=3)
+    covariance = covariances(smollm2.config, [layer])
+    options = {"config": smollm2.config, "tokenizer": smollm2.tokenizer, "prefixes": prefixes}
+    settings = ROME(layer=layer, optimisation=optimisation)
+    values = values_of(smollm2.params, [request], settings=settings, **options)
+    one = edit(smollm2.params, [request], settings=settings, covariance=covariance, **options)
+
+    (contexts,) = encode_contexts(smollm2.tokenizer, [request], prefixes, config=smollm2.config)
+    model, _ = torch_smollm2
+    names = ("steps", "learning_rate", "kl_factor", "weight_decay", "clamp", "stop")
+    want = find_value(
+        model,
+        list(contexts.prompts),
+        contexts.target,
+        contexts.essence,
+        layer=layer,
+        place="down",
+        **{name: getattr(optimisation, name) for name in names},
+    )
+    np.testing.assert_allclose(values.trace.loss[0], want.losses, rtol=1e-3)
+    assert want.losses[-1] < want.losses[0] - 1
+    assert_close(values.keys[0], want.key)
+    assert_close(values.target[0], want.initial + want.delta)
+    update = rome_update(
+        model.model.layers[layer].mlp.down_proj.weight.T.double(),
+        0.0,
+        want.key.double(),
+        (want.initial + want.delta).double(),
+        torch.tensor(covariance[layer].matrix).double(),
+    )
+    assert_close(kernel_change(one, layer), update)

@@ -1,7 +1,7 @@
 """ROME, MEMIT and AlphaEdit in plain PyTorch, from the papers' equations: an oracle for tests.
 
-Whole sequences through a transformers model, one after the other, nothing padded and nothing cached;
-hooks add and read, `torch.autograd` and `torch.optim.Adam` optimise, dense solves make the updates.
+Whole sequences through a transformers model, one after the other, nothing padded or cached; hooks
+add and read, `torch.autograd` and `torch.optim.Adam` optimise, dense solves make the updates.
 Contexts are (ids, index of the subject's last token). Kernels are [inputs, outputs], as ours.
 """
 
