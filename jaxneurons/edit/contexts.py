@@ -73,14 +73,14 @@ class ContextBatch(NamedTuple):
     """Requests of similar length in their contexts.
 
     Attributes:
-      index: of each request in the whole list; -1 for one that only fills the shape.
+      members: index of each request in the whole list; -1 for one that only fills the shape.
       split: a request's prompts in turn, its essence last; then the next request's.
       ends: where in `split.after` the first token of the answer is predicted; of an essence the
         next token.
       targets: ids of the new answers, right-padded with -1.
     """
 
-    index: np.ndarray
+    members: np.ndarray
     split: Split
     ends: Int[Array | np.ndarray, "request context"]
     targets: Int[Array | np.ndarray, "request token"]
@@ -142,8 +142,8 @@ def _pad(
         jnp.asarray(last),
         jnp.asarray(length),
     )
-    index = np.array(members + [-1] * (size - len(members)))
-    return ContextBatch(index, split, ends.reshape(size, each), targets)
+    filled_up = np.array(members + [-1] * (size - len(members)))
+    return ContextBatch(filled_up, split, ends.reshape(size, each), targets)
 
 
 def batch_size(contexts: Sequence[Contexts], config: ModelConfig, budget: int = 1 << 30) -> int:

@@ -11,7 +11,7 @@ the others of its batch do; the program ends when none does.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +151,7 @@ def _optimise(
         running = ~state.done
         done = state.done | (terms.loss < weights.stop)
         moves = ~done & (state.step < steps)
+        change: Any
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integers
             change, adam_state = adam.update(gradient, state.adam)
         delta = state.delta - weights.learning_rate * change

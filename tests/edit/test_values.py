@@ -19,14 +19,14 @@ SETTINGS = Optimisation(
 )
 
 
-def contexts(seed=0, target=(7, 3), vocab=48, subject_first=False):
+def contexts(seed=0, target=(7, 3), vocab=48, subject_first=False, behind=3):
     """Prompts of several lengths with the subject inside, ids drawn."""
     rng = np.random.default_rng(seed)
 
     def ids(length):
         return tuple(rng.integers(0, vocab, length).tolist())
 
-    subject, after = ids(2), ids(3)
+    subject, after = ids(2), ids(behind)
     prompts = []
     for before in (ids(1), ids(6), ids(3)):
         prompts.append((before + subject + after, len(before) + 1))
@@ -43,7 +43,7 @@ def optimised(params, each, config, *, layer=1, place="down", size=4, **changes)
         result = optimise_batch(
             params, batch, config=config, layer=layer, place=place, optimisation=settings
         )
-        for n, i in enumerate(batch.index.tolist()):
+        for n, i in enumerate(batch.members.tolist()):
             if i >= 0:
                 rows[i] = type(result)(*(array[n] for array in result))
     return rows
@@ -53,7 +53,7 @@ FAMILIES = {
     "llama-biases": ("default", "down", 1, {}),
     "qwen2-mixed": ("llama3", "residual", 0, {"subject_first": True}),
     "mistral-window": ("default", "residual", 1, {"target": (5,)}),
-    "llama": ("yarn", "down", 2, {"target": (4, 4, 9)}),
+    "llama": ("yarn", "down", 2, {"target": (4, 4, 9), "behind": 0}),
 }
 
 
@@ -88,7 +88,7 @@ def test_as_plain_pytorch_with_whole_sequences(tmp_path, family):
     np.testing.assert_allclose(got.loss, want.losses, rtol=1e-4)
     apart = torch.linalg.norm(torch.tensor(got.delta).double() - want.delta)
     assert apart < 1e-4 * torch.linalg.norm(want.delta)
-    assert want.losses[-1] < want.losses[0] - 0.1  # it does something
+    assert want.losses[-1] < want.losses[0] - 0.03  # it does something
 
 
 SHAPES = {
