@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from jaxneurons.edit.diff import (
         diff,
     )
+    from jaxneurons.edit.editing import (
+        edit,
+        edit_each,
+        layers_of,
+        values_of,
+    )
     from jaxneurons.edit.encoding import (
         EncodedRequest,
         encode_prefixed,
@@ -101,6 +107,9 @@ if TYPE_CHECKING:
     from jaxneurons.edit.tracing import (
         trace,
     )
+    from jaxneurons.edit.values import (
+        Values,
+    )
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -125,6 +134,7 @@ __all__ = [
     "Rows",
     "SingularCovarianceWarning",
     "Trace",
+    "Values",
     "ablate",
     "add",
     "apply",
@@ -134,6 +144,8 @@ __all__ = [
     "collect_covariance",
     "conflicts",
     "diff",
+    "edit",
+    "edit_each",
     "encode_prefixed",
     "encode_request",
     "force",
@@ -142,6 +154,7 @@ __all__ = [
     "interpolate",
     "lab_requests",
     "lab_text",
+    "layers_of",
     "make_patch",
     "measure",
     "neutral_text",
@@ -160,6 +173,7 @@ __all__ = [
     "sparse_scales",
     "swap",
     "trace",
+    "values_of",
     "with_biases",
     "write_covariances",
     "write_patch",
