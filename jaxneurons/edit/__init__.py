@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.adapter import write_adapter
     from jaxneurons.edit.applying import Conflict, apply_patches, conflicts
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
     from jaxneurons.edit.constants import force, with_biases
@@ -72,5 +73,6 @@ __all__ = [
     "sparse_scales",
     "swap",
     "with_biases",
+    "write_adapter",
     "write_patch",
 ]
