@@ -1,7 +1,7 @@
 """The Llama block and what differs between families: configuration, parameters, forward pass."""
 
 from jaxneurons.model.config import ModelConfig, RopeConfig
-from jaxneurons.model.generation import greedy
+from jaxneurons.model.generation import greedy, sample
 from jaxneurons.model.parameters import (
     Params,
     count_parameters,
@@ -28,6 +28,7 @@ __all__ = [
     "list_parameters",
     "param_shapes",
     "param_shardings",
+    "sample",
     "shard_params",
     "site_widths",
 ]
