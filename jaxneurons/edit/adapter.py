@@ -5,6 +5,7 @@ LoRA's `B A` of a projection [out, in] is `(left right)^T` of our kernel [in, ou
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from jaxneurons.storage.store import write_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 """Before the names of a wrapped model's modules."""
+_HUB = re.compile(r"[\w.-]+/[\w.-]+@\w+")
+"""What `load` calls a model of the hub: `org/name@revision`."""
 
 
 def write_adapter(
@@ -111,6 +114,9 @@ def _module_name(module: str, layer: int) -> str:
 
 def _config(kernels: Sequence[tuple[str, int]], rank: int, base_model: str) -> Mapping[str, Any]:
     """`adapter_config.json`: which modules of which layers, and how the terms are scaled."""
+    name, _, revision = (
+        base_model.partition("@") if _HUB.fullmatch(base_model) else (base_model, "", "")
+    )
     modules = sorted({module for module, _ in kernels})
     layers = sorted({layer for _, layer in kernels})
     if len(kernels) == len(modules) * len(layers):
@@ -121,7 +127,8 @@ def _config(kernels: Sequence[tuple[str, int]], rank: int, base_model: str) -> M
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": name,
+        "revision": revision or None,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

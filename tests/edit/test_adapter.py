@@ -1,5 +1,6 @@
 """Edited models in PyTorch: as an adapter that PEFT loads, and as an exported model."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -123,12 +124,16 @@ def test_an_adapter_says_what_it_is_for(lm, tmp_path):
     patch = make_patch(lm, [term(1), term(2, 3)])
     out = write_adapter(lm, patch, tmp_path / "adapter", base_model="me/model")
     config = json.loads((out / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "me/model"
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/model", None)
     assert config["target_modules"] == ["down_proj"]
     assert config["layers_to_transform"] == [1, 2]
     assert (config["r"], config["lora_alpha"]) == (3, 3)
     record = json.loads((out / "jaxneurons_patches.json").read_text())
     assert record["patches"] == [patch.summary()]
+    of_hub = dataclasses.replace(lm, source="me/model@0123abcd")
+    written = write_adapter(of_hub, patch, tmp_path / "hub") / "adapter_config.json"
+    config = json.loads(written.read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/model", "0123abcd")
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_{}.weight"
     tensors = load_file(out / "adapter_model.safetensors")
     assert {t.dtype.name for t in tensors.values()} == {"float32"}
