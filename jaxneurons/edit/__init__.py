@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.adapter import write_adapter
     from jaxneurons.edit.applying import (
         Conflict,
         apply_patches,
@@ -175,6 +176,7 @@ __all__ = [
     "trace",
     "values_of",
     "with_biases",
+    "write_adapter",
     "write_covariances",
     "write_patch",
 ]
