@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from jaxneurons.edit.cases import MeasureSettings
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
     from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
+    from jaxneurons.edit.evaluation import evaluate
     from jaxneurons.edit.measures import measure
     from jaxneurons.edit.method import (
         MEMIT,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         read_known,
         read_requests,
     )
+    from jaxneurons.edit.sequential import evaluate_sequential
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -52,6 +54,8 @@ __all__ = [
     "check_requests",
     "encode_prefixed",
     "encode_request",
+    "evaluate",
+    "evaluate_sequential",
     "generate_prefixes",
     "measure",
     "read_known",
