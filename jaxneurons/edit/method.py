@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,44 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxneurons.edit.changes import Change
+from jaxneurons.errors import ConfigError
+from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.storage.settings import check_fields
+
+
+def _check_ranges(settings: Any, **least: int) -> None:
+    """Raise unless numbers are finite and at least so much; None stays None."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is None or (math.isfinite(value) and value >= bound):
+            continue
+        raise ConfigError(
+            f"{type(settings).__name__}.{name} must be a finite number of at least {bound}, "
+            f"got {value!r}"
+        )
+
+
+def _check_positive(settings: Any, *names: str) -> None:
+    """Raise unless numbers are finite and above 0; None stays None."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ConfigError(
+                f"{type(settings).__name__}.{name} must be a finite number above 0, got {value!r}"
+            )
+
+
+def _check_ascending(settings: Any) -> None:
+    """Raise unless `layers` is None or some layers in ascending order."""
+    layers = settings.layers
+    if layers is None:
+        return
+    if not layers or min(layers) < 0 or list(layers) != sorted(set(layers)):
+        raise ConfigError(
+            f"{type(settings).__name__}.layers must be layers from 0 on, ascending, each once; "
+            f"got {layers!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +84,16 @@ class Optimisation:
     prefix_tokens: tuple[int, ...] = (5, 10)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_ranges(self, steps=0, kl_factor=0, weight_decay=0, stop=0, prefixes=0, seed=0)
+        _check_positive(self, "learning_rate", "clamp")
+        if not self.prefix_tokens or min(self.prefix_tokens) < 1:
+            raise ConfigError(
+                f"Optimisation.prefix_tokens must be some lengths of at least 1, "
+                f"got {self.prefix_tokens!r}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class ROME:
@@ -60,6 +108,10 @@ class ROME:
     layer: int | None = None
     covariance: Literal["text", "identity"] = "text"
     optimisation: Optimisation = Optimisation()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_ranges(self, layer=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +130,11 @@ class MEMIT:
     accumulate: bool = False
     optimisation: Optimisation = Optimisation(clamp=0.75)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_ascending(self)
+        _check_positive(self, "weight")
+
 
 @dataclasses.dataclass(frozen=True)
 class AlphaEdit:
@@ -86,12 +143,19 @@ class AlphaEdit:
     Attributes:
       layers: whose down kernels are edited, ascending; None: the default for that depth.
       threshold: eigenvalues of the covariance below it span the null space.
+      weight: of the size of the update itself.
       optimisation: of the values.
     """
 
     layers: tuple[int, ...] | None = None
     threshold: float = 2e-2
+    weight: float = 1.0
     optimisation: Optimisation = Optimisation(clamp=0.75)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_ascending(self)
+        _check_positive(self, "threshold", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +176,11 @@ class FineTune:
     learning_rate: float = 5e-4
     stop: float = 0.05
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_ranges(self, layer=0, steps=0, stop=0)
+        _check_positive(self, "norm", "learning_rate")
+
 
 @dataclasses.dataclass(frozen=True)
 class KnowledgeNeurons:
@@ -126,6 +195,10 @@ class KnowledgeNeurons:
     neurons: NeuronSet
     old: float = 1.0
     new: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_ranges(self, old=0, new=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,21 +223,42 @@ class LearnedNeurons:
     learning_rate: float = 0.05
     stop: float = 0.05
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_ranges(self, kl_factor=0, steps=0, stop=0)
+        _check_positive(self, "norm", "learning_rate")
+
 
 Settings = ROME | MEMIT | AlphaEdit | FineTune | KnowledgeNeurons | LearnedNeurons
+
+
+def default_layer(config: ModelConfig) -> int:
+    """The layer that ROME edits in a model nobody has tuned: 5 of 32, as for Llama-2-7B.
+
+    `choose_layers` finds out which serves best.
+    """
+    return min(round(5 / 32 * config.num_layers), config.num_layers - 1)
+
+
+def default_layers(config: ModelConfig) -> tuple[int, ...]:
+    """The layers that MEMIT edits in a model nobody has tuned: 4 to 8 of 32, as for Llama-2-7B."""
+    first, last = (round(layer / 32 * config.num_layers) for layer in (4, 8))
+    return tuple(range(first, min(last, config.num_layers - 1) + 1))
 
 
 class Trace(NamedTuple):
     """How an optimisation went, request by request.
 
     Attributes:
-      loss: -log p of the new answer (mean over its prefixes) before each step; NaN after the last.
+      loss: -log p of the new answer (mean over its prefixes) before each step and after the last;
+        NaN from there on.
       probability: of the new answer after the prompt alone, teacher-forced, at the end.
       steps: that were taken.
-      reached: whether the loss came below `stop`.
+      reached: whether the whole loss, its other terms included, came below `stop`. Where it did
+        not, the value that is written is the last one, and the edit may well have failed.
     """
 
-    loss: Float[np.ndarray, "request step"]
+    loss: Float[np.ndarray, "request step_or_end"]
     probability: Float[np.ndarray, " request"]
     steps: Int[np.ndarray, " request"]
     reached: Bool[np.ndarray, " request"]
