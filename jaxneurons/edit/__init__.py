@@ -71,6 +71,9 @@ if TYPE_CHECKING:
         read_known,
         read_requests,
     )
+    from jaxneurons.edit.restoring import (
+        restored_probabilities,
+    )
     from jaxneurons.edit.reverting import (
         revert,
     )
@@ -80,6 +83,9 @@ if TYPE_CHECKING:
         lab_text,
         neutral_text,
         sample_text,
+    )
+    from jaxneurons.edit.tracing import (
+        trace,
     )
 
 __getattr__, __dir__ = face(__name__, __file__)
@@ -132,6 +138,7 @@ __all__ = [
     "read_requests",
     "regularise",
     "restore",
+    "restored_probabilities",
     "revert",
     "sample_text",
     "scale",
@@ -139,6 +146,7 @@ __all__ = [
     "set_rows",
     "sparse_scales",
     "swap",
+    "trace",
     "with_biases",
     "write_covariances",
     "write_patch",
