@@ -23,7 +23,7 @@ from jaxneurons.edit.requests import EditRequest, check_requests
 from jaxneurons.edit.summaries import RANDOM, UNEDITED, difference_rows, summary_rows
 from jaxneurons.edit.trials import Chunk, Work, described, part_of
 from jaxneurons.engine.bootstrap import DRAWS
-from jaxneurons.errors import ConfigError
+from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.plots.figures import check_places
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import check_argument, check_number
@@ -82,7 +82,7 @@ def evaluate(
     """
     measures = measures or MeasureSettings()
     check_methods(lm, requests, methods, seed, progress)
-    check_covariance(lm, methods, covariance)
+    require_covariance(lm, methods, covariance)
     if texts is None:
         texts = neutral_texts(lm) if measures.perplexity_tokens else ()
     path = checked_out(out)
@@ -148,7 +148,7 @@ def opened(path: Path | None, identity: Mapping[str, Any]) -> Parts:
     return RunDirectory(path, identity)
 
 
-def check_covariance(
+def require_covariance(
     lm: LM, methods: Mapping[str, Settings], covariance: Mapping[int, Any] | None
 ) -> None:
     """Raise unless every covariance that a method needs is there.

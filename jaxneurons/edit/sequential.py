@@ -23,12 +23,12 @@ from jaxneurons.edit.changes import apply
 from jaxneurons.edit.evaluation import (
     FIGURES,
     TABLES,
-    check_covariance,
     check_methods,
     checked_out,
     covariance_identity,
     neutral_texts,
     opened,
+    require_covariance,
 )
 from jaxneurons.edit.measures import Outcome, measured_row, run_cases
 from jaxneurons.edit.method import Edit, Settings
@@ -100,7 +100,7 @@ def evaluate_sequential(
     if not isinstance(methods, Mapping):
         methods = {type(methods).__name__: methods}
     check_methods(lm, requests, methods, seed, progress)
-    check_covariance(lm, methods, covariance)
+    require_covariance(lm, methods, covariance)
     for name, number in (("batch", batch), ("ends", ends), ("sample", sample)):
         check_number(name, number, least=1)
     check_argument("sizes", Sequence[int], sizes)

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import sys
 import types
 
 import numpy as np
 import pytest
 from support.edits import capital_requests, lab, stand_in
 
-from jaxneurons.edit import measures
+from jaxneurons.edit import editing, measures
 from jaxneurons.edit.cases import MeasureSettings
 from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
 from jaxneurons.edit.controls import change_norm, random_changes
@@ -29,21 +28,16 @@ METHODS = {
 
 @pytest.fixture
 def editor(monkeypatch):
-    """`jaxneurons.edit.editing` with edits that need no optimisation; counts its calls."""
-    module = types.ModuleType("jaxneurons.edit.editing")
-    module.calls = 0
+    """Edits that need no optimisation, in place of the methods'; counts the calls."""
+    calls = types.SimpleNamespace(calls=0, edit_each=stand_in)
 
     def edit_each(*arguments, **options):
-        module.calls += 1
-        return stand_in(*arguments, **options)
+        calls.calls += 1
+        return calls.edit_each(*arguments, **options)
 
-    module.edit_each = edit_each
-    module.values_of = lambda *arguments, **options: None
-    module.layers_of = lambda settings, config: ()
-    monkeypatch.setitem(sys.modules, "jaxneurons.edit.editing", module)
-    if "editing" in vars(sys.modules["jaxneurons.edit"]):
-        monkeypatch.setattr("jaxneurons.edit.editing", module)
-    return module
+    monkeypatch.setattr(editing, "edit_each", edit_each)
+    monkeypatch.setattr(editing, "values_of", lambda *arguments, **options: None)
+    return calls
 
 
 def run(requests=None, methods=METHODS, **options):
@@ -243,9 +237,10 @@ def test_neurons_are_drawn_anew_for_each_request_of_the_control(editor):
 def test_wrong_arguments(editor):
     with pytest.raises(ConfigError, match="cannot be named 'unedited'"):
         run(methods={"unedited": METHODS["weak"]})
-    editor.layers_of = lambda settings, config: (settings.layer,)
-    with pytest.raises(DataError, match=r"weak needs the covariance of layers 2; collect it"):
-        run()
+    with pytest.raises(DataError, match=r"text needs the covariance of layers 2; collect it"):
+        run(methods={"text": ROME(layer=2)})
+    with pytest.raises(ConfigError, match="layer"):
+        run(methods={"deep": ROME(layer=99)})
 
 
 def test_random_changes_have_the_same_size_elsewhere():
