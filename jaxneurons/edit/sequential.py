@@ -30,7 +30,7 @@ from jaxneurons.edit.evaluation import (
     opened,
     require_covariance,
 )
-from jaxneurons.edit.measures import Outcome, measured_row, run_cases
+from jaxneurons.edit.measures import Outcome, edits_at_once, measured_row, run_cases
 from jaxneurons.edit.method import Edit, Settings
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.edit.summaries import UNEDITED, averages
@@ -236,9 +236,24 @@ class _Plan:
         return run_cases(lm, cases, settings=self.measures, texts=self.texts, width=width)
 
     def before(self, index: Sequence[int]) -> list[Outcome]:
-        """What the unedited model makes of some cases: once, for all methods and sizes."""
-        missing = [i for i in index if i not in self.unedited]
-        self.unedited.update(zip(missing, self.run_cases(self.lm, missing), strict=True))
+        """What the unedited model makes of some cases: once, for all methods and sizes.
+
+        In batches that do not depend on what has been asked before: rounding would.
+        """
+        planned = sorted(
+            {
+                i
+                for size in self.sizes
+                for members in self.groups(range(size)).values()
+                for i in members
+            }
+        )
+        most = self.measures.batch or edits_at_once(self.lm.config)
+        batches = [planned[start : start + most] for start in range(0, len(planned), most)]
+        others = [[i] for i in index if i not in planned]  # in place of those that were refused
+        for batch in (*batches, *others):
+            if not self.unedited.keys() >= set(batch) and set(batch) & set(index):
+                self.unedited.update(zip(batch, self.run_cases(self.lm, batch), strict=True))
         return [self.unedited[i] for i in index]
 
     def rows(self, name: str, edits: int, edited: Sequence[int], params: Params) -> list[Row]:
