@@ -36,7 +36,7 @@ from jaxneurons.storage.store import (
     null_for_nan,
     write_json,
 )
-from jaxneurons.storage.tables import Row, Tables, write_table
+from jaxneurons.storage.tables import Row, Tables, read_json, write_table
 
 TABLES, FIGURES = "tables", "figures"
 FORMAT = 1
@@ -104,7 +104,7 @@ def evaluate(
         "summary": summary_rows(rows, seed=seed),
         "differences": difference_rows(rows, seed=seed),
     }
-    seconds = {**work.seconds, "all": round(time.perf_counter() - started, 3)}
+    seconds = {**work.seconds, "all": {"all": round(time.perf_counter() - started, 3)}}
     return _written(lm, work, methods, tables, seconds, path)
 
 
@@ -273,6 +273,7 @@ def _written(
         "left_out": work.left_out,
         "bootstrap_draws": DRAWS,
     }
+    seconds = seconds if path is None else with_earlier(seconds, path / "run.json", results)
     facts = {"model": lm.facts(), **results, "seconds": seconds, "versions": versions()}
     if path is not None:
         from jaxneurons.edit.figures import draw
@@ -283,3 +284,20 @@ def _written(
         write_json(path / "run.json", null_for_nan(facts))
         draw(tables, path / FIGURES, source=lm.source)
     return Tables(tables, facts=facts, path=path)
+
+
+def with_earlier(
+    seconds: Mapping[str, Mapping[str, float]], path: Path, results: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Seconds together with those that run.json has of the runs before, of the same identity."""
+    try:
+        known = read_json(path)
+    except DataError:
+        known = {}
+    earlier = known.get("seconds") if known.get("identity") == results["identity"] else None
+    total = {name: dict(parts) for name, parts in seconds.items()}
+    for name, parts in earlier.items() if isinstance(earlier, dict) else ():
+        for what, value in parts.items() if isinstance(parts, dict) else ():
+            here = total.setdefault(name, {})
+            here[what] = round(here.get(what, 0.0) + float(value), 3)
+    return total

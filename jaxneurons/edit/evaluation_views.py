@@ -13,20 +13,26 @@ from jaxneurons.terminal.console import console, formatted, shown_name
 SHOWN = 5
 """Requests that were left out whose reasons are shown, at most."""
 
+ANSWERED = {
+    "efficacy": "after the prompt",
+    "generalisation": "after paraphrases",
+    "portability": "where it follows from the edit",
+}
+"""Measures of the new answer, and after which prompts."""
+
 
 def show_evaluation(summary: Sequence[Row], differences: Sequence[Row] = ()) -> None:
     """Every method beside its control: answers given, forced beside free, and what was kept."""
     count = max(row["requests"] for row in summary)
-    table = _narrow(f"New answer given, exact match, % of {count} edits and their paraphrases")
-    for name in ("forced", "free", "95 %", "forced", "free", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in summary:
-        table.add_row(
-            _label(row),
-            *_both(row, "efficacy"),
-            *_both(row, "generalisation"),
-        )
-    console.print(table)
+    for name, prompts in ANSWERED.items():
+        if all(row[f"{name}_free"] is None for row in summary):
+            continue
+        table = _narrow(f"New answer given {prompts}, exact match, % ({count} edits)")
+        for column in ("forced", "free", "95 %"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in summary:
+            table.add_row(_label(row), *_both(row, name))
+        console.print(table)
     table = _narrow("Neighbours that are as they were, %, and the text that the model writes")
     for name in ("forced", "free", "95 %", "KL", "fluency", "perplexity", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -40,13 +46,6 @@ def show_evaluation(summary: Sequence[Row], differences: Sequence[Row] = ()) -> 
             f"{row['failed'] or ''}",
         )
     console.print(table)
-    if any(row["portability_free"] is not None for row in summary):
-        table = _narrow("What follows from the edit, exact match, %")
-        for name in ("forced", "free", "95 %"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in summary:
-            table.add_row(_label(row), *_both(row, "portability"))
-        console.print(table)
     _show_differences(differences)
     console.print(
         "Forced: every token of the answer is the first choice, given those before it. Free: the "

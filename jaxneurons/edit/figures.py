@@ -13,6 +13,11 @@ from jaxneurons.storage.tables import Row
 
 Rows = Sequence[Row]
 FORCED, FREE, GREY = "#B0B0B0", PALETTE[0], "#666666"
+TITLES = {
+    "efficacy": "the edit's prompt",
+    "generalisation": "paraphrases",
+    "portability": "what follows from it",
+}
 MARKS = "osD^vPX*"
 """Of methods, beside their colour."""
 
@@ -23,39 +28,49 @@ def draw(tables: dict[str, list[Row]], directory: Path, *, source: str = "") -> 
 
 
 def success(rows: Rows, source: str) -> Any:
-    """Efficacy and generalisation of every method: teacher forcing beside free generation."""
+    """Exact match of every method: teacher forcing beside free generation, and its control."""
     kinds = ("efficacy", "generalisation", "portability")
     kinds = [kind for kind in kinds if any(row[f"{kind}_free"] is not None for row in rows)]
     if not kinds:
         return None
-    names = [_label(row) for row in rows]
+    methods = [row for row in rows if not row["control"]]
+    controls = {row["method"]: row for row in rows if row["control"]}
     figure, (panels,) = new_panels(
-        1, len(kinds), 1.6 + 3.4 * len(kinds), 1.6 + 0.42 * len(rows), share=False
+        1, len(kinds), 1.6 + 3.4 * len(kinds), 1.7 + 0.5 * len(methods), share=False
     )
-    places = np.arange(len(rows))
+    entries: dict[str, Any] = {}
     for axes, kind in zip(panels, kinds, strict=True):
         for offset, how, colour, label in (
             (-0.19, "forced", FORCED, "teacher forcing"),
             (0.19, "free", FREE, "free generation"),
         ):
-            values, spread = _percent(rows, f"{kind}_{how}")
-            axes.barh(
-                places + offset,
-                np.nan_to_num(values),
-                0.38,
-                color=colour,
-                xerr=spread,
-                error_kw={"lw": 1},
-                label=label,
-            )
-        axes.set(xlim=(0, 100), ylim=(len(rows) - 0.5, -0.5))
+            places = np.arange(len(methods)) + offset
+            values, spread = _percent(methods, f"{kind}_{how}")
+            bars = axes.barh(places, np.nan_to_num(values), 0.38, color=colour)
+            axes.errorbar(values, places, xerr=spread, fmt="none", ecolor="black", lw=1)
+            entries.setdefault(label, bars)
+            marked = [n for n, row in enumerate(methods) if row["method"] in controls]
+            if marked:
+                random = [controls[methods[n]["method"]] for n in marked]
+                ticks = axes.plot(
+                    _percent(random, f"{kind}_{how}")[0],
+                    places[marked],
+                    "D",
+                    color=PALETTE[4],
+                    ms=4,
+                    ls="",
+                    clip_on=False,
+                )
+                entries["a random change of the same size"] = ticks[0]
+        axes.set(xlim=(0, 103), ylim=(len(methods) - 0.5, -0.5))
         axes.grid(axis="x", alpha=0.25, lw=0.5)
-        name_y(axes, names if axes is panels[0] else [""] * len(names))
-        describe_axes(axes, x="edits, %")
-        entitle(axes, kind)
-    handles, labels = panels[0].get_legend_handles_labels()
-    legend(figure, zip(handles, labels, strict=True), loc="outside lower center", ncols=2)
-    head(figure, f"New answer given, exact match, {source} (whiskers: 95 %)")
+        first = axes is panels[0]
+        name_y(axes, [row["method"] if first else "" for row in methods])
+        describe_axes(axes, x="exact match, %")
+        entitle(axes, TITLES[kind])
+    shown = [(drawn, label) for label, drawn in entries.items()]
+    legend(figure, shown, loc="outside lower center", ncols=3)
+    head(figure, f"New answer given after an edit, {source} (whiskers: 95 %)")
     return figure
 
 
@@ -74,19 +89,14 @@ def trade(rows: Rows, source: str) -> Any:
             x, across = _percent([row], f"efficacy_{how}")
             y, up = _percent([row], f"locality_{how}")
             colour, mark = _look(row["method"], methods)
-            filled = not row["control"]
-            bars = axes.errorbar(
-                x,
-                y,
-                xerr=across,
-                yerr=up,
-                fmt=mark,
-                ms=7,
-                lw=1,
-                color=colour,
-                mfc=colour if filled else "white",
-                alpha=1 if filled else 0.6,
+            # Larger below, so that methods at the same place are all seen.
+            known = row["method"] in methods
+            size = 12 - 6 * methods.index(row["method"]) / len(methods) if known else 14
+            axes.errorbar(x, y, xerr=across, yerr=up, fmt="none", lw=1, ecolor=colour, alpha=0.6)
+            filled = (
+                {"mfc": "white", "mew": 1.2} if row["control"] else {"mew": 0.5, "mec": "white"}
             )
+            bars = axes.plot(x, y, mark, ms=size, color=colour, **filled)[0]
             entries.setdefault(_label(row), bars)
         axes.set(xlim=(-4, 104), ylim=(-4, 104))
         axes.grid(alpha=0.25, lw=0.5)

@@ -139,7 +139,7 @@ def evaluate_sequential(
         store=opened(path, identity),
         unedited={},
     )
-    seconds: dict[str, float] = {}
+    seconds: dict[str, dict[str, float]] = {}
     rows: list[Row] = []
     for position, (name, settings) in enumerate(methods.items()):
         started = time.perf_counter()
@@ -147,7 +147,7 @@ def evaluate_sequential(
         of_method, refused = _Method(plan, name, settings).run(report)
         rows += of_method
         left_out += [{**entry, "method": name} for entry in refused]
-        seconds[name] = round(time.perf_counter() - started, 3)
+        seconds[name] = {"all": round(time.perf_counter() - started, 3)}
     results = {
         "identity": identity,
         "methods": {name: described(settings) for name, settings in methods.items()},
@@ -163,13 +163,14 @@ def _written(
     lm: LM,
     rows: list[Row],
     results: dict[str, Any],
-    seconds: dict[str, float],
+    seconds: dict[str, dict[str, float]],
     path: Path | None,
     *,
     seed: int,
 ) -> Tables:
     """The tables, in a directory too: as files, as figures, and as one JSON without times."""
     tables = {"sequential": _summary(rows, seed), "edits": rows}
+    seconds = seconds if path is None else with_earlier(seconds, path / "run.json", results)
     facts = {"model": lm.facts(), **results, "seconds": seconds, "versions": versions()}
     if path is not None:
         from jaxneurons.edit.figures import draw
