@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
-    from jaxneurons.edit.adapter import write_adapter
+    from jaxneurons.edit.adapter import (
+        write_adapter,
+    )
     from jaxneurons.edit.applying import (
         Conflict,
         apply_patches,
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
         EncodedRequest,
         encode_prefixed,
         encode_request,
+    )
+    from jaxneurons.edit.evaluation import (
+        evaluate,
     )
     from jaxneurons.edit.interventions import (
         ablate,
@@ -99,6 +104,9 @@ if TYPE_CHECKING:
     from jaxneurons.edit.reverting import (
         revert,
     )
+    from jaxneurons.edit.sequential import (
+        evaluate_sequential,
+    )
     from jaxneurons.edit.texts import (
         held_out_text,
         lab_text,
@@ -149,6 +157,8 @@ __all__ = [
     "edit_each",
     "encode_prefixed",
     "encode_request",
+    "evaluate",
+    "evaluate_sequential",
     "force",
     "generate_prefixes",
     "held_out_text",
