@@ -5,12 +5,24 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory):
-    """Grouped queries, biases of q, k and v, an unembedding of its own."""
+    """Grouped queries, biases of q, k and v, an unembedding of its own; nothing saturates."""
     pytest.importorskip("torch")
-    from support.fixtures import write_lm
+    from support.checkpoints import hf_tensors, tiny, write_hf
+    from support.fixtures import transformers_tokenizer
 
-    directory = tmp_path_factory.mktemp("edit") / "tiny"
-    return write_lm(directory, model_type="qwen2", tie_word_embeddings=False)
+    tokenizer = transformers_tokenizer("bytes")
+    config = tiny(
+        model_type="qwen2",
+        tie_word_embeddings=False,
+        num_hidden_layers=3,
+        vocab_size=len(tokenizer),
+    )
+    tensors = hf_tensors(config)
+    for name, values in tensors.items():
+        tensors[name] = 1 + values / 4 if "norm" in name else values / 4
+    directory = write_hf(tmp_path_factory.mktemp("edit") / "tiny", config, tensors)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

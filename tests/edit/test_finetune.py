@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.edits import REQUESTS, assert_unchanged, layer_kernels, torch_loss, torch_model
 
-from jaxneurons.edit import EditRequest, FineTune
+from jaxneurons.edit import FineTune
 from jaxneurons.edit import descent as descents
 from jaxneurons.edit.encoding import encode_request
 from jaxneurons.edit.finetune import fine_tune, fine_tune_each
@@ -238,4 +237,3 @@ def test_progress_is_told_of_steps_and_of_requests(tiny_lm):
     assert calls[-1] == (len(REQUESTS), len(REQUESTS))
 
 
-EditRequest, chex  # noqa: B018
