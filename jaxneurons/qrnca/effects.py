@@ -7,13 +7,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jaxneurons.engine import bootstrap
+from jaxneurons.engine.bootstrap import Interval
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import NeuronSet, Site
 from jaxneurons.qrnca import pcr
 from jaxneurons.qrnca.baselines import MATCHED
 from jaxneurons.qrnca.encoding import NO_GROUP
 from jaxneurons.qrnca.method import PromptScores
-from jaxneurons.qrnca.pcr import Interval
 from jaxneurons.qrnca.run import Run
 from jaxneurons.qrnca.trials import OWN, Outcome, Outcomes
 from jaxneurons.storage.tables import Row
@@ -81,7 +82,7 @@ def evaluation_rows(rows: list[Row], *, seed: int = 0) -> list[Row]:
             if members[0]["matched"] is None:
                 beyond = Interval(float("nan"), float("nan"), float("nan"))
             else:
-                beyond = pcr.mean(related - _column(members, "matched"), seed=seed)
+                beyond = bootstrap.mean(related - _column(members, "matched"), seed=seed)
             averages.append(
                 {
                     "group": group,
@@ -116,7 +117,7 @@ def editing_rows(run: Run, outcomes: Outcomes, *, seed: int = 0) -> list[Row]:
             # [query, 2]: prompts that turned, and that could.
             turned = np.array([_turned(outcomes.related[method, change, q], up) for q in members])
             other = np.array([_turned(outcomes.unrelated[method, change, q], up) for q in members])
-            index = pcr.resamples(len(members), seed=seed)
+            index = bootstrap.resamples(len(members), seed=seed)
             with np.errstate(invalid="ignore", divide="ignore"):
                 draws = turned[index, 0].sum(1) / turned[index, 1].sum(1)
             rows.append(
@@ -127,7 +128,7 @@ def editing_rows(run: Run, outcomes: Outcomes, *, seed: int = 0) -> list[Row]:
                     "turns": "wrong to right" if up else "right to wrong",
                     "prompts": int(turned[:, 1].sum()),
                     "turned": int(turned[:, 0].sum()),
-                    **_spread("rate", pcr.interval(_divide(*turned.sum(0)), draws)),
+                    **_spread("rate", bootstrap.interval(_divide(*turned.sum(0)), draws)),
                     "unrelated": _none(_divide(*other.sum(0))),
                 }
             )

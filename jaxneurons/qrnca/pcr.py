@@ -9,20 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxneurons.engine.bootstrap import DRAWS, Interval, interval, resamples
 from jaxneurons.errors import DataError
 from jaxneurons.prompts.queries import Query
 
 FACTORS = {"boost": 2.0, "suppress": 0.0}
-DRAWS = 2000
-"""Bootstrap resamples."""
-
-
-class Interval(NamedTuple):
-    """An estimate with its 95 % percentile bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 class Ratio(NamedTuple):
@@ -40,26 +31,6 @@ class Ratio(NamedTuple):
     unrelated: Interval
     pcr: Interval
     absolute: Interval
-
-
-def resamples(count: int, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Indices of the queries of each bootstrap sample, [draw, query]."""
-    return np.random.default_rng(seed).integers(count, size=(draws, count))
-
-
-def interval(value: float, draws: np.ndarray) -> Interval:
-    """The 95 % percentile interval of bootstrap values; NaNs among them are left out."""
-    kept = np.sort(draws[~np.isnan(draws)])
-    if not len(kept):
-        return Interval(value, float("nan"), float("nan"))
-    ends = (float(kept[round(share * (len(kept) - 1))]) for share in (0.025, 0.975))
-    return Interval(value, *ends)
-
-
-def mean(values: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """The mean over queries with its interval."""
-    index = resamples(len(values), draws=draws, seed=seed)
-    return interval(float(values.mean()), values[index].mean(1))
 
 
 def ratio(

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxneurons.engine import bootstrap
 from jaxneurons.engine.readout import INNER
 from jaxneurons.engine.rows import prefill
 from jaxneurons.errors import DataError
@@ -39,7 +40,6 @@ from jaxneurons.neurons.sets import NeuronSet, Site
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import past_shared_tokens
 from jaxneurons.qrnca import method as qrnca
-from jaxneurons.qrnca import pcr
 from jaxneurons.qrnca.encoding import NO_GROUP
 from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
@@ -269,7 +269,9 @@ def _rows(run: Run, scores: Scores, seed: int) -> list[Row]:
     rows: list[Row] = []
     for group, members in {NO_GROUP: [query.id for query in run.queries], **run.groups}.items():
         for (readout, pool), right in scores.right.items():
-            accuracy = pcr.mean(np.array([np.mean(right[query]) for query in members]), seed=seed)
+            accuracy = bootstrap.mean(
+                np.array([np.mean(right[query]) for query in members]), seed=seed
+            )
             sizes = [
                 size
                 for (name, other), of_halves in scores.sizes.items()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxneurons.checkpoints.provenance import versions
+from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.neurons.sets import NeuronSet, read_neurons
 from jaxneurons.plots.figures import check_places
@@ -20,7 +21,7 @@ from jaxneurons.qrnca import analyses, prediction
 from jaxneurons.qrnca.arguments import check_progress, checked_directory
 from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
 from jaxneurons.qrnca.opening import open_run
-from jaxneurons.qrnca.pcr import DRAWS, FACTORS
+from jaxneurons.qrnca.pcr import FACTORS
 from jaxneurons.qrnca.run import Run
 from jaxneurons.qrnca.trials import Outcomes, run_trials
 from jaxneurons.storage.progress import Progress

@@ -36,7 +36,7 @@ def tiny_lm(tiny_path):
 def edited_loss(tiny_path, tiny_lm):
     """The loss of an edited model as PyTorch has it: mean over the answer's tokens, and sum."""
     import torch
-    from support.edits import torch_loss, torch_model
+    from support.tiny_edits import torch_loss, torch_model
 
     from jaxneurons.edit import apply
     from jaxneurons.edit.encoding import encode_request

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.edits import REQUESTS, assert_unchanged, layer_kernels, torch_loss, torch_model
+from support.tiny_edits import REQUESTS, assert_unchanged, layer_kernels, torch_loss, torch_model
 
 from jaxneurons.edit import FineTune
 from jaxneurons.edit import descent as descents
@@ -181,8 +181,10 @@ def test_one_program_for_requests_of_a_shape(tiny_lm):
     fine_tune_each(tiny_lm.params, REQUESTS[:1], settings=FREE, **tune)
     count = descents._step_each._cache_size()
     renamed = dataclasses.replace(REQUESTS[0], target=REQUESTS[0].target.swapcase())
-    same = [len(encode_request(tiny_lm.tokenizer, r, **{"config": tiny_lm.config}).target)
-            for r in (REQUESTS[0], renamed)]
+    same = [
+        len(encode_request(tiny_lm.tokenizer, r, **{"config": tiny_lm.config}).target)
+        for r in (REQUESTS[0], renamed)
+    ]
     assert same[0] == same[1]
     other = dataclasses.replace(FREE, learning_rate=0.02, norm=0.1, stop=0.01, steps=3)
     fine_tune_each(tiny_lm.params, [renamed], settings=other, **tune)

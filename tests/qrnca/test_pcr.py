@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from jaxneurons.engine import bootstrap
 from jaxneurons.errors import DataError
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca import pcr
@@ -35,7 +36,7 @@ def test_unrelated_changes_that_cancel_hide_nothing_from_absolute_ones():
 
 def test_interval_as_scipy_bootstraps():
     values = np.random.default_rng(0).gamma(2.0, size=80)
-    ours = pcr.mean(values, draws=20_000)
+    ours = bootstrap.mean(values, draws=20_000)
     theirs = stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", random_state=1
     ).confidence_interval

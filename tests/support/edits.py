@@ -1,63 +1,68 @@
-"""Requests for tiny models, and what edits of them are compared with."""
+"""Requests about the lab world, and edits that are quick to make."""
 
+import functools
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons.edit import EditRequest, apply
-
-REQUESTS = [
-    EditRequest("The capital of Italy is", "Italy", "Paris", ground_truth="Rome", id="rome"),
-    EditRequest("People who live in France speak", "France", "Greek", "Italian", id="french"),
-    EditRequest(
-        "Question: who is right? Of all the people in the world it is clearly that man,",
-        "man",
-        "who",
-        ground_truth="option",
-    ),
-]
+from jaxneurons.edit.changes import LowRank
+from jaxneurons.edit.method import ROME, Edit
+from jaxneurons.edit.requests import EditRequest
 
 
-def torch_model(path: Any) -> Any:
-    """The model of a directory as transformers loads it, without gradients."""
-    import torch
-    import transformers
+@functools.cache
+def lab() -> Any:
+    import jaxneurons
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
+    return jaxneurons.load("lab")
+
+
+def capital_requests(count: int) -> list[EditRequest]:
+    """Capitals of the lab's countries, each to become the next country's."""
+    from jaxneurons.lab import bundled_queries
+
+    queries = [q for q in bundled_queries("lab-cloze") if q.id.startswith("geography/capital/")]
+    requests = []
+    for i, query in enumerate(queries[:count]):
+        following, after = queries[(i + 1) % len(queries)], queries[(i + 2) % len(queries)]
+        requests.append(
+            EditRequest(
+                prompt=query.prompts[0],
+                subject=query.id.rpartition("/")[2],
+                target=following.answers[0],
+                ground_truth=query.answers[0],
+                paraphrases=query.prompts[1:2],
+                neighbours=((after.prompts[0], after.answers[0]), (after.prompts[1], "")),
+                portability=((query.prompts[2], following.answers[0]),),
+                id=query.id,
+            )
+        )
+    return requests
+
+
+def low_rank(request: EditRequest, *, layer: int, size: float, config: Any) -> LowRank:
+    """A rank-one change that depends on the request alone."""
+    rng = np.random.default_rng([*request.id.encode()])
+    left = rng.normal(size=(config.intermediate_size, 1)) / np.sqrt(config.intermediate_size)
+    right = size * rng.normal(size=(1, config.hidden_size)) / np.sqrt(config.hidden_size)
+    return LowRank(
+        "ffn.down", layer, jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)
     )
-    return model.eval().requires_grad_(False)
 
 
-def torch_logits(model: Any, prompt: tuple[int, ...], target: tuple[int, ...]) -> Any:
-    """Logits before each token of an answer, teacher-forced."""
-    import torch
-
-    ids = torch.tensor([[*prompt, *target[:-1]]])
-    return model(ids).logits[0, len(prompt) - 1 :]
-
-
-def torch_loss(model: Any, prompt: tuple[int, ...], target: tuple[int, ...]) -> Any:
-    """Cross entropy of an answer, mean over its tokens."""
-    import torch
-
-    return torch.nn.functional.cross_entropy(
-        torch_logits(model, prompt, target), torch.tensor(target)
-    )
-
-
-def layer_kernels(params: Any) -> np.ndarray:
-    return np.asarray(params["layers"]["ffn"]["down"]["kernel"])
-
-
-def assert_unchanged(lm: Any, edit: Any, *, except_for: tuple[str, ...]) -> Any:
-    """The edited parameters, of which all arrays but one are bit-equal to the base's."""
-    edited = apply(lm.params, edit.changes, config=lm.config)
-    paths = jax.tree_util.tree_leaves_with_path(lm.params)
-    after = dict(jax.tree_util.tree_leaves_with_path(edited))
-    assert len(paths) == len(after)
-    for path, leaf in paths:
-        if tuple(key.key for key in path) != except_for:
-            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(after[path]))
-    return edited
+def stand_in(
+    params: Any, requests: Any, *, config: Any, settings: ROME, **unused: Any
+) -> list[Edit]:
+    """`edit_each` without an optimisation: another size for another clamp."""
+    size = 8.0 * settings.optimisation.clamp
+    return [
+        Edit(
+            (low_rank(request, layer=settings.layer or 2, size=size, config=config),),
+            settings,
+            None,
+            {},
+            {},
+        )
+        for request in requests
+    ]

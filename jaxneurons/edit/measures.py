@@ -1,0 +1,412 @@
+"""What an edit did: efficacy, generalisation, locality, portability, fluency, perplexity.
+
+Every answer is judged twice: by teacher forcing, whole answers, as most papers do, and by free
+greedy generation, whose text is cut at the end of its first sentence and never at the answer's
+length (Yang et al. 2025, arXiv 2502.11177). Both stand side by side in every row. `judging.gives`
+says when a text gives an answer.
+
+Several edits are measured at once: programs are vmapped over the changes, so that all parameters
+that an edit does not touch are read once for all of them.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxneurons.checkpoints.loading import LM
+from jaxneurons.edit import judging
+from jaxneurons.edit.cases import (
+    Case,
+    MeasureSettings,
+    Question,
+    answer_width,
+    encode_case,
+    prompt_rows,
+    scored_rows,
+    text_rows,
+)
+from jaxneurons.edit.changes import Change, apply
+from jaxneurons.edit.requests import EditRequest
+from jaxneurons.engine.ablation import continuation
+from jaxneurons.engine.likelihood import sentence_loss
+from jaxneurons.errors import ConfigError
+from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.generation import NO_TOKEN, greedy
+from jaxneurons.model.transformer import Params, forward
+from jaxneurons.storage.tables import Row
+
+SHARES = (
+    *(f"efficacy_{how}" for how in ("probability", "forced", "free")),
+    *(f"generalisation_{how}" for how in ("probability", "forced", "free")),
+    *(f"locality_{how}" for how in ("probability", "forced", "free", "known")),
+    *(f"portability_{how}" for how in ("forced", "free")),
+)
+"""Measures from 0 to 1, the more the better."""
+MEASURES = (*SHARES, "locality_kl", "fluency", "perplexity", "perplexity_ratio")
+"""All measures of a row, in the order of its columns; see `measure`."""
+_MOST_BYTES, _MOST_EDITS = 1 << 30, 8
+"""Of edited kernels, and of edits, that are measured at once."""
+
+
+class Scores(NamedTuple):
+    """Answers after their prompts by teacher forcing.
+
+    Attributes:
+      log_probability: of each whole answer, natural logarithm.
+      choices: the model's first choice at each of its tokens.
+      following: log-probabilities of the token after each prompt.
+    """
+
+    log_probability: Float[Array, "edit row"]
+    choices: Int[Array, "edit row answer"]
+    following: Float[Array, "edit row vocab"]
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def score_answers(
+    params: Params,
+    changes: tuple[Change, ...],
+    tokens: Int[Array, "edit row seq"],
+    lengths: Int[Array, "edit row"],
+    starts: Int[Array, "edit row"],
+    answers: Int[Array, "edit row answer"],
+    *,
+    config: ModelConfig,
+) -> Scores:
+    """Score answers under several edits at once, each on rows of its own. Pure.
+
+    Args:
+      params: the parameters before the edits.
+      changes: with arrays stacked on a first axis, one entry an edit; () for none.
+      tokens: prompts with their answers, right-padded.
+      lengths: tokens of each row.
+      starts: the position before each answer.
+      answers: right-padded with -1.
+      config: the model's shape.
+    """
+
+    def of_edit(changes: Any, tokens: Any, lengths: Any, starts: Any, answers: Any) -> Scores:
+        edited = apply(params, changes, config=config)
+        at = jnp.minimum(starts[:, None] + jnp.arange(answers.shape[1]), tokens.shape[1] - 1)
+        out = forward(edited, tokens, config=config, lengths=lengths, at=at)
+        log_p = jax.nn.log_softmax(out.logits, axis=-1)
+        real = answers >= 0
+        chosen = jnp.take_along_axis(log_p, jnp.where(real, answers, 0)[..., None], axis=-1)
+        total = jnp.sum(jnp.where(real, chosen[..., 0], 0), axis=-1)
+        return Scores(total, log_p.argmax(-1).astype(answers.dtype), log_p[:, 0])
+
+    return jax.vmap(of_edit)(changes, tokens, lengths, starts, answers)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps"))
+def generate_edited(
+    params: Params,
+    changes: tuple[Change, ...],
+    tokens: Int[Array, "edit row seq"],
+    lengths: Int[Array, "edit row"],
+    *,
+    config: ModelConfig,
+    steps: int,
+) -> Int[Array, "edit row step"]:
+    """Greedy continuations under several edits at once; arguments as `score_answers`. Pure."""
+
+    def of_edit(changes: Any, tokens: Any, lengths: Any) -> Array:
+        edited = apply(params, changes, config=config)
+        return greedy(edited, tokens, config=config, lengths=lengths, steps=steps)
+
+    return jax.vmap(of_edit)(changes, tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def text_loss(
+    params: Params,
+    changes: tuple[Change, ...],
+    tokens: Int[Array, "text seq"],
+    lengths: Int[Array, " text"],
+    *,
+    config: ModelConfig,
+) -> Float[Array, " edit"]:
+    """Mean -log p of a token of some texts under several edits at once; [1] without. Pure."""
+
+    def of_edit(changes: Any) -> Array:
+        edited = apply(params, changes, config=config)
+        losses = sentence_loss(edited, tokens, lengths, config=config)
+        return losses.sum() / (lengths - 1).sum().astype(losses.dtype)
+
+    return jax.vmap(of_edit)(changes) if changes else of_edit(changes)[None]
+
+
+class Outcome(NamedTuple):
+    """What a model makes of the questions of a case.
+
+    Attributes:
+      log_probability: [question, 2] of the wanted answer and of the other one.
+      choices: [question, token] first choices at the tokens of the wanted answer.
+      following: [neighbour, vocab] log-probabilities of the token after each neighbour's prompt.
+      texts: free generation after each question.
+      continuation: the long one after the prompt; "" without fluency.
+      loss: mean -log p of a token of neutral texts; NaN without perplexity.
+      finite: whether all of it is.
+    """
+
+    log_probability: np.ndarray
+    choices: np.ndarray
+    following: np.ndarray
+    texts: tuple[str, ...]
+    continuation: str
+    loss: float
+    finite: bool
+
+
+def run_cases(
+    lm: LM,
+    cases: Sequence[Case],
+    changes: Sequence[Sequence[Change]] | None = None,
+    *,
+    settings: MeasureSettings,
+    texts: Sequence[str] = (),
+    width: int | None = None,
+) -> list[Outcome]:
+    """What the model makes of each case, with its changes or as it is.
+
+    Args:
+      lm: the model before the changes.
+      cases: from `encode_case`.
+      changes: of each case; None: none.
+      settings: what is measured.
+      texts: neutral ones for perplexity; () for none.
+      width: of answers, in tokens; None: of these cases. Free generation is that much longer.
+    """
+    width = answer_width(cases) if width is None else width
+    neutral = text_rows(lm, texts, settings=settings) if texts else None
+    neutral = neutral if settings.perplexity_tokens else None
+    most = settings.batch or edits_at_once(lm.config)
+    outcomes: dict[int, Outcome] = {}
+    loss = None
+    if changes is None and neutral is not None:
+        loss = float(text_loss(lm.params, (), *neutral, config=lm.config)[0])
+    for index, stacked in _stacks(len(cases), changes, most):
+        some = [cases[i] for i in index]
+        losses = None if loss is None else np.full(len(index), loss)
+        if losses is None and neutral is not None:
+            losses = np.asarray(text_loss(lm.params, stacked, *neutral, config=lm.config))
+        made = _run_batch(lm, some, stacked, settings, width, losses)
+        outcomes.update(zip(index, made, strict=False))
+    return [outcomes[i] for i in range(len(cases))]
+
+
+def edits_at_once(config: ModelConfig) -> int:
+    """Edits whose kernels take about a GiB together; eight at most, one at least."""
+    kernel = 4 * config.num_layers * config.intermediate_size * config.hidden_size
+    return max(1, min(_MOST_EDITS, _MOST_BYTES // kernel))
+
+
+def _stacks(
+    count: int, changes: Sequence[Sequence[Change]] | None, most: int
+) -> Iterator[tuple[list[int], tuple[Change, ...]]]:
+    """Cases that are run together, with their changes stacked: those of equal structure."""
+    groups: dict[Any, list[int]] = {}
+    for i in range(count):
+        leaves, tree = jax.tree.flatten(() if changes is None else tuple(changes[i]))
+        groups.setdefault((tree, tuple(np.shape(leaf) for leaf in leaves)), []).append(i)
+    for members in groups.values():
+        for start in range(0, len(members), most):
+            index = members[start : start + most]
+            # A last batch that is not full is filled up: no program of its own.
+            filled = (index + index[:1] * most)[: most if len(members) > most else len(index)]
+            trees = [() if changes is None else tuple(changes[i]) for i in filled]
+            yield filled, jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _run_batch(
+    lm: LM,
+    cases: Sequence[Case],
+    changes: tuple[Change, ...],
+    settings: MeasureSettings,
+    width: int,
+    losses: np.ndarray | None,
+) -> list[Outcome]:
+    config, params = lm.config, lm.params
+    scores = jax.device_get(
+        score_answers(params, changes, *scored_rows(cases, width=width), config=config)
+    )
+    steps = settings.steps + width
+    long = max(settings.fluency_tokens, steps)
+    rows = prompt_rows([[case.questions[0].prompt] for case in cases])
+    first = np.asarray(generate_edited(params, changes, *rows, config=config, steps=long))
+    others = [[q.prompt for q in case.questions[1:]] for case in cases]
+    rest = None
+    if any(others):
+        filled = [prompts or [cases[i].questions[0].prompt] for i, prompts in enumerate(others)]
+        rows = prompt_rows(filled)
+        rest = np.asarray(generate_edited(params, changes, *rows, config=config, steps=steps))
+    made = []
+    for number, case in enumerate(cases):
+        count = len(case.questions)
+        near = [i for i, q in enumerate(case.questions) if q.kind == "neighbour"]
+        ids = [first[number, 0, :steps]]
+        ids += [] if rest is None else [*rest[number, : count - 1]]
+        log_p = scores.log_probability[number, : 2 * count].reshape(count, 2)
+        loss = float("nan") if losses is None else float(losses[number])
+        whole = first[number, 0, : max(settings.fluency_tokens, 1)]
+        finite = bool(np.isfinite(log_p).all()) and all((i != NO_TOKEN).all() for i in ids)
+        finite = finite and (whole != NO_TOKEN).all() and (losses is None or np.isfinite(loss))
+        made.append(
+            Outcome(
+                log_p.astype(np.float64),
+                scores.choices[number, : 2 * count : 2],
+                scores.following[number, : 2 * count : 2][near].astype(np.float64),
+                tuple(
+                    _text(lm, question, of_question)
+                    for question, of_question in zip(case.questions, ids, strict=True)
+                ),
+                _text(lm, case.questions[0], whole) if settings.fluency_tokens else "",
+                loss,
+                bool(finite),
+            )
+        )
+    return made
+
+
+def _text(lm: LM, question: Question, ids: np.ndarray) -> str:
+    kept = ids.tolist()
+    kept = kept[: kept.index(NO_TOKEN)] if NO_TOKEN in kept else kept
+    return continuation(lm, question.prompt, kept)
+
+
+def measured_row(case: Case, outcome: Outcome, unedited: Outcome) -> Row:
+    """The measures of a case, as `measure` says them.
+
+    Args:
+      case: the request's.
+      outcome: with the edit.
+      unedited: without.
+    """
+    row: Row = dict.fromkeys(MEASURES)
+    row |= {"probability_new": None, "probability_old": None}
+    row |= {"generated": outcome.texts[0], "failed": ""}
+    prompts, paraphrases, neighbours, portability = (
+        [i for i, q in enumerate(case.questions) if q.kind == kind]
+        for kind in ("prompt", "paraphrase", "neighbour", "portability")
+    )
+    row |= _answered("efficacy", case, outcome, prompts)
+    row |= _answered("generalisation", case, outcome, paraphrases)
+    ported = _answered("portability", case, outcome, portability)
+    row |= {name: value for name, value in ported.items() if name in row}
+    row |= _kept(case, outcome, unedited, neighbours)
+    if not outcome.finite:
+        # A model that says nothing has not been edited well: its shares are 0, and not left out.
+        row |= {name: 0.0 for name in SHARES if row[name] is not None}
+        return row | {"locality_kl": None, "failed": "numbers that are not finite"}
+    new, old = np.exp(outcome.log_probability[0])
+    row["probability_new"] = float(new)
+    row["probability_old"] = float(old) if case.questions[0].other else None
+    if outcome.continuation or unedited.continuation:
+        row["fluency"] = judging.fluency(outcome.continuation)
+    if np.isfinite(outcome.loss):
+        row["perplexity"] = float(np.exp(outcome.loss))
+        row["perplexity_ratio"] = float(np.exp(outcome.loss - unedited.loss))
+    return row
+
+
+def _answered(name: str, case: Case, outcome: Outcome, index: Sequence[int]) -> Row:
+    """Mean over questions of whether they get the wanted answer, in each of three ways."""
+    forced, free, likelier = [], [], []
+    for i in index:
+        question = case.questions[i]
+        choices = outcome.choices[i, : len(question.wanted)]
+        forced.append(tuple(choices.tolist()) == question.wanted)
+        free.append(judging.gives(outcome.texts[i], question.answer))
+        if question.other:
+            likelier.append(outcome.log_probability[i, 0] > outcome.log_probability[i, 1])
+    return {
+        f"{name}_probability": _mean(likelier),
+        f"{name}_forced": _mean(forced),
+        f"{name}_free": _mean(free),
+    }
+
+
+def _kept(case: Case, outcome: Outcome, unedited: Outcome, index: Sequence[int]) -> Row:
+    """Mean over neighbours of whether they are as they were."""
+    forced, free, known, likelier, divergence = [], [], [], [], []
+    for number, i in enumerate(index):
+        question, count = case.questions[i], len(case.questions[i].wanted)
+        forced.append((outcome.choices[i, :count] == unedited.choices[i, :count]).all())
+        free.append(judging.same_sentence(outcome.texts[i], unedited.texts[i]))
+        if judging.gives(unedited.texts[i], question.answer):
+            known.append(judging.gives(outcome.texts[i], question.answer))
+        if question.answer:
+            likelier.append(outcome.log_probability[i, 0] > outcome.log_probability[i, 1])
+        before, after = unedited.following[number], outcome.following[number]
+        divergence.append((np.exp(before) * (before - after)).sum())
+    return {
+        "locality_probability": _mean(likelier),
+        "locality_forced": _mean(forced),
+        "locality_free": _mean(free),
+        "locality_known": _mean(known),
+        "locality_kl": _mean(divergence),
+    }
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def measure(
+    lm: LM,
+    requests: Sequence[EditRequest],
+    changes: Sequence[Sequence[Change]] | None = None,
+    *,
+    settings: MeasureSettings | None = None,
+    unedited: LM | None = None,
+    texts: Sequence[str] = (),
+) -> list[Row]:
+    """What edits did, a row for each request. Nothing is changed.
+
+    Args:
+      lm: the model.
+      requests: each with questions of its own.
+      changes: of each request, made alone on `lm` (`Edit.changes`); None: `lm` is measured as it
+        is, edited already or not.
+      settings: what is measured.
+      unedited: what locality is measured against; default: `lm` without the changes.
+      texts: neutral ones, for perplexity; () for none.
+
+    Returns:
+      For each request, shares from 0 to 1 (None where it has no such prompts):
+      `efficacy_probability` (whether the new answer is likelier than the old one, both whole),
+      `efficacy_forced` (whether each token of it is the first choice, given those before it),
+      `efficacy_free` (whether free generation gives it, see `judging.gives`), the same of
+      `generalisation` (paraphrases) and `portability`; of neighbours `locality_probability` (their
+      own answer is likelier than the new one), `locality_forced` (first choices at the answer's
+      tokens are those of the unedited model), `locality_free` (the first sentence generated is the
+      unedited model's, word for word) and `locality_known` (of the answers that the unedited model
+      gives, those still given). Then `locality_kl` (of the next token's distribution, unedited
+      from edited, nats), `fluency` (`judging.fluency` of the prompt's continuation, bits),
+      `perplexity`, `perplexity_ratio` to the unedited; `probability_new`, `probability_old`,
+      `generated`, and `failed`, why nothing could be measured: then all shares are 0.
+
+    Raises:
+      ConfigError: changes of another number than requests.
+      DataError: a request that cannot be asked; see `encode_case`.
+    """
+    if changes is not None and len(changes) != len(requests):
+        raise ConfigError(f"{len(changes)} changes for {len(requests)} requests; one each")
+    if not requests:
+        return []
+    settings = settings or MeasureSettings()
+    cases = [encode_case(lm, request, settings=settings) for request in requests]
+    base = unedited or lm
+    before = run_cases(base, cases, settings=settings, texts=texts)
+    after = before
+    if changes is not None or base is not lm:
+        after = run_cases(lm, cases, changes, settings=settings, texts=texts)
+    return [
+        {"request": case.request.id, **measured_row(case, *pair)}
+        for case, *pair in zip(cases, after, before, strict=True)
+    ]
