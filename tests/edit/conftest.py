@@ -33,23 +33,23 @@ def tiny_lm(tiny_path):
 
 
 @pytest.fixture
-def edited_loss(tiny_path, tiny_lm):
-    """The loss of an edited model as PyTorch has it: mean over the answer's tokens, and sum."""
-    import torch
-    from support.tiny_edits import torch_loss, torch_model
+def edited_loss(tiny_lm):
+    """The loss of a model with edited parameters: mean over the answer's tokens, and sum."""
+    import jax.numpy as jnp
+    import numpy as np
 
+    from jaxneurons import forward
     from jaxneurons.edit import apply
     from jaxneurons.edit.encoding import encode_request
 
     def loss(edit, request):
-        model = torch_model(tiny_path)
-        edited = apply(tiny_lm.params, edit.changes, config=tiny_lm.config)
-        for layer, module in enumerate(model.model.layers):
-            for name in ("down", "up", "gate"):
-                kernel = edited["layers"]["ffn"][name]["kernel"][layer]
-                getattr(module.mlp, f"{name}_proj").weight.copy_(torch.tensor(kernel.T.tolist()))
         ids = encode_request(tiny_lm.tokenizer, request, config=tiny_lm.config)
-        mean = float(torch_loss(model, ids.prompt, ids.target))
-        return mean, mean * len(ids.target)
+        params = apply(tiny_lm.params, edit.changes, config=tiny_lm.config)
+        tokens = jnp.asarray([[*ids.prompt, *ids.target[:-1]]])
+        logits = forward(params, tokens, config=tiny_lm.config, at="all").logits[0]
+        logits = np.asarray(logits, np.float64)[len(ids.prompt) - 1 :]
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total = -sum(row[token] for row, token in zip(logp, ids.target, strict=True))
+        return total / len(ids.target), total
 
     return loss

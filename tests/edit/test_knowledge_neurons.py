@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from support.edits import REQUESTS, assert_unchanged, layer_kernels
+from support.tiny_edits import REQUESTS, assert_unchanged, layer_kernels
 
 from jaxneurons.edit import KnowledgeNeurons
 from jaxneurons.edit.encoding import encode_request
@@ -127,7 +127,7 @@ def test_neurons_without_output_rows_are_refused(tiny_lm, neurons, message):
 
 def test_the_old_answer_must_be_known(tiny_lm):
     unknown = dataclasses.replace(REQUESTS[1], ground_truth="")
-    for requests, message in ((REQUESTS[:1] + [unknown], "request 'french'"), ([], "no requests")):
+    for requests, message in (([*REQUESTS[:1], unknown], "request 'french'"), ([], "no requests")):
         for function in (operate, operate_each):
             with pytest.raises(DataError, match=message):
                 function(

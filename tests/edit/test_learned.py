@@ -3,18 +3,16 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.edits import REQUESTS, assert_unchanged, layer_kernels, torch_loss, torch_model
+from support.tiny_edits import REQUESTS, assert_unchanged, layer_kernels, torch_loss, torch_model
 
-from jaxneurons import forward
 from jaxneurons.edit import LearnedNeurons, Multipliers
 from jaxneurons.edit import descent as descents
 from jaxneurons.edit.encoding import encode_request
 from jaxneurons.edit.learned import learn_neurons, learn_neurons_each
-from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.errors import DataError
 from jaxneurons.neurons import NeuronSet
 from jaxneurons.prompts.answers import encode_prompt
 
@@ -197,3 +195,146 @@ def test_together_as_pytorch_does(tiny_path, tiny_lm, settings):
     theirs, losses = torch_learned(tiny_path, tiny_lm, REQUESTS, settings)
     compare(tiny_lm, edit, theirs, settings.neurons)
     np.testing.assert_allclose(edit.trace.loss, losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [MULTIPLIERS, ROWS], ids=["multipliers", "rows"])
+def test_the_edited_model_has_the_loss_that_the_trace_says(tiny_lm, edited_loss, settings):
+    settings = dataclasses.replace(settings, norm=1.0, steps=6, learning_rate=0.2, stop=4.0)
+    edits = learn_neurons_each(tiny_lm.params, REQUESTS, **tune(tiny_lm, settings))
+    for edit, request in zip(edits, REQUESTS, strict=True):
+        mean, total = edited_loss(edit, request)
+        steps = int(edit.trace.steps[0])
+        np.testing.assert_allclose(edit.trace.loss[0, steps], mean, rtol=1e-4)
+        np.testing.assert_allclose(edit.trace.probability[0], np.exp(-total), rtol=1e-3)
+        assert edit.trace.loss.shape == (1, 7)
+        assert np.isnan(edit.trace.loss[0, steps + 1 :]).all()
+        assert edit.trace.loss[0, steps] < edit.trace.loss[0, 0]
+        # The divergence is part of what has to come below.
+        assert not edit.trace.reached[0] or mean < settings.stop
+        assert edit.trace.reached[0] or steps == 6
+
+
+@pytest.mark.parametrize("settings", [MULTIPLIERS, ROWS], ids=["multipliers", "rows"])
+def test_the_bound_holds_after_every_step(tiny_lm, settings):
+    kernels = layer_kernels(tiny_lm.params)
+    for steps in range(1, 5):
+        for edit in learn_neurons_each(
+            tiny_lm.params, REQUESTS, **tune(tiny_lm, settings, steps=steps)
+        ):
+            if settings.learn == "multipliers":
+                sizes = [np.abs(np.log(change.factor)).max() for change in edit.changes]
+            else:
+                sizes = []
+                for change in edit.changes:
+                    old = kernels[change.layer, change.index]
+                    moved = np.linalg.norm(change.values - old, axis=-1)
+                    sizes.append((moved / np.linalg.norm(old, axis=-1)).max())
+            assert max(sizes) <= settings.norm * (1 + 1e-4)
+            assert max(sizes) > 0.9 * min(settings.norm, 0.05 * steps)
+
+
+@pytest.mark.parametrize("settings", [MULTIPLIERS, ROWS], ids=["multipliers", "rows"])
+def test_no_steps_change_nothing(tiny_lm, settings):
+    for edit in learn_neurons_each(tiny_lm.params, REQUESTS, **tune(tiny_lm, settings, steps=0)):
+        assert_unchanged(tiny_lm, edit, except_for=())
+        assert edit.trace.loss.shape == (1, 1)
+        assert not edit.trace.reached.any()
+
+
+def values(edit):
+    """All numbers that an edit sets, by site and layer or by layer."""
+    if isinstance(edit.changes[0], Multipliers):
+        return {change.site: np.asarray(change.factor) for change in edit.changes}
+    return {change.layer: np.asarray(change.values) for change in edit.changes}
+
+
+@pytest.mark.parametrize("settings", [MULTIPLIERS, ROWS], ids=["multipliers", "rows"])
+def test_a_set_for_each_request_and_none_feels_the_others(tiny_lm, settings):
+    sets = (
+        settings.neurons,
+        NeuronSet.of(act=[(1, 5)]),
+        NeuronSet.of(act=[(2, 9), (2, 1)], up=[(1, 4)]),
+    )
+    edits = learn_neurons_each(tiny_lm.params, REQUESTS, **tune(tiny_lm, settings, neurons=sets))
+    same = learn_neurons_each(tiny_lm.params, REQUESTS, **tune(tiny_lm, settings))
+    last = learn_neurons_each(
+        tiny_lm.params, REQUESTS[::-1], **tune(tiny_lm, settings, neurons=sets[::-1])
+    )[::-1]
+    for pair in ((edits[0], same[0]), *zip(edits, last, strict=True)):
+        ours, theirs = map(values, pair)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            np.testing.assert_allclose(ours[key], theirs[key], atol=1e-4)
+    for edit, neurons in zip(edits, sets, strict=True):
+        assert edit.settings.neurons == neurons
+        if settings.learn == "multipliers":
+            changed = NeuronSet.of(
+                **{
+                    change.site: list(
+                        zip(change.layer.tolist(), change.index.tolist(), strict=True)
+                    )
+                    for change in edit.changes
+                }
+            )
+            assert changed == neurons
+    assert [int(np.ravel(change.layer)[0]) for change in edits[1].changes] == [1]
+    together = learn_neurons(tiny_lm.params, REQUESTS, **tune(tiny_lm, settings, neurons=sets))
+    assert together.settings.neurons == sets[0] | sets[1] | sets[2]
+
+
+def test_without_a_divergence_other_prompts_do_not_matter(tiny_lm):
+    first, second = (
+        learn_neurons_each(
+            tiny_lm.params, REQUESTS[:1], **tune(tiny_lm, ROWS, kl_factor=0.0, others=others)
+        )[0]
+        for others in ((), ("anything", "goes"))
+    )
+    for key, ours in values(first).items():
+        np.testing.assert_array_equal(ours, values(second)[key])
+
+
+@pytest.mark.parametrize("settings", [MULTIPLIERS, ROWS], ids=["multipliers", "rows"])
+def test_one_program_for_sets_of_a_size(tiny_lm, settings):
+    learn_neurons_each(tiny_lm.params, REQUESTS, **tune(tiny_lm, settings))
+    programs = descents._step_each._cache_size()
+    moved = NeuronSet.of(
+        **{
+            site: [(layer, index ^ 1) for layer, index in settings.neurons.pairs(site).tolist()]
+            for site in settings.neurons.codes
+        }
+    )
+    assert moved != settings.neurons
+    others = [
+        dataclasses.replace(r, target=o.target)
+        for r, o in zip(REQUESTS, REQUESTS[::-1], strict=True)
+    ]
+    numbers = {"norm": 0.3, "learning_rate": 0.01, "stop": 0.1, "steps": 2}
+    learn_neurons_each(tiny_lm.params, others, **tune(tiny_lm, settings, neurons=moved, **numbers))
+    assert descents._step_each._cache_size() == programs
+
+
+@pytest.mark.parametrize(
+    ("neurons", "learn", "message"),
+    [
+        (NeuronSet.of(q=[(0, 3)]), "rows", "'q' have no output row"),
+        (NeuronSet.of(act=[(3, 3)]), "multipliers", "layer 3 is not in this model"),
+        (NeuronSet.of(act=[(0, 64)]), "rows", "neuron 64 is not in this model"),
+        (NeuronSet(), "multipliers", "no neurons"),
+        ((WRITERS,), "rows", "1 sets of neurons for 3 requests"),
+    ],
+)
+def test_neurons_that_cannot_be_learned_are_refused(tiny_lm, neurons, learn, message):
+    settings = LearnedNeurons(neurons, learn=learn)
+    for function in (learn_neurons, learn_neurons_each):
+        with pytest.raises(DataError, match=message):
+            function(tiny_lm.params, REQUESTS, **tune(tiny_lm, settings))
+
+
+def test_numbers_that_are_not_finite_name_the_request(tiny_lm):
+    kernel = tiny_lm.params["layers"]["ffn"]["up"]["kernel"].at[2, 0, 0].set(jnp.nan)
+    ffn = {**tiny_lm.params["layers"]["ffn"], "up": {"kernel": kernel}}
+    damaged = {**tiny_lm.params, "layers": {**tiny_lm.params["layers"], "ffn": ffn}}
+    with pytest.raises(DataError, match=r"request 'rome' .* not finite from layer 2 on"):
+        learn_neurons_each(damaged, REQUESTS, **tune(tiny_lm, MULTIPLIERS))
+    with pytest.raises(DataError, match="no requests"):
+        learn_neurons(tiny_lm.params, [], **tune(tiny_lm, MULTIPLIERS))
