@@ -6,6 +6,15 @@ from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.covariance import (
+        Covariance,
+        SingularCovarianceWarning,
+        check_covariance,
+        collect_covariance,
+        read_covariances,
+        regularise,
+        write_covariances,
+    )
     from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
     from jaxneurons.edit.method import (
         MEMIT,
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
         read_known,
         read_requests,
     )
+    from jaxneurons.edit.texts import held_out_text, lab_text, neutral_text, sample_text
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -33,6 +43,7 @@ __all__ = [
     "MEMIT",
     "ROME",
     "AlphaEdit",
+    "Covariance",
     "Edit",
     "EditRequest",
     "EncodedRequest",
@@ -44,12 +55,22 @@ __all__ = [
     "Multipliers",
     "Optimisation",
     "Rows",
+    "SingularCovarianceWarning",
     "Trace",
     "apply",
+    "check_covariance",
     "check_requests",
+    "collect_covariance",
     "encode_prefixed",
     "encode_request",
     "generate_prefixes",
+    "held_out_text",
+    "lab_text",
+    "neutral_text",
+    "read_covariances",
     "read_known",
     "read_requests",
+    "regularise",
+    "sample_text",
+    "write_covariances",
 ]
