@@ -7,7 +7,17 @@ from jaxneurons.lazy import face
 if TYPE_CHECKING:
     from jaxneurons.edit.cases import MeasureSettings
     from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.covariance import (
+        Covariance,
+        SingularCovarianceWarning,
+        check_covariance,
+        collect_covariance,
+        read_covariances,
+        regularise,
+        write_covariances,
+    )
     from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
+    from jaxneurons.edit.layers import LayerChoice, choose_layers
     from jaxneurons.edit.measures import measure
     from jaxneurons.edit.method import (
         MEMIT,
@@ -29,6 +39,7 @@ if TYPE_CHECKING:
         read_requests,
     )
     from jaxneurons.edit.restoring import restored_probabilities
+    from jaxneurons.edit.texts import held_out_text, lab_text, neutral_text, sample_text
     from jaxneurons.edit.tracing import trace
 
 __getattr__, __dir__ = face(__name__, __file__)
@@ -37,27 +48,40 @@ __all__ = [
     "MEMIT",
     "ROME",
     "AlphaEdit",
+    "Covariance",
     "Edit",
     "EditRequest",
     "EncodedRequest",
     "FineTune",
     "KnowledgeNeurons",
     "KnownFact",
+    "LayerChoice",
     "LearnedNeurons",
     "LowRank",
     "MeasureSettings",
     "Multipliers",
     "Optimisation",
     "Rows",
+    "SingularCovarianceWarning",
     "Trace",
     "apply",
+    "check_covariance",
     "check_requests",
+    "choose_layers",
+    "collect_covariance",
     "encode_prefixed",
     "encode_request",
     "generate_prefixes",
+    "held_out_text",
+    "lab_text",
     "measure",
+    "neutral_text",
+    "read_covariances",
     "read_known",
     "read_requests",
+    "regularise",
     "restored_probabilities",
+    "sample_text",
     "trace",
+    "write_covariances",
 ]
