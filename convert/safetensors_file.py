@@ -70,6 +70,35 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, Entry]:
       SourceError: the file cannot be read, or is damaged or truncated: says how.
     """
     path = as_path("path", path)
+    header, data, size = _header(path)
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, values, data, size) for name, values in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    at = data
+    for name, entry in entries.items():
+        if entry.offset != at:
+            raise _damaged(path, f"tensor {name} does not begin where the one before it ends")
+        at += entry.nbytes
+    if at != size:
+        raise _damaged(path, f"{size} bytes, its tensors end at {at}")
+    return entries
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts that a file carries beside its tensors.
+
+    Raises:
+      SourceError: the file cannot be read, or its header is damaged.
+    """
+    path = as_path("path", path)
+    metadata = _header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "its metadata are not texts")
+    return metadata
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data begin, and the size of the file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -86,19 +115,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, Entry]:
         raise _damaged(path, f"its header is not valid: {' '.join(str(error).split())}") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not an object")
-    header.pop("__metadata__", None)
-    entries = {
-        name: _entry(path, name, values, 8 + length, size) for name, values in header.items()
-    }
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
-    at = 8 + length
-    for name, entry in entries.items():
-        if entry.offset != at:
-            raise _damaged(path, f"tensor {name} does not begin where the one before it ends")
-        at += entry.nbytes
-    if at != size:
-        raise _damaged(path, f"{size} bytes, its tensors end at {at}")
-    return entries
+    return header, 8 + length, size
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,7 +199,34 @@ def write_safetensors(
     progress: Advance | None = None,
 ) -> None:
     """Write a file, tensor by tensor; it is on the disk when this returns."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    with Path(path).open("wb") as file:
+        file.write(_encode_header(tensors, {"format": "pt"}))
+        for tensor in tensors.values():
+            for piece in ahead(_contiguous(tensor)):
+                file.write(piece.reshape(-1).view(np.uint8).data)
+                if progress is not None:
+                    progress(piece.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def encode_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """A small file with texts beside its tensors, in memory.
+
+    Args:
+      tensors: by name.
+      metadata: what `read_metadata` returns.
+    """
+    entries = {
+        name: ToWrite(tensor.dtype, tensor.shape, lambda: ()) for name, tensor in tensors.items()
+    }
+    return _encode_header(entries, metadata) + b"".join(
+        np.ascontiguousarray(tensor).tobytes() for tensor in tensors.values()
+    )
+
+
+def _encode_header(tensors: Mapping[str, ToWrite], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, tensor in tensors.items():
         end = at + math.prod(tensor.shape) * tensor.dtype.itemsize
@@ -194,15 +238,7 @@ def write_safetensors(
         at = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    with Path(path).open("wb") as file:
-        file.write(struct.pack("<Q", len(raw)) + raw)
-        for tensor in tensors.values():
-            for piece in ahead(_contiguous(tensor)):
-                file.write(piece.reshape(-1).view(np.uint8).data)
-                if progress is not None:
-                    progress(piece.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def _contiguous(tensor: ToWrite) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""The command line: `demo`, `qrnca ...`, `relspec ...`, `convert`, `verify`, `inspect`."""
+"""The command line: `demo`, `qrnca`, `relspec`, `edit`, `convert`, `verify`, `inspect`."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from jaxneurons.edit import cli as edit_cli
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.qrnca import cli as qrnca_cli
 from jaxneurons.relspec import cli as relspec_cli
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(qrnca_cli.app, name="qrnca")
 app.add_typer(relspec_cli.app, name="relspec")
+app.add_typer(edit_cli.app, name="edit")
 
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer has turned into SystemExit

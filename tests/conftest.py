@@ -2,7 +2,10 @@
 
 import gc
 import inspect
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +20,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Tiny models: compiling takes most of the time. Tests of the real one compile as users do.
 jax.config.update("jax_disable_most_optimizations", True)
+
+WORTH_KEEPING = 0.2
+"""Seconds: what compiles faster is compiled anew."""
 
 SAMPLES = Path(__file__).with_name("data")
 FORMATS = {"query_file": ("qrneuron", "*.json"), "relation_directory": ("", "lre")}
@@ -41,10 +47,22 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    share_programs(config)
     given = config.getoption("data")
     for folder, pattern in FORMATS.values() if given is not None else []:
         if not any((given / folder).glob(pattern)):
             raise pytest.UsageError(f"--data: there is no {pattern} in {given / folder}")
+
+
+def share_programs(config):
+    """Keep what is compiled for the other tests of this run, also those in other processes."""
+    if jax.config.jax_compilation_cache_dir is None:  # else: the caller's, or that of all workers
+        directory = tempfile.mkdtemp()
+        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(WORTH_KEEPING)
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
 
 
 def pytest_generate_tests(metafunc):

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,16 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxneurons.checkpoints.fetch import TOKENIZER_FILES, locate_source
-from jaxneurons.checkpoints.provenance import Files, Loaded, hash_params, hash_tokenizer
+from jaxneurons.checkpoints.provenance import (
+    AnyPatch,
+    Files,
+    Loaded,
+    Patched,
+    hash_params,
+    hash_tokenizer,
+    hash_values,
+    read_recorded_patches,
+)
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.gguf import config_of, open_gguf, read_gguf
 from jaxneurons.convert.hf import read_config, read_hf, stored_dtype, weight_files
@@ -23,6 +32,7 @@ from jaxneurons.convert.native import (
     MARKER,
     PARAMS,
     check_params,
+    read_marker,
     read_native,
     recorded_keys,
 )
@@ -51,6 +61,9 @@ class LM:
       files: the files it came from.
       loaded: what was loaded, to tell whether this still is it.
       ignored_keys: keys of the configuration that were read as if they were not there.
+      recorded_patches: of patches that were in the parameters before they were saved: what the
+        files say of them.
+      patched: patches that have been applied since; see `patches`.
     """
 
     config: ModelConfig
@@ -60,8 +73,10 @@ class LM:
     files: Files = dataclasses.field(repr=False)
     loaded: Loaded = dataclasses.field(repr=False)
     ignored_keys: tuple[str, ...] = ()
-    _hashed: list[tuple[Loaded, str]] = dataclasses.field(
-        default_factory=list, repr=False, init=False
+    recorded_patches: tuple[Mapping[str, Any], ...] = dataclasses.field(default=(), repr=False)
+    patched: Patched | None = dataclasses.field(default=None, repr=False)
+    _hashed: dict[str, tuple[Loaded, str]] = dataclasses.field(
+        default_factory=dict, repr=False, init=False
     )
 
     @property
@@ -82,14 +97,48 @@ class LM:
           SourceError: the files have changed since the model was loaded, or edited parameters are
             spread over several processes.
         """
-        if not self.edited:
-            return self._files_hash
-        for known, digest in self._hashed:
-            if known.is_model(self.config, self.params):
-                return digest
-        digest = hash_params(self.config, self.params)
-        self._hashed[:] = [(Loaded(self.config, self.params), digest)]
+        return self._hash_once(hash_params) if self.edited else self._files_hash
+
+    @property
+    def values_hash(self) -> str:
+        """SHA-256 of the parameters' values, whatever file and dtype they are kept in.
+
+        What a patch knows its base by; see `provenance.hash_values`.
+
+        Raises:
+          SourceError: the parameters are spread over several processes.
+        """
+        return self._hash_once(hash_values)
+
+    def _hash_once(self, hash_: Callable[[ModelConfig, Params], str]) -> str:
+        """A hash of configuration and parameters, kept as long as they stay the same."""
+        name = hash_.__name__
+        if name in self._hashed and self._hashed[name][0].is_model(self.config, self.params):
+            return self._hashed[name][1]
+        digest = hash_(self.config, self.params)
+        self._hashed[name] = (Loaded(self.config, self.params), digest)
         return digest
+
+    @property
+    def patches(self) -> tuple[AnyPatch, ...]:
+        """The patches that were applied to what was loaded, in their order.
+
+        If the parameters have been changed again since, `facts()` says so.
+        """
+        return self.patched.patches if self.patched is not None and self.edited else ()
+
+    def patch_facts(self) -> dict[str, Any]:
+        """What files say of the patches in the parameters; empty where there are none."""
+        patches = [*self.recorded_patches, *(patch.summary() for patch in self.patches)]
+        changed = (
+            self.edited
+            and bool(patches)
+            and not (self.patched and self.patched.result.is_model(self.config, self.params))
+        )
+        return {
+            **({"patches": patches} if patches else {}),
+            **({"changed_after_patches": True} if changed else {}),
+        }
 
     @functools.cached_property
     def _files_hash(self) -> str:
@@ -143,6 +192,7 @@ class LM:
             "dtype": self.dtype.name,
             "config": dataclasses.asdict(self.config),
             **({"edited": True} if self.edited else {}),
+            **self.patch_facts(),
             **({"ignored_keys": list(self.ignored_keys)} if self.ignored_keys else {}),
         }
 
@@ -211,11 +261,13 @@ def check_keys(ignore_keys: Any) -> None:
 def _load_path(path: Path, options: _Options, *, source: str) -> LM:
     place, progress, ignored = options.place, options.progress, options.ignore_keys
     digests: dict[Path, str] = {}
+    patches: tuple[Mapping[str, Any], ...] = ()
     tokenizer = _headers_first(path, ignored)
     if path.is_dir():
         if (path / MARKER).is_file():
             ignored = recorded_keys(path, ignored)
             digests = check_params(path)
+            patches = read_recorded_patches(path, read_marker(path)[1])
             config, params = read_native(path, dtype=options.dtype, place=place, progress=progress)
             param_files = sorted(p for p in (path / PARAMS).rglob("*") if p.is_file())
             weights = (path / MARKER, *param_files)
@@ -227,6 +279,7 @@ def _load_path(path: Path, options: _Options, *, source: str) -> LM:
                 path, dtype=dtype, place=place, progress=progress, ignore_keys=ignored
             )
             weights = weights_of(path)
+            patches = read_recorded_patches(path, {})
         files = Files.of(weights, _tokenizer_files(path), path, digests)
     else:
         header = open_gguf(path)
@@ -243,6 +296,7 @@ def _load_path(path: Path, options: _Options, *, source: str) -> LM:
         files=files,
         loaded=Loaded(config, params, tokenizer),
         ignored_keys=ignored,
+        recorded_patches=patches,
     )
 
 

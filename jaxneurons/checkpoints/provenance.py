@@ -1,11 +1,13 @@
 """Where a model came from, and whether it still is what was loaded: files, hashes, edits."""
 
+import abc
 import dataclasses
 import hashlib
 import json
 import platform
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxneurons.convert.hf import read_json
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import Params
+from jaxneurons.model.parameters import LAYERS, Params, get, list_parameters
+
+_THREADS = 4  # that hash parameters: each holds one layer's array
+PATCHES = "jaxneurons_patches.json"
+"""In a Hugging Face directory of an edited model: what its patches are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +102,44 @@ class Loaded:
         same = self._tokenizer is not None and self._tokenizer() is tokenizer
         return same and len(tokenizer) == self._tokens
 
+    def with_model(self, config: ModelConfig, params: Params) -> "Loaded":
+        """The same tokenizer with another shape and other parameters."""
+        other = Loaded(config, params)
+        other._tokenizer, other._tokens = self._tokenizer, self._tokens
+        return other
+
+
+class AnyPatch(abc.ABC):
+    """What a model must know of a patch that is in its parameters; see `jaxneurons.edit.Patch`."""
+
+    @property
+    @abc.abstractmethod
+    def digest(self) -> str:
+        """SHA-256 of all that it is."""
+
+    @abc.abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """What files of results say of it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patched:
+    """Patches that are in a model's parameters.
+
+    Attributes:
+      patches: in the order in which they were applied.
+      base: `hash_values` of the parameters before the first.
+      base_edited: whether those were others than had been loaded.
+      base_dtype: of those.
+      result: what the patches made, to tell whether the parameters still are that.
+    """
+
+    patches: tuple[AnyPatch, ...]
+    base: str
+    base_edited: bool
+    base_dtype: str
+    result: Loaded
+
 
 def _named_leaves(params: Params) -> dict[str, Any]:
     return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -117,6 +162,74 @@ def hash_params(config: ModelConfig, params: Params) -> str:
         digest.update(f"\n{name} {values.dtype.name} {values.shape}\n".encode())
         digest.update(values.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def hash_values(config: ModelConfig, params: Params) -> str:
+    """SHA-256 of what parameters are, whatever file and dtype they are kept in.
+
+    Of the values as float32, which holds bfloat16 and float16 exactly: a model that was stored in
+    bfloat16 is the same in float32. No more than a few layers' arrays are copied at a time.
+
+    Raises:
+      SourceError: some of them are on devices of other processes.
+    """
+    with ThreadPoolExecutor(_THREADS) as pool:
+        lines = pool.map(_value_line, _layer_arrays(config, params))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _layer_arrays(config: ModelConfig, params: Params) -> Iterator[tuple[str, Any, int | None]]:
+    """Name, array and layer of every layer's arrays and of those that all layers share."""
+    for parameter in list_parameters(config):
+        leaf, name = get(params, parameter.path), ".".join(parameter.path)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            raise SourceError(
+                f"{name} lies on several processes' devices and cannot be hashed; edit and patch "
+                "the model in one process"
+            )
+        if parameter.path[0] == LAYERS:
+            yield from ((name, leaf, layer) for layer in range(config.num_layers))
+        else:
+            yield name, leaf, None
+
+
+def layer_values(leaf: Any, layer: int) -> np.ndarray:
+    """One layer's values of an array that is stacked by layer, on the host.
+
+    Put together from the devices' parts where there are several: nothing is computed on them, so
+    that several threads may do this.
+    """
+    if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
+        return np.asarray(leaf[layer])
+    values = np.empty(leaf.shape[1:], leaf.dtype)
+    for shard in leaf.addressable_shards:
+        layers, *rest = shard.index
+        start, stop, _ = layers.indices(leaf.shape[0])
+        if start <= layer < stop and shard.replica_id == 0:
+            values[tuple(rest)] = np.asarray(shard.data[layer - start])
+    return values
+
+
+def read_recorded_patches(directory: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What a directory, or its marker's facts, say of the patches in a model.
+
+    Raises:
+      SourceError: it is malformed.
+    """
+    where = directory / PATCHES
+    values = read_json(where) if where.is_file() else facts
+    patches = values.get("patches", [])
+    if not isinstance(patches, list) or not all(isinstance(patch, dict) for patch in patches):
+        raise SourceError(f"{where}: its patches are malformed; export the model again")
+    return tuple(patches)
+
+
+def _value_line(array: tuple[str, Any, int | None]) -> str:
+    name, leaf, layer = array
+    values = np.asarray(leaf) if layer is None else layer_values(leaf, layer)
+    values = values.astype("<f4", copy=False)
+    digest = hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return f"{name} {layer} {values.shape} {digest.hexdigest()}\n"
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from jaxneurons.checkpoints.fetch import TOKENIZER_FILES, cache_directory
 from jaxneurons.checkpoints.loading import LM
+from jaxneurons.checkpoints.provenance import PATCHES
 from jaxneurons.convert.export import GENERATION, copy_files, sync, write_hf
 from jaxneurons.convert.hf import CONFIG, read_json, stored_dtypes
 from jaxneurons.convert.native import MARKER, read_marker, write_marker, write_params
@@ -39,6 +40,9 @@ def save(
     progress: Advance | None = None,
 ) -> Path:
     """Write a model with its tokenizer and configuration; `load` reads both formats.
+
+    Patches that are in the parameters are recorded: natively in the marker, else in
+    `jaxneurons_patches.json`.
 
     Args:
       lm: the model; its parameters are written in their own dtype.
@@ -69,6 +73,8 @@ def save(
                 dtypes=dtypes,
                 progress=progress,
             )
+            if patches := lm.patch_facts():
+                write_json(partial / PATCHES, patches)
             return target
         if original is not None:
             write_json(partial / CONFIG, original)
@@ -85,6 +91,7 @@ def save(
                     "sha256": source.result(),
                     **({"edited": True} if lm.edited else {}),
                 },
+                **lm.patch_facts(),
                 **({"ignored_keys": list(lm.ignored_keys)} if lm.ignored_keys else {}),
                 "jaxneurons": version("jaxneurons"),
             }

@@ -5,8 +5,24 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
-    from jaxneurons.edit.cases import MeasureSettings
-    from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.applying import (
+        Conflict,
+        apply_patches,
+        conflicts,
+    )
+    from jaxneurons.edit.cases import (
+        MeasureSettings,
+    )
+    from jaxneurons.edit.changes import (
+        LowRank,
+        Multipliers,
+        Rows,
+        apply,
+    )
+    from jaxneurons.edit.constants import (
+        force,
+        with_biases,
+    )
     from jaxneurons.edit.covariance import (
         Covariance,
         SingularCovarianceWarning,
@@ -16,9 +32,29 @@ if TYPE_CHECKING:
         regularise,
         write_covariances,
     )
-    from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
+    from jaxneurons.edit.diff import (
+        diff,
+    )
+    from jaxneurons.edit.encoding import (
+        EncodedRequest,
+        encode_prefixed,
+        encode_request,
+    )
+    from jaxneurons.edit.interventions import (
+        ablate,
+        add,
+        interpolate,
+        restore,
+        scale,
+        scale_at,
+        set_rows,
+        sparse_scales,
+        swap,
+    )
     from jaxneurons.edit.layers import LayerChoice, choose_layers
-    from jaxneurons.edit.measures import measure
+    from jaxneurons.edit.measures import (
+        measure,
+    )
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -30,7 +66,17 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
-    from jaxneurons.edit.prefixes import generate_prefixes
+    from jaxneurons.edit.patch import (
+        Patch,
+        make_patch,
+    )
+    from jaxneurons.edit.patch_file import (
+        read_patch,
+        write_patch,
+    )
+    from jaxneurons.edit.prefixes import (
+        generate_prefixes,
+    )
     from jaxneurons.edit.requests import (
         EditRequest,
         KnownFact,
@@ -38,9 +84,21 @@ if TYPE_CHECKING:
         read_known,
         read_requests,
     )
-    from jaxneurons.edit.restoring import restored_probabilities
-    from jaxneurons.edit.texts import held_out_text, lab_text, neutral_text, sample_text
-    from jaxneurons.edit.tracing import trace
+    from jaxneurons.edit.restoring import (
+        restored_probabilities,
+    )
+    from jaxneurons.edit.reverting import (
+        revert,
+    )
+    from jaxneurons.edit.texts import (
+        held_out_text,
+        lab_text,
+        neutral_text,
+        sample_text,
+    )
+    from jaxneurons.edit.tracing import (
+        trace,
+    )
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -48,6 +106,7 @@ __all__ = [
     "MEMIT",
     "ROME",
     "AlphaEdit",
+    "Conflict",
     "Covariance",
     "Edit",
     "EditRequest",
@@ -61,27 +120,46 @@ __all__ = [
     "MeasureSettings",
     "Multipliers",
     "Optimisation",
+    "Patch",
     "Rows",
     "SingularCovarianceWarning",
     "Trace",
+    "ablate",
+    "add",
     "apply",
+    "apply_patches",
     "check_covariance",
     "check_requests",
     "choose_layers",
     "collect_covariance",
+    "conflicts",
+    "diff",
     "encode_prefixed",
     "encode_request",
+    "force",
     "generate_prefixes",
     "held_out_text",
+    "interpolate",
     "lab_text",
+    "make_patch",
     "measure",
     "neutral_text",
     "read_covariances",
     "read_known",
+    "read_patch",
     "read_requests",
     "regularise",
+    "restore",
     "restored_probabilities",
+    "revert",
     "sample_text",
+    "scale",
+    "scale_at",
+    "set_rows",
+    "sparse_scales",
+    "swap",
     "trace",
+    "with_biases",
     "write_covariances",
+    "write_patch",
 ]

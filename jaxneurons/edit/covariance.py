@@ -180,8 +180,6 @@ def collect_covariance(
     """
     layers = _checked_layers(lm, layers)
     check_argument("text", Sequence[str] | None, text)
-    if isinstance(text, str):
-        raise ConfigError("text is a sequence of texts, not one: [text]")
     if vectors is not None:
         check_number("vectors", vectors, least=1)
     wanted = vectors or MULTIPLE * lm.config.intermediate_size
@@ -355,7 +353,7 @@ def read_covariances(
     """
     path = as_path("path", path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             covariances = {
                 entry["layer"]: Covariance(

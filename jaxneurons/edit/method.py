@@ -24,7 +24,7 @@ from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.storage.settings import check_fields
 
 
-def _check_ranges(settings: Any, **least: float) -> None:
+def _check_ranges(settings: Any, **least: float | int) -> None:
     """Raise unless numbers are finite and at least so much; None stays None."""
     for name, bound in least.items():
         value = getattr(settings, name)
@@ -187,14 +187,18 @@ class KnowledgeNeurons:
     """Output rows of located neurons lose the old answer's embedding and gain the new one's.
 
     Attributes:
-      neurons: of site "act" or of one whose index is the row's ("up", "gate").
+      neurons: of site "act" or of one whose index is the row's ("up", "gate"); one set for all
+        requests, or one for each.
       old: times the old answer's embedding is subtracted (lambda 1).
       new: times the new answer's embedding is added (lambda 2).
+      unit: what an embedding is scaled to before: the norm of the neuron's row, as the paper's
+        published code does, or its own, as its equation reads.
     """
 
-    neurons: NeuronSet
+    neurons: NeuronSet | tuple[NeuronSet, ...]
     old: float = 1.0
     new: float = 8.0
+    unit: Literal["row", "embedding"] = "row"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -206,18 +210,20 @@ class LearnedNeurons:
     """For a located set only: multipliers of it, or additions to its output rows, learnt.
 
     Attributes:
-      neurons: the set.
+      neurons: one set for all requests, or one for each.
       learn: "multipliers" or "rows".
       kl_factor: weight of the divergence on other prompts.
+      others: prompts that the divergence is of, beside "{subject} is a".
       norm: bound of the change: of |log multiplier|, or of a row's as a share of its norm.
       steps: of Adam, at most.
-      learning_rate: of Adam.
-      stop: loss below which it is done.
+      learning_rate: of Adam, on log multipliers, or on a row's change as a share of its norm.
+      stop: loss, with the divergence, below which it is done.
     """
 
-    neurons: NeuronSet
+    neurons: NeuronSet | tuple[NeuronSet, ...]
     learn: Literal["multipliers", "rows"] = "rows"
     kl_factor: float = 1.0
+    others: tuple[str, ...] = ("The weather today is", "Once upon a time", "The company said that")
     norm: float = 1.0
     steps: int = 50
     learning_rate: float = 0.05

@@ -114,7 +114,8 @@ def default_text(lm: LM, vectors: int) -> tuple[str, list[str]]:
 def _understood(lm: LM, texts: Sequence[str]) -> bool:
     """Whether the tokenizer knows (nearly) all of a text."""
     unknown = lm.tokenizer.unk_token_id
-    known = [i != unknown for text in texts[:20] for i in encode_prompt(lm.tokenizer, text)]
+    some = [text for text in texts[:20] if text.strip()]
+    known = [i != unknown for text in some for i in encode_prompt(lm.tokenizer, text)]
     return unknown is None or sum(known) >= (1 - UNKNOWN) * len(known)
 
 

@@ -260,6 +260,12 @@ def put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
+def replace(tree: Params, path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """A nested mapping with one leaf replaced; all others are the same objects."""
+    key, *rest = path
+    return {**tree, key: replace(tree[key], tuple(rest), value) if rest else value}
+
+
 def params_dtype(params: Params) -> np.dtype:
     """The dtype of a model's parameters, which all have the embedding's."""
     return np.dtype(params["embed"]["embedding"].dtype)

@@ -269,7 +269,9 @@ def _rows(run: Run, scores: Scores, seed: int) -> list[Row]:
     rows: list[Row] = []
     for group, members in {NO_GROUP: [query.id for query in run.queries], **run.groups}.items():
         for (readout, pool), right in scores.right.items():
-            accuracy = bootstrap.mean(np.array([np.mean(right[query]) for query in members]), seed=seed)
+            accuracy = bootstrap.mean(
+                np.array([np.mean(right[query]) for query in members]), seed=seed
+            )
             sizes = [
                 size
                 for (name, other), of_halves in scores.sizes.items()

@@ -1,9 +1,11 @@
 """Second moments of keys against a plain float64 loop, and against numpy's solver."""
 
 import dataclasses
+import functools
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -50,8 +52,20 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(covariance, "TOKENS", 64)
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def activations(params, tokens, config):
+    return forward(params, tokens, config=config, at="all", capture=("act",)).activations["act"]
+
+
+def keys_of(lm, piece):
+    """[layer, key, width] in float64: one piece by itself, without its first token."""
+    tokens = jnp.array([list(piece) + [7] * (16 - len(piece))], jnp.int32)
+    keys = np.asarray(activations(lm.params, tokens, lm.config))[:, 0]
+    return keys[:, 1 : len(piece)].astype(np.float64)
+
+
 def all_keys(lm, texts, size=16):
-    """[layer, key, width] in float64: every piece by itself, unpadded, its first token left out."""
+    """[layer, key, width] in float64, piece by piece."""
     keys = []
     for text in filter(str.strip, texts):
         ids = list(lm.tokenizer(text)["input_ids"])
@@ -60,9 +74,7 @@ def all_keys(lm, texts, size=16):
         for start in range(0, len(ids), step):
             piece = begin + ids[start : start + step]
             if len(piece) > 1:
-                tokens = np.array([piece], np.int32)
-                out = forward(lm.params, tokens, config=lm.config, at="all", capture=("act",))
-                keys.append(np.asarray(out.activations["act"])[:, 0, 1:].astype(np.float64))
+                keys.append(keys_of(lm, piece))
     return np.concatenate(keys, axis=1)
 
 
@@ -94,7 +106,7 @@ def test_layers_above_the_last_one_are_not_needed(plain):
 def test_lower_layers_keep_their_windows(slides):
     config = tiny_config(sliding_window=3, sliding_layers=slides)
     params = tiny_params(config)
-    tokens = np.arange(12, dtype=np.int32)[None]
+    tokens = jnp.arange(12, dtype=jnp.int32)[None]
     lower, below = covariance._lower_layers(config, params, 2)
     assert lower.num_layers == 2
     every = forward(params, tokens, config=config, at="all", capture=("act",))
@@ -108,12 +120,8 @@ def test_exactly_so_many_keys_of_pieces_in_a_drawn_order(plain):
     pieces = texts.chunks(plain, TEXT)
     assert sorted(pieces) == sorted(texts.chunks(plain, TEXT, seed=5))
     assert pieces != texts.chunks(plain, TEXT, seed=5)
-    keys = []
-    for piece in pieces:
-        out = forward(plain.params, np.array([piece]), config=plain.config, at="all",
-                      capture=("act",))  # fmt: skip
-        keys += [*np.asarray(out.activations["act"])[1, 0, 1:].astype(np.float64)]
-    expected = np.array(keys[:21]).T @ np.array(keys[:21]) / 21
+    keys = np.concatenate([keys_of(plain, piece)[1] for piece in pieces])
+    expected = keys[:21].T @ keys[:21] / 21
     np.testing.assert_allclose(got.matrix, expected, atol=3e-6 * np.abs(expected).max())
 
 
@@ -218,7 +226,9 @@ def test_files_keep_all_and_refuse_another_model(plain, tmp_path, tmp_path_facto
         np.testing.assert_array_equal(one.matrix, got[layer].matrix)
         assert (one.layer, one.count, one.ridge) == (layer, got[layer].count, got[layer].ridge)
         assert one.identity == got[layer].identity
-    assert {"model", "tokenizer", "dtype", "text", "text_sha256", "vectors"} <= back[0].identity.keys()
+    assert {"model", "tokenizer", "dtype", "text", "text_sha256", "vectors"} <= back[
+        0
+    ].identity.keys()
     other = jaxneurons.load(write_lm(tmp_path_factory.mktemp("other"), seed=1))
     with pytest.raises(DataError, match=r"keys.npz: .* collected with another model; collect it"):
         read_covariances(tmp_path / "keys.npz", lm=other)
@@ -246,7 +256,7 @@ def test_what_cannot_be_collected(plain):
         collect_covariance(plain, [0], text=["A", " "])
     with pytest.raises(DataError, match="the text gives 0 keys"):
         collect_covariance(plain, [0], text=[])
-    with pytest.raises(ConfigError, match="not one"):
+    with pytest.raises(ConfigError, match="text must be a sequence of strings"):
         collect_covariance(plain, [0], text="The capital of France is Paris.")
 
 
@@ -263,7 +273,7 @@ def test_bundled_texts_are_apart():
 
 def test_own_samples_fill_what_text_lacks(plain, monkeypatch):
     monkeypatch.setattr(texts, "neutral_text", lambda: TEXT)
-    name, chosen = texts.default_text(plain, 40)
+    name, chosen = texts.default_text(plain, 20)
     assert (name, chosen) == ("neutral", TEXT)
     got = collect(plain, [0], vectors=90)
     assert got[0].identity["text"] == "neutral + own samples"

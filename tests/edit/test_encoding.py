@@ -71,7 +71,11 @@ def test_any_subject_is_found_by_both_ways(kind, before, subject, after):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(prefix=st.lists(st.sampled_from("It was late. The cat sat! Who ? Rome".split())).map(" ".join))
+@given(
+    prefix=st.lists(st.sampled_from(["It", "was late.", "The", "cat sat!", "Who", "?"])).map(
+        " ".join
+    )
+)
 @settings(max_examples=30, deadline=None)
 def test_a_prefix_stands_before_the_prompt(kind, prefix):
     tokenizer = transformers_tokenizer(kind)
@@ -153,9 +157,8 @@ def test_what_cannot_be_said_or_read():
         encode_prefixed(tokenizer, request(), "It was late", config=small)
     with pytest.raises(DataError, match=r"the model's vocabulary has 48 tokens"):
         encode_request(tokenizer, request(), config=tiny_config(vocab_size=48))
-    merging = shared_token()
     with pytest.raises(DataError, match="no token boundary"):
-        encode_request(merging, request("It is ", "It"), config=CONFIG)
+        encode_request(tokenizer, request("The capital of France is "), config=CONFIG)
 
 
 def test_the_lab_model():
