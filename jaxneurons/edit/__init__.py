@@ -66,6 +66,10 @@ if TYPE_CHECKING:
     from jaxneurons.edit.lab_requests import (
         lab_requests,
     )
+    from jaxneurons.edit.layers import (
+        LayerChoice,
+        choose_layers,
+    )
     from jaxneurons.edit.measures import (
         measure,
     )
@@ -134,6 +138,7 @@ __all__ = [
     "FineTune",
     "KnowledgeNeurons",
     "KnownFact",
+    "LayerChoice",
     "LearnedNeurons",
     "LowRank",
     "MeasureSettings",
@@ -150,6 +155,7 @@ __all__ = [
     "apply_patches",
     "check_covariance",
     "check_requests",
+    "choose_layers",
     "collect_covariance",
     "conflicts",
     "diff",
