@@ -5,13 +5,23 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.adapter import (
+        write_adapter,
+    )
     from jaxneurons.edit.applying import (
         Conflict,
         apply_patches,
         conflicts,
     )
-    from jaxneurons.edit.cases import MeasureSettings
-    from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
+    from jaxneurons.edit.cases import (
+        MeasureSettings,
+    )
+    from jaxneurons.edit.changes import (
+        LowRank,
+        Multipliers,
+        Rows,
+        apply,
+    )
     from jaxneurons.edit.constants import (
         force,
         with_biases,
@@ -28,8 +38,20 @@ if TYPE_CHECKING:
     from jaxneurons.edit.diff import (
         diff,
     )
-    from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
-    from jaxneurons.edit.evaluation import evaluate
+    from jaxneurons.edit.editing import (
+        edit,
+        edit_each,
+        layers_of,
+        values_of,
+    )
+    from jaxneurons.edit.encoding import (
+        EncodedRequest,
+        encode_prefixed,
+        encode_request,
+    )
+    from jaxneurons.edit.evaluation import (
+        evaluate,
+    )
     from jaxneurons.edit.interventions import (
         ablate,
         add,
@@ -41,7 +63,16 @@ if TYPE_CHECKING:
         sparse_scales,
         swap,
     )
-    from jaxneurons.edit.measures import measure
+    from jaxneurons.edit.lab_requests import (
+        lab_requests,
+    )
+    from jaxneurons.edit.layers import (
+        LayerChoice,
+        choose_layers,
+    )
+    from jaxneurons.edit.measures import (
+        measure,
+    )
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -77,7 +108,9 @@ if TYPE_CHECKING:
     from jaxneurons.edit.reverting import (
         revert,
     )
-    from jaxneurons.edit.sequential import evaluate_sequential
+    from jaxneurons.edit.sequential import (
+        evaluate_sequential,
+    )
     from jaxneurons.edit.texts import (
         held_out_text,
         lab_text,
@@ -86,6 +119,9 @@ if TYPE_CHECKING:
     )
     from jaxneurons.edit.tracing import (
         trace,
+    )
+    from jaxneurons.edit.values import (
+        Values,
     )
 
 __getattr__, __dir__ = face(__name__, __file__)
@@ -102,6 +138,7 @@ __all__ = [
     "FineTune",
     "KnowledgeNeurons",
     "KnownFact",
+    "LayerChoice",
     "LearnedNeurons",
     "LowRank",
     "MeasureSettings",
@@ -111,15 +148,19 @@ __all__ = [
     "Rows",
     "SingularCovarianceWarning",
     "Trace",
+    "Values",
     "ablate",
     "add",
     "apply",
     "apply_patches",
     "check_covariance",
     "check_requests",
+    "choose_layers",
     "collect_covariance",
     "conflicts",
     "diff",
+    "edit",
+    "edit_each",
     "encode_prefixed",
     "encode_request",
     "evaluate",
@@ -128,7 +169,9 @@ __all__ = [
     "generate_prefixes",
     "held_out_text",
     "interpolate",
+    "lab_requests",
     "lab_text",
+    "layers_of",
     "make_patch",
     "measure",
     "neutral_text",
@@ -147,7 +190,9 @@ __all__ = [
     "sparse_scales",
     "swap",
     "trace",
+    "values_of",
     "with_biases",
+    "write_adapter",
     "write_covariances",
     "write_patch",
 ]
