@@ -6,9 +6,10 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import tree_leaves_with_path as leaves
 from support.tiny_edits import REQUESTS, assert_unchanged, layer_kernels, torch_loss, torch_model
 
-from jaxneurons.edit import LearnedNeurons, Multipliers
+from jaxneurons.edit import FineTune, KnowledgeNeurons, LearnedNeurons, Multipliers, editing
 from jaxneurons.edit import descent as descents
 from jaxneurons.edit.encoding import encode_request
 from jaxneurons.edit.learned import learn_neurons, learn_neurons_each
@@ -338,3 +339,16 @@ def test_numbers_that_are_not_finite_name_the_request(tiny_lm):
         learn_neurons_each(damaged, REQUESTS, **tune(tiny_lm, MULTIPLIERS))
     with pytest.raises(DataError, match="no requests"):
         learn_neurons(tiny_lm.params, [], **tune(tiny_lm, MULTIPLIERS))
+
+
+def test_the_base_stays_as_it_was(tiny_lm):
+    before = {path: np.array(leaf) for path, leaf in leaves(tiny_lm.params)}
+    settings = (MULTIPLIERS, ROWS, KnowledgeNeurons(WRITERS), FineTune(layer=1, steps=1))
+    for of_method in settings:
+        common = {"config": tiny_lm.config, "tokenizer": tiny_lm.tokenizer}
+        for function in (editing.edit, editing.edit_each):
+            function(tiny_lm.params, REQUESTS, settings=of_method, **common)
+    after = leaves(tiny_lm.params)
+    assert len(after) == len(before)
+    for path, leaf in after:
+        np.testing.assert_array_equal(before[path], leaf)
