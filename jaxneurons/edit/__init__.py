@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.adapter import (
+        write_adapter,
+    )
     from jaxneurons.edit.applying import (
         Conflict,
         apply_patches,
@@ -35,10 +38,19 @@ if TYPE_CHECKING:
     from jaxneurons.edit.diff import (
         diff,
     )
+    from jaxneurons.edit.editing import (
+        edit,
+        edit_each,
+        layers_of,
+        values_of,
+    )
     from jaxneurons.edit.encoding import (
         EncodedRequest,
         encode_prefixed,
         encode_request,
+    )
+    from jaxneurons.edit.evaluation import (
+        evaluate,
     )
     from jaxneurons.edit.interventions import (
         ablate,
@@ -50,6 +62,13 @@ if TYPE_CHECKING:
         set_rows,
         sparse_scales,
         swap,
+    )
+    from jaxneurons.edit.lab_requests import (
+        lab_requests,
+    )
+    from jaxneurons.edit.layers import (
+        LayerChoice,
+        choose_layers,
     )
     from jaxneurons.edit.measures import (
         measure,
@@ -89,6 +108,9 @@ if TYPE_CHECKING:
     from jaxneurons.edit.reverting import (
         revert,
     )
+    from jaxneurons.edit.sequential import (
+        evaluate_sequential,
+    )
     from jaxneurons.edit.texts import (
         held_out_text,
         lab_text,
@@ -97,6 +119,9 @@ if TYPE_CHECKING:
     )
     from jaxneurons.edit.tracing import (
         trace,
+    )
+    from jaxneurons.edit.values import (
+        Values,
     )
 
 __getattr__, __dir__ = face(__name__, __file__)
@@ -113,6 +138,7 @@ __all__ = [
     "FineTune",
     "KnowledgeNeurons",
     "KnownFact",
+    "LayerChoice",
     "LearnedNeurons",
     "LowRank",
     "MeasureSettings",
@@ -122,22 +148,30 @@ __all__ = [
     "Rows",
     "SingularCovarianceWarning",
     "Trace",
+    "Values",
     "ablate",
     "add",
     "apply",
     "apply_patches",
     "check_covariance",
     "check_requests",
+    "choose_layers",
     "collect_covariance",
     "conflicts",
     "diff",
+    "edit",
+    "edit_each",
     "encode_prefixed",
     "encode_request",
+    "evaluate",
+    "evaluate_sequential",
     "force",
     "generate_prefixes",
     "held_out_text",
     "interpolate",
+    "lab_requests",
     "lab_text",
+    "layers_of",
     "make_patch",
     "measure",
     "neutral_text",
@@ -156,7 +190,9 @@ __all__ = [
     "sparse_scales",
     "swap",
     "trace",
+    "values_of",
     "with_biases",
+    "write_adapter",
     "write_covariances",
     "write_patch",
 ]
