@@ -80,7 +80,9 @@ def learn_neurons(
     """Learn one change of neurons for all requests together: on the mean of their losses.
 
     Of several sets, one for each request, it is the union that changes. `trace.steps` is the same
-    for all requests; one is `reached` if its own loss is below `stop` at the end.
+    for all requests; one is `reached` if its own loss is below `stop` at the end. What the other
+    prompts' next tokens were is held for all requests at once: 4 bytes for each token of the
+    vocabulary and each such prompt.
 
     Args:
       params: the model's parameters.

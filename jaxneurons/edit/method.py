@@ -225,8 +225,8 @@ class LearnedNeurons:
     kl_factor: float = 1.0
     others: tuple[str, ...] = ("The weather today is", "Once upon a time", "The company said that")
     norm: float = 1.0
-    steps: int = 50
-    learning_rate: float = 0.05
+    steps: int = 25
+    learning_rate: float = 0.1
     stop: float = 0.05
 
     def __post_init__(self) -> None:

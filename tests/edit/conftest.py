@@ -3,26 +3,34 @@
 import pytest
 
 
-@pytest.fixture(scope="session")
-def tiny_path(tmp_path_factory):
-    """Grouped queries, biases of q, k and v, an unembedding of its own; nothing saturates."""
+def write_tiny(directory, **changes):
+    """A model of three layers whose activations do not saturate."""
     pytest.importorskip("torch")
     from support.checkpoints import hf_tensors, tiny, write_hf
     from support.fixtures import transformers_tokenizer
 
     tokenizer = transformers_tokenizer("bytes")
-    config = tiny(
-        model_type="qwen2",
-        tie_word_embeddings=False,
-        num_hidden_layers=3,
-        vocab_size=len(tokenizer),
-    )
+    config = tiny(num_hidden_layers=3, vocab_size=len(tokenizer), **changes)
     tensors = hf_tensors(config)
     for name, values in tensors.items():
         tensors[name] = 1 + values / 4 if "norm" in name else values / 4
-    directory = write_hf(tmp_path_factory.mktemp("edit") / "tiny", config, tensors)
+    write_hf(directory, config, tensors)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory):
+    """Grouped queries, biases of q, k and v, an unembedding of its own."""
+    directory = tmp_path_factory.mktemp("edit") / "tiny"
+    return write_tiny(directory, model_type="qwen2", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def windowed_path(tmp_path_factory):
+    """A window that is shorter than the prompts, the embedding as unembedding, no biases."""
+    directory = tmp_path_factory.mktemp("edit") / "windowed"
+    return write_tiny(directory, model_type="mistral", sliding_window=3)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from support.tiny_edits import REQUESTS, assert_unchanged, layer_kernels, torch_loss, torch_model
 
+from jaxneurons import load
 from jaxneurons.edit import FineTune
 from jaxneurons.edit import descent as descents
 from jaxneurons.edit.encoding import encode_request
@@ -88,6 +89,16 @@ def test_each_alone_as_pytorch_does(tiny_path, tiny_lm, settings):
         np.testing.assert_allclose(change(edit), theirs, atol=1e-4)
         np.testing.assert_allclose(edit.trace.loss, losses, rtol=1e-3)
         assert edit.trace.steps.tolist() == [settings.steps]
+
+
+def test_a_tied_model_with_a_window_as_pytorch_does(windowed_path):
+    lm = load(windowed_path)
+    (edit,) = fine_tune_each(
+        lm.params, REQUESTS[1:2], config=lm.config, tokenizer=lm.tokenizer, settings=FREE
+    )
+    theirs, losses = torch_fine_tuned(windowed_path, lm, REQUESTS[1:2], FREE)
+    np.testing.assert_allclose(change(edit), theirs, atol=1e-4)
+    np.testing.assert_allclose(edit.trace.loss, losses, rtol=1e-3)
 
 
 def test_the_edited_model_has_the_loss_that_the_trace_says(tiny_lm, edited_loss):

@@ -3,12 +3,22 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import tree_leaves_with_path as leaves
 from support.tiny_edits import REQUESTS, assert_unchanged, layer_kernels, torch_loss, torch_model
 
-from jaxneurons.edit import LearnedNeurons, Multipliers
+from jaxneurons import forward
+from jaxneurons.edit import (
+    FineTune,
+    KnowledgeNeurons,
+    LearnedNeurons,
+    Multipliers,
+    editing,
+    learned,
+)
 from jaxneurons.edit import descent as descents
 from jaxneurons.edit.encoding import encode_request
 from jaxneurons.edit.learned import learn_neurons, learn_neurons_each
@@ -338,3 +348,42 @@ def test_numbers_that_are_not_finite_name_the_request(tiny_lm):
         learn_neurons_each(damaged, REQUESTS, **tune(tiny_lm, MULTIPLIERS))
     with pytest.raises(DataError, match="no requests"):
         learn_neurons(tiny_lm.params, [], **tune(tiny_lm, MULTIPLIERS))
+
+
+def test_the_base_stays_as_it_was(tiny_lm):
+    before = {path: np.array(leaf) for path, leaf in leaves(tiny_lm.params)}
+    settings = (MULTIPLIERS, ROWS, KnowledgeNeurons(WRITERS), FineTune(layer=1, steps=1))
+    for of_method in settings:
+        common = {"config": tiny_lm.config, "tokenizer": tiny_lm.tokenizer}
+        for function in (editing.edit, editing.edit_each):
+            function(tiny_lm.params, REQUESTS, settings=of_method, **common)
+    after = leaves(tiny_lm.params)
+    assert len(after) == len(before)
+    for path, leaf in after:
+        np.testing.assert_array_equal(before[path], leaf)
+
+
+def test_the_divergence_is_from_the_unedited_model_and_counts(tiny_lm):
+    """KL(edited || unedited) in NumPy, far from where both directions are the same."""
+    neurons = NeuronSet.of(act=[(1, index) for index in range(32)])
+    settings = dataclasses.replace(MULTIPLIERS, neurons=neurons, norm=3.0)
+    plan = learned._plan(tiny_lm.params, REQUESTS[:1], tiny_lm.config, tiny_lm.tokenizer, settings)
+    ((index, answers),) = plan.answers(1)
+    data = jax.tree.map(lambda array: array[0], plan.batch(index, answers))
+    theta = {"act": jnp.full(32, 2.0)}
+    loss = plan.objective(tiny_lm.params, theta, data)
+
+    def next_token(ids, scales):
+        tokens = jnp.asarray([ids])
+        logits = forward(tiny_lm.params, tokens, config=tiny_lm.config, scales=scales).logits
+        exact = np.exp(np.asarray(logits[0, 0], np.float64))
+        return exact / exact.sum()
+
+    scales = neurons.scales(tiny_lm.config, np.exp(2.0))
+    ids = encode_request(tiny_lm.tokenizer, REQUESTS[0], config=tiny_lm.config)
+    prompts = [ids.essence, *(encode_prompt(tiny_lm.tokenizer, text) for text in settings.others)]
+    pairs = [(next_token(prompt, scales), next_token(prompt, None)) for prompt in prompts]
+    divergence = np.mean([(p * np.log(p / q)).sum() for p, q in pairs])
+    backwards = np.mean([(q * np.log(q / p)).sum() for p, q in pairs])
+    assert abs(divergence - backwards) > 0.01 * divergence
+    np.testing.assert_allclose(loss.objective - loss.answer, 0.5 * divergence, rtol=1e-3)
