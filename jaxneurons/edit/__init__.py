@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.agreement import agreement_table, attribution_by_layer
     from jaxneurons.edit.applying import (
         Conflict,
         apply_patches,
@@ -126,8 +127,11 @@ __all__ = [
     "Trace",
     "ablate",
     "add",
+    "agreement_table",
+    "answered",
     "apply",
     "apply_patches",
+    "attribution_by_layer",
     "check_covariance",
     "check_requests",
     "choose_layers",
