@@ -32,8 +32,52 @@ PAPERS: dict[str, str] = {
   eprint    = {2502.17355},
   archivePrefix = {arXiv},
 }""",
+    "edit": """\
+@inproceedings{meng2022locating,
+  author    = {Meng, Kevin and Bau, David and Andonian, Alex and Belinkov, Yonatan},
+  title     = {Locating and Editing Factual Associations in GPT},
+  booktitle = {Advances in Neural Information Processing Systems},
+  volume    = {35},
+  pages     = {17359--17372},
+  year      = {2022},
+  eprint    = {2202.05262},
+  archivePrefix = {arXiv},
 }
-"""BibTeX of the paper that a subpackage implements, by the subpackage's name."""
+
+@inproceedings{meng2023massediting,
+  author    = {Meng, Kevin and Sharma, Arnab Sen and Andonian, Alex and Belinkov, Yonatan and
+               Bau, David},
+  title     = {Mass-Editing Memory in a Transformer},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2023},
+  eprint    = {2210.07229},
+  archivePrefix = {arXiv},
+}
+
+@inproceedings{fang2025alphaedit,
+  author    = {Fang, Junfeng and Jiang, Houcheng and Wang, Kun and Ma, Yunshan and Jie, Shi and
+               Wang, Xiang and He, Xiangnan and Chua, Tat-Seng},
+  title     = {AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  eprint    = {2410.02355},
+  archivePrefix = {arXiv},
+}
+
+@inproceedings{dai2022knowledge,
+  author    = {Dai, Damai and Dong, Li and Hao, Yaru and Sui, Zhifang and Chang, Baobao and
+               Wei, Furu},
+  title     = {Knowledge Neurons in Pretrained Transformers},
+  booktitle = {Proceedings of the 60th Annual Meeting of the Association for Computational
+               Linguistics (Volume 1: Long Papers)},
+  pages     = {8493--8502},
+  year      = {2022},
+  doi       = {10.18653/v1/2022.acl-long.581},
+  eprint    = {2104.08696},
+  archivePrefix = {arXiv},
+}""",
+}
+"""BibTeX of the papers that a subpackage implements, by the subpackage's name."""
 
 _LIBRARY = """\
 @misc{{jaxneurons,
@@ -47,7 +91,7 @@ def citation(*methods: str) -> str:
     """BibTeX of this library, and of the papers that calls of these subpackages rest on.
 
     Args:
-      *methods: "qrnca" or "relspec", the names of the subpackages; default: all of them.
+      *methods: "qrnca", "relspec" or "edit", the names of the subpackages; default: all of them.
 
     Returns:
       Entries with an empty line between, the library first.

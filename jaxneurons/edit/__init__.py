@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
+    from jaxneurons.edit.adapter import (
+        write_adapter,
+    )
     from jaxneurons.edit.agreement import agreement_table, attribution_by_layer
     from jaxneurons.edit.applying import (
         Conflict,
@@ -36,10 +39,19 @@ if TYPE_CHECKING:
     from jaxneurons.edit.diff import (
         diff,
     )
+    from jaxneurons.edit.editing import (
+        edit,
+        edit_each,
+        layers_of,
+        values_of,
+    )
     from jaxneurons.edit.encoding import (
         EncodedRequest,
         encode_prefixed,
         encode_request,
+    )
+    from jaxneurons.edit.evaluation import (
+        evaluate,
     )
     from jaxneurons.edit.interventions import (
         ablate,
@@ -52,7 +64,13 @@ if TYPE_CHECKING:
         sparse_scales,
         swap,
     )
-    from jaxneurons.edit.layers import LayerChoice, choose_layers
+    from jaxneurons.edit.lab_requests import (
+        lab_requests,
+    )
+    from jaxneurons.edit.layers import (
+        LayerChoice,
+        choose_layers,
+    )
     from jaxneurons.edit.measures import (
         measure,
     )
@@ -91,6 +109,9 @@ if TYPE_CHECKING:
     from jaxneurons.edit.reverting import (
         revert,
     )
+    from jaxneurons.edit.sequential import (
+        evaluate_sequential,
+    )
     from jaxneurons.edit.texts import (
         held_out_text,
         lab_text,
@@ -98,7 +119,11 @@ if TYPE_CHECKING:
         sample_text,
     )
     from jaxneurons.edit.tracing import (
+        answered,
         trace,
+    )
+    from jaxneurons.edit.values import (
+        Values,
     )
 
 __getattr__, __dir__ = face(__name__, __file__)
@@ -125,6 +150,7 @@ __all__ = [
     "Rows",
     "SingularCovarianceWarning",
     "Trace",
+    "Values",
     "ablate",
     "add",
     "agreement_table",
@@ -138,13 +164,19 @@ __all__ = [
     "collect_covariance",
     "conflicts",
     "diff",
+    "edit",
+    "edit_each",
     "encode_prefixed",
     "encode_request",
+    "evaluate",
+    "evaluate_sequential",
     "force",
     "generate_prefixes",
     "held_out_text",
     "interpolate",
+    "lab_requests",
     "lab_text",
+    "layers_of",
     "make_patch",
     "measure",
     "neutral_text",
@@ -163,7 +195,9 @@ __all__ = [
     "sparse_scales",
     "swap",
     "trace",
+    "values_of",
     "with_biases",
+    "write_adapter",
     "write_covariances",
     "write_patch",
 ]

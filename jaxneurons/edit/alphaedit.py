@@ -17,13 +17,19 @@ from jaxtyping import Float
 
 from jaxneurons.edit.covariance import Covariance
 from jaxneurons.edit.method import AlphaEdit
-from jaxneurons.edit.solving import Spread, symmetric
+from jaxneurons.edit.solving import Spread
 from jaxneurons.errors import DataError
 
 
 @functools.lru_cache(maxsize=64)
 def _eigen(covariance: Covariance) -> tuple[np.ndarray, np.ndarray]:
-    values, vectors = scipy.linalg.eigh(symmetric(covariance))
+    matrix = covariance.matrix.astype(np.float64)
+    if not np.isfinite(matrix).all():
+        raise DataError(
+            f"the covariance of layer {covariance.layer} is not finite; collect it again, from a "
+            "model in float32"
+        )
+    values, vectors = scipy.linalg.eigh((matrix + matrix.T) / 2)
     return values, vectors
 
 

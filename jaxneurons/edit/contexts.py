@@ -73,14 +73,14 @@ class ContextBatch(NamedTuple):
     """Requests of similar length in their contexts.
 
     Attributes:
-      index: of each request in the whole list; -1 for one that only fills the shape.
+      members: index of each request in the whole list; -1 for one that only fills the shape.
       split: a request's prompts in turn, its essence last; then the next request's.
       ends: where in `split.after` the first token of the answer is predicted; of an essence the
         next token.
       targets: ids of the new answers, right-padded with -1.
     """
 
-    index: np.ndarray
+    members: np.ndarray
     split: Split
     ends: Int[Array | np.ndarray, "request context"]
     targets: Int[Array | np.ndarray, "request token"]
@@ -90,7 +90,7 @@ def batches(contexts: Sequence[Contexts], size: int) -> list[ContextBatch]:
     """Requests sorted by shape in batches of `size`, of few padded shapes."""
     shapes = [_shape(each) for each in contexts]
     order = sorted(range(len(contexts)), key=lambda i: (shapes[i], i))
-    size = min(size, 1 << max(0, len(order) - 1).bit_length())
+    size = min(size, _power_of_two(len(order)))
     return [
         _pad(contexts, order[start : start + size], shapes, size)
         for start in range(0, len(order), size)
@@ -98,12 +98,20 @@ def batches(contexts: Sequence[Contexts], size: int) -> list[ContextBatch]:
 
 
 def _shape(contexts: Contexts) -> tuple[int, int, int]:
-    """Padded tokens from the subject's last on, of the answer, and before that token."""
+    """Padded tokens before the subject's last, from that on, and of the answer: few and coarse.
+
+    The first are run once, the second in every step.
+    """
     answer = len(contexts.target)
     after = [len(ids) - last + answer - 1 for ids, last in contexts.prompts]
     after.append(len(contexts.essence[0]) - contexts.essence[1])
     before = [last for _, last in (*contexts.prompts, contexts.essence)]
-    return bucket(max(after), 4), 1 << (answer - 1).bit_length(), bucket(max(1, *before), 16)
+    return _power_of_two(max(32, *before)), bucket(max(after), 2), _power_of_two(answer)
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest one that is not below `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def _pad(
@@ -112,7 +120,7 @@ def _pad(
     shapes: list[tuple[int, int, int]],
     size: int,
 ) -> ContextBatch:
-    after, answer, before = np.max([shapes[i] for i in members], axis=0)
+    before, after, answer = np.max([shapes[i] for i in members], axis=0)
     filled = [contexts[i] for i in members + members[:1] * (size - len(members))]
     each = len(filled[0].prompts) + 1
     rows = size * each
@@ -134,8 +142,8 @@ def _pad(
         jnp.asarray(last),
         jnp.asarray(length),
     )
-    index = np.array(members + [-1] * (size - len(members)))
-    return ContextBatch(index, split, ends.reshape(size, each), targets)
+    filled_up = np.array(members + [-1] * (size - len(members)))
+    return ContextBatch(filled_up, split, ends.reshape(size, each), targets)
 
 
 def batch_size(contexts: Sequence[Contexts], config: ModelConfig, budget: int = 1 << 30) -> int:
@@ -143,7 +151,7 @@ def batch_size(contexts: Sequence[Contexts], config: ModelConfig, budget: int = 
 
     Few on a CPU, since a batch goes on until its slowest request is done.
     """
-    answer = max(1 << (len(each.target) - 1).bit_length() for each in contexts)
+    answer = max(_power_of_two(len(each.target)) for each in contexts)
     logits = 3 * 4 * config.vocab_size * (len(contexts[0].prompts) * answer + 2)
     most = 4 if jax.default_backend() == "cpu" else 32
     return max(1, min(most, 1 << (max(1, budget // logits).bit_length() - 1)))

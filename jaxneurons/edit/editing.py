@@ -183,18 +183,17 @@ def values_of(
       ConfigError: as `edit`; settings of a method that has no values.
     """
     _method(requests, config, settings)
-    if not isinstance(settings, ROME | MEMIT | AlphaEdit):
-        raise ConfigError(f"{type(settings).__name__} optimises no values")
-    find = rank_one.values_of if isinstance(settings, ROME) else layered.values_of
-    return find(
-        params,
-        requests,
-        config=config,
-        tokenizer=tokenizer,
-        settings=settings,
-        prefixes=prefixes,
-        progress=progress,
-    )
+    options: dict[str, Any] = {
+        "config": config,
+        "tokenizer": tokenizer,
+        "prefixes": prefixes,
+        "progress": progress,
+    }
+    if isinstance(settings, ROME):
+        return rank_one.values_of(params, requests, settings=settings, **options)
+    if isinstance(settings, MEMIT | AlphaEdit):
+        return layered.values_of(params, requests, settings=settings, **options)
+    raise ConfigError(f"{type(settings).__name__} optimises no values")
 
 
 def layers_of(settings: Settings, config: ModelConfig) -> tuple[int, ...]:

@@ -109,7 +109,7 @@ def _keys_and_stream(
     stream = np.zeros((len(contexts), config.hidden_size), np.float32)
     size = len(contexts[0].prompts) + 1
     for batch in batches(contexts, ROWS):
-        members = np.where(batch.index < 0, batch.index[0], batch.index)
+        members = np.where(batch.members < 0, batch.members[0], batch.members)
         left, right = _stacked(
             updates, members, requests=len(contexts), config=config, last=last, each=each
         )
@@ -254,9 +254,11 @@ def _spreads(
     for layer in layers:
         of_layer = covariance_of(covariance, layer, config)
         kept = earlier_of(earlier, layer, config)
-        find = memit.spread if isinstance(settings, MEMIT) else alphaedit.spread
-        operators[layer], said = find(settings, of_layer, kept)
-        facts[str(layer)] = {**of_layer.identity, **said}
+        if isinstance(settings, MEMIT):
+            operators[layer], more = memit.spread(settings, of_layer, kept)
+        else:
+            operators[layer], more = alphaedit.spread(settings, of_layer, kept)
+        facts[str(layer)] = {**of_layer.identity, **more}
     return operators, facts
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxneurons.edit.covariance import Covariance
 from jaxneurons.edit.method import MEMIT
-from jaxneurons.edit.solving import Spread, factorised, inverse_of, symmetric
+from jaxneurons.edit.solving import Spread, factorised, inverse_of, regular
 
 
 def spread(
@@ -25,9 +25,10 @@ def spread(
       covariance: of the layer.
       earlier: sum of the outer products of the keys of earlier edits.
     """
+    covariance = regular(covariance)
     if settings.accumulate and earlier is not None:
-        kept = settings.weight * symmetric(covariance) + np.asarray(earlier, np.float64)
-        operator, ridge = factorised(kept, covariance.layer)
+        kept = settings.weight * covariance.regularised() + np.asarray(earlier, np.float64)
+        operator = factorised(kept, covariance.layer)
     else:
-        operator, ridge = inverse_of(covariance, settings.weight)
-    return operator, {"ridge": ridge / settings.weight}
+        operator = inverse_of(covariance, settings.weight)
+    return operator, {"ridge": covariance.ridge}

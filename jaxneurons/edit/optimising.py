@@ -11,7 +11,7 @@ the others of its batch do; the program ends when none does.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,9 @@ def _optimise(
         running = ~state.done
         done = state.done | (terms.loss < weights.stop)
         moves = ~done & (state.step < steps)
-        change, adam_state = adam.update(gradient, state.adam)
+        change: Any
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integers
+            change, adam_state = adam.update(gradient, state.adam)
         delta = state.delta - weights.learning_rate * change
         most = weights.clamp * norm
         delta *= jnp.minimum(1, most / jnp.maximum(_safe_norm(delta), 1e-30))[:, None]
@@ -161,7 +163,7 @@ def _optimise(
             adam_state,
             terms.essence,
             done,
-            state.taken + moves,
+            state.taken + moves.astype(jnp.int32),
             state.loss.at[:, state.step].set(jnp.where(running, terms.nll, jnp.nan)),
             jnp.where(running, terms.alone, state.alone),
         )

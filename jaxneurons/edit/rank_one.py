@@ -23,6 +23,7 @@ from jaxneurons.edit.solving import (
     covariance_of,
     inverse_of,
     low_rank,
+    regular,
 )
 from jaxneurons.edit.values import Values, check_layers, check_values, find_values, prefixes_of
 from jaxneurons.errors import DataError
@@ -179,9 +180,9 @@ def _spread(
     if settings.covariance == "identity":
         return lambda keys: keys, {**facts, "covariance": "identity"}
     of_layer = covariance_of(covariance, layer, config)
-    spread, ridge = inverse_of(of_layer)
-    facts["covariance"] = {str(layer): {**of_layer.identity, "ridge": ridge}}
-    return spread, facts
+    of_layer = regular(of_layer)
+    facts["covariance"] = {str(layer): {**of_layer.identity, "ridge": of_layer.ridge}}
+    return inverse_of(of_layer), facts
 
 
 def _terms(values: Values, spread: Spread) -> tuple[np.ndarray, np.ndarray]:

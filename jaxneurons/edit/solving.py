@@ -16,18 +16,13 @@ from jaxtyping import Float
 
 from jaxneurons.edit.changes import LowRank
 from jaxneurons.edit.contexts import name_of
-from jaxneurons.edit.covariance import Covariance
+from jaxneurons.edit.covariance import Covariance, regularise
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
 
 Spread = Callable[[np.ndarray], np.ndarray]
 """Keys [width, request] to A^-1 keys, float64."""
-
-SINGULAR = 1e-7
-"""A direction whose variance, others given, is below so many mean variances counts as none."""
-RIDGE = 1e-6
-"""So many mean variances are then added to every direction."""
 
 
 def together(
@@ -50,44 +45,39 @@ def alone(
 
 
 @functools.lru_cache(maxsize=64)
-def inverse_of(covariance: Covariance, weight: float = 1.0) -> tuple[Spread, float]:
-    """(weight C)^-1 as an operator, and what was added to C's diagonal where it is singular.
+def regular(covariance: Covariance) -> Covariance:
+    """A covariance that can be inverted: itself, or regularised, with a warning that says so.
+
+    Raises:
+      DataError: it is zero or not finite.
+    """
+    return covariance if covariance.ridge else regularise(covariance)
+
+
+@functools.lru_cache(maxsize=64)
+def inverse_of(covariance: Covariance, weight: float = 1.0) -> Spread:
+    """(weight C)^-1 as an operator.
 
     Raises:
       DataError: a covariance of nothing, or of numbers that are not finite.
     """
-    return factorised(weight * symmetric(covariance), covariance.layer)
+    return factorised(weight * regular(covariance).regularised(), covariance.layer)
 
 
-def factorised(matrix: np.ndarray, layer: int) -> tuple[Spread, float]:
-    """The inverse of a symmetric matrix as an operator, and what was added to its diagonal."""
-    mean = float(np.trace(matrix)) / len(matrix)
-    if not mean > 0:
-        raise DataError(
-            f"the covariance of layer {layer} is of keys that are all zero; collect it from text "
-            "that this model reads"
-        )
-    ridge = 0.0
+def factorised(matrix: Float[np.ndarray, "width width"], layer: int) -> Spread:
+    """The inverse of a symmetric, positive definite matrix as an operator.
+
+    Raises:
+      DataError: it is not positive definite.
+    """
     try:
         factor = scipy.linalg.cho_factor(matrix, lower=True)
-        if np.square(np.diagonal(factor[0])).min() < SINGULAR * mean:
-            ridge = RIDGE * mean
     except np.linalg.LinAlgError:
-        ridge = RIDGE * mean
-    if ridge:
-        factor = scipy.linalg.cho_factor(matrix + ridge * np.eye(len(matrix)), lower=True)
-    return functools.partial(scipy.linalg.cho_solve, factor), ridge
-
-
-def symmetric(covariance: Covariance) -> Float[np.ndarray, "width width"]:
-    """A covariance in float64, free of what rounding made of its symmetry."""
-    matrix = np.asarray(covariance.matrix, np.float64)
-    if not np.isfinite(matrix).all():
         raise DataError(
-            f"the covariance of layer {covariance.layer} holds numbers that are not finite; "
-            "collect it again, from a model in float32"
-        )
-    return (matrix + matrix.T) / 2
+            f"layer {layer}: the covariance and the keys of earlier edits make a matrix that "
+            "cannot be inverted; collect the covariance over more text"
+        ) from None
+    return functools.partial(scipy.linalg.cho_solve, factor)
 
 
 def covariance_of(

@@ -10,7 +10,7 @@ the key is a mean of, so that `v* - k* K` is the delta and nothing else.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -94,28 +94,28 @@ def find_values(
     check_layers((layer,), config)
     prefixes = prefixes_of(params, config, tokenizer, optimisation, prefixes)
     contexts = encode_contexts(tokenizer, requests, prefixes, config=config)
-    rows: list[Optimised | None] = [None] * len(requests)
+    rows: list[Any] = [None] * len(requests)
     done = 0
     for batch in batches(contexts, batch_size(contexts, config)):
         result = optimise_batch(
             params, batch, config=config, layer=layer, place=place, optimisation=optimisation
         )
-        for n, i in enumerate(batch.index.tolist()):
+        for n, i in enumerate(batch.members.tolist()):
             if i >= 0:
                 rows[i] = Optimised(*(array[n] for array in result))
                 done += 1
         if progress is not None:
             progress(done, len(requests))
-    whole = Optimised(*(np.stack(column) for column in zip(*rows, strict=True)))
-    _check_finite(requests, whole)
-    trace = Trace(whole.loss, whole.probability, whole.steps, whole.reached)
+    columns = [np.stack(column) for column in zip(*rows, strict=True)]
+    _check_finite(requests, Optimised(*columns))
+    keys, initial, delta, *trace = columns
     return Values(
         layer,
         place,
-        whole.key,
-        whole.initial,
-        whole.delta,
-        trace,
+        keys,
+        initial,
+        delta,
+        Trace(*trace),
         optimisation,
         tuple(prefixes),
         tuple(requests),
