@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from jaxneurons.edit.adapter import (
         write_adapter,
     )
+    from jaxneurons.edit.agreement import agreement_table, attribution_by_layer
     from jaxneurons.edit.applying import (
         Conflict,
         apply_patches,
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
         sample_text,
     )
     from jaxneurons.edit.tracing import (
+        answered,
         trace,
     )
     from jaxneurons.edit.values import (
@@ -151,8 +153,11 @@ __all__ = [
     "Values",
     "ablate",
     "add",
+    "agreement_table",
+    "answered",
     "apply",
     "apply_patches",
+    "attribution_by_layer",
     "check_covariance",
     "check_requests",
     "choose_layers",

@@ -179,6 +179,18 @@ def _encoded(lm: LM, facts: Sequence[KnownFact]) -> tuple[dict[int, TracedFact],
     return encoded, left_out
 
 
+def answered(lm: LM, facts: Sequence[KnownFact]) -> list[KnownFact]:
+    """The facts that `trace` would trace: each token of the answer is the model's first choice.
+
+    Args:
+      lm: the model.
+      facts: see `read_known`.
+    """
+    encoded, left_out = _encoded(lm, facts)
+    _leave_out_wrong(lm, encoded, left_out)
+    return [facts[i] for i in sorted(encoded)]
+
+
 def _leave_out_wrong(lm: LM, encoded: dict[int, TracedFact], left_out: dict[int, str]) -> None:
     """Move facts that the model does not answer right from the one to the other."""
     places = list(encoded)

@@ -10,7 +10,7 @@ import jaxneurons as jn
 from jaxneurons.edit.requests import KnownFact
 from jaxneurons.edit.restoring import KINDS, NoisedPrompts, restored_probabilities
 from jaxneurons.edit.traced_facts import POSITIONS, TracedFact, encode_fact, plan
-from jaxneurons.edit.tracing import summarise, trace
+from jaxneurons.edit.tracing import answered, summarise, trace
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.storage.tables import read_tables
 
@@ -107,7 +107,8 @@ def test_restoring_the_subject_first_and_the_last_token_at_the_end_brings_all_ba
     assert effects(tables, "word", "residual", 0)["last subject"] > 0.9 * total["word"]
 
 
-def test_a_fact_that_is_answered_otherwise_is_left_out(tables):
+def test_a_fact_that_is_answered_otherwise_is_left_out(lab, tables):
+    assert answered(lab, FACTS) == [FACTS[0], FACTS[2]]
     left_out = {row["fact"]: row["left_out"] for row in tables.rows("facts")}
     assert left_out == {"clause": "", "wrong": "the model answers otherwise", "word": ""}
     assert {row["fact"] for row in tables.rows("effects")} == {"clause", "word"}
