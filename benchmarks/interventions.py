@@ -125,13 +125,13 @@ def memory_of(way: str, options: argparse.Namespace) -> float:
 
 def peaks(ways: list[str], repeats: int) -> dict[str, float]:
     """Medians over fresh processes, in turns."""
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    measured: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way in ways:
             command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[way].append(float(out.splitlines()[-1]))
-    return {way: statistics.median(values) for way, values in found.items()}
+            measured[way].append(float(out.splitlines()[-1]))
+    return {way: statistics.median(values) for way, values in measured.items()}
 
 
 def times(candidates: Candidates, ways: list[str], repeats: int) -> dict[str, float]:
@@ -143,15 +143,15 @@ def times(candidates: Candidates, ways: list[str], repeats: int) -> dict[str, fl
         "trees, kept": lambda: candidates.over(trees),
     }
     expected = functions["multipliers"]()
-    found: dict[str, list[float]] = {way: [] for way in ways}
+    measured: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way in ways:
             start = time.perf_counter()
             logits = functions[way]()
-            found[way].append(time.perf_counter() - start)
+            measured[way].append(time.perf_counter() - start)
             difference = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
             assert difference < 1e-5, (way, difference)
-    return {way: statistics.median(values) for way, values in found.items()}
+    return {way: statistics.median(values) for way, values in measured.items()}
 
 
 def plan(candidates: Candidates, count: int) -> dict[str, float]:

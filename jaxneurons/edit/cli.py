@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxneurons.edit import evaluation_cli, patch_cli
 from jaxneurons.edit.method import (
     MEMIT,
     ROME,
@@ -17,7 +18,6 @@ from jaxneurons.edit.method import (
     LearnedNeurons,
     Settings,
 )
-from jaxneurons.edit.patch_cli import add_commands
 from jaxneurons.errors import DataError
 from jaxneurons.terminal.console import console, counting, errors, load_and_say
 from jaxneurons.terminal.options import IgnoreKeys, Text, settings_options
@@ -50,7 +50,8 @@ TextFile = Annotated[
     ),
 ]
 Vectors = Annotated[
-    int | None, typer.Option(min=1, help="Keys for the covariance; default: 10 a neuron.")
+    int | None,
+    typer.Option(min=1, help="Keys for the covariance; default: 4 for each neuron of a layer."),
 ]
 Statistics = Annotated[
     Path | None,
@@ -59,7 +60,7 @@ Statistics = Annotated[
 NeuronsFile = Annotated[Path, typer.Option(help="CSV of site, layer, index: the neurons.")]
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers with commas between them, or a range: 3,4,5 or 3-5."""
     try:
         parts = [part.strip().split("-") for part in text.split(",") if part.strip()]
@@ -69,7 +70,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(number for first, last in spans for number in range(first, last + 1))
 
 
-NUMBERS = Text(_numbers, lambda numbers: ",".join(map(str, numbers)))
+NUMBERS = Text(numbers, lambda numbers: ",".join(map(str, numbers)))
 
 
 @app.command()
@@ -273,4 +274,5 @@ def _edit(
     console.print(f"Written: {out} ({out.stat().st_size / 2**20:.2f} MiB)", soft_wrap=True)
 
 
-add_commands(app)
+patch_cli.add_commands(app)
+evaluation_cli.add_commands(app)

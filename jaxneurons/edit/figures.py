@@ -159,8 +159,9 @@ def sequential(rows: Rows, source: str) -> Any:
         elif name == "perplexity_ratio":
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
-            axes.tick_params(axis="y", which="minor", labelsize=7)
+            low, high = axes.get_ylim()
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 8 * low else "")
+            axes.tick_params(axis="y", which="minor", labelsize=8)
         describe_axes(axes, x="edits of one model")
         entitle(axes, label, size=10)
     legend(figure, _keys(methods, bool(unedited)), loc="outside lower center", ncols=4, fontsize=9)

@@ -309,8 +309,9 @@ def measured_row(case: Case, outcome: Outcome, unedited: Outcome) -> Row:
     if outcome.continuation or unedited.continuation:
         row["fluency"] = judging.fluency(outcome.continuation)
     if np.isfinite(outcome.loss):
-        row["perplexity"] = float(np.exp(outcome.loss))
-        row["perplexity_ratio"] = float(np.exp(outcome.loss - unedited.loss))
+        with np.errstate(over="ignore"):
+            row["perplexity"] = float(np.exp(outcome.loss))
+            row["perplexity_ratio"] = float(np.exp(outcome.loss - unedited.loss))
     return row
 
 

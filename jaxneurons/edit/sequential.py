@@ -29,6 +29,7 @@ from jaxneurons.edit.evaluation import (
     neutral_texts,
     opened,
     require_covariance,
+    with_earlier,
 )
 from jaxneurons.edit.measures import Outcome, edits_at_once, measured_row, run_cases
 from jaxneurons.edit.method import Edit, Settings
@@ -325,8 +326,9 @@ class _Method:
                 if stop in kept and kept[stop] is None:
                     rows = plan.rows(self.name, stop, state.edited, state.params)
                     content = json.dumps({"rows": rows, "refused": list(state.refused)})
-                    kept[stop] = {"json": np.array(content)}
-                    plan.store.save(self._size(stop), kept[stop])
+                    made = {"json": np.array(content)}
+                    plan.store.save(self._size(stop), made)
+                    kept[stop] = made
                 report(stop)
         report(plan.sizes[-1])
         contents = [json.loads(str(part["json"])) for part in kept.values() if part is not None]

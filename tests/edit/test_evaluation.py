@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,6 +167,7 @@ def test_another_method_is_added_to_what_is_there(editor, tmp_path):
         "locality.png",
     }
     assert tables.path == tmp_path / "run"
+    assert tables.facts["seconds"]["weak"]["measuring"] > 0  # of the call before
     with pytest.raises(DataError, match="another seed"):
         run(out=tmp_path / "run", seed=1)
 
@@ -202,22 +204,12 @@ def test_neurons_are_drawn_anew_for_each_request_of_the_control(editor):
         sets = settings.neurons
         sets = sets if isinstance(sets, tuple) else (sets,) * len(requests)
         seen.append(sets)
-        return [
-            Edit(
-                (
-                    Multipliers(
-                        "act",
-                        *members.pairs("act").T.astype(np.int32),
-                        np.zeros(len(members), np.float32),
-                    ),
-                ),
-                settings,
-                None,
-                {},
-                {},
-            )
-            for members in sets
-        ]
+        edits = []
+        for members in sets:
+            layers, indices = members.pairs("act").T.astype(np.int32)
+            off = Multipliers("act", layers, indices, np.zeros(len(members), np.float32))
+            edits.append(Edit((off,), settings, None, {}, {}))
+        return edits
 
     editor.edit_each = operate
     sets = tuple(NeuronSet.of(act=[(1, 3 + i), (4, 5)]) for i in range(3))
@@ -244,6 +236,7 @@ def test_wrong_arguments(editor):
 
 
 def test_random_changes_have_the_same_size_elsewhere():
+    other: Any
     params, config = lab().params, lab().config
     rng = np.random.default_rng(0)
     kernel = np.asarray(params["layers"]["ffn"]["down"]["kernel"], np.float64)

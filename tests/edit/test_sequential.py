@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def editor(monkeypatch):
     monkeypatch.setattr(editing, "edit", edit)
 
 
-def run(requests=None, methods=SETTINGS, **options):
+def run(requests=None, methods: Any = SETTINGS, **options):
     options = {"sizes": (1, 3, 6), "ends": 2, "sample": 3, **options}
     requests = capital_requests(6) if requests is None else requests
     return evaluate_sequential(lab(), requests, methods, measures=SMALL, texts=TEXTS, **options)

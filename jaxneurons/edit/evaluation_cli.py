@@ -1,0 +1,324 @@
+"""The command line of what edits did: `edit evaluate`, `sequential`, `layers` and `trace`."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxneurons.edit.cases import MeasureSettings
+from jaxneurons.edit.method import (
+    MEMIT,
+    ROME,
+    AlphaEdit,
+    FineTune,
+    KnowledgeNeurons,
+    LearnedNeurons,
+    Settings,
+)
+from jaxneurons.errors import ConfigError, near_matches
+from jaxneurons.terminal.console import console, counting, load_and_say
+from jaxneurons.terminal.options import IgnoreKeys, names_of, settings_options
+
+if TYPE_CHECKING:
+    from jaxneurons.checkpoints.loading import LM
+    from jaxneurons.edit.covariance import Covariance
+    from jaxneurons.edit.requests import EditRequest
+    from jaxneurons.neurons.sets import NeuronSet
+
+METHODS: dict[str, Settings | type] = {
+    "rome": ROME(),
+    "rome-identity": ROME(covariance="identity"),
+    "memit": MEMIT(),
+    "accumulate": MEMIT(accumulate=True),
+    "alphaedit": AlphaEdit(),
+    "finetune": FineTune(),
+    "finetune-bounded": FineTune(norm=5e-4),
+    "learn": LearnedNeurons,
+    "surgery": KnowledgeNeurons,
+}
+"""By the name that the shell knows; the last two change the neurons of each fact."""
+SEQUENTIAL = ("memit", "accumulate", "alphaedit")
+NEURONS = 20
+"""Neurons that are located for each request."""
+
+Model = Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")]
+Requests = Annotated[
+    str,
+    typer.Option(
+        help="Requests: counterfact-edit, CounterFact, zsRE, JSON Lines or CSV; or 'lab', facts of "
+        "the lab model's world."
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Run directory; a stopped run is taken up again.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of controls, samples and resamples.")]
+Layer = Annotated[int | None, typer.Option(min=0, help="For methods that edit one layer.")]
+Span = Annotated[
+    str | None, typer.Option(help="For methods that edit several layers: 4-8 or 4,5,6.")
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add `evaluate`, `sequential`, `layers` and `trace`."""
+    fields = [field.name for field in dataclasses.fields(MeasureSettings) if field.name != "batch"]
+    measured = settings_options(MeasureSettings, only=fields, parameter="measures")
+    app.command("evaluate")(measured(evaluate_command))
+    app.command("sequential")(measured(sequential_command))
+    app.command("layers")(layers_command)
+    app.command("trace")(trace_command)
+
+
+def evaluate_command(
+    model: Model,
+    requests: Requests,
+    out: Out,
+    *,
+    methods: Annotated[
+        str, typer.Option(help=f"Methods with commas between: {', '.join(METHODS)}; or all.")
+    ] = "all",
+    limit: Limit = None,
+    layer: Layer = None,
+    span: Span = None,
+    seed: Seed = 0,
+    measures: MeasureSettings,
+    ignore_key: IgnoreKeys = None,
+) -> None:
+    """Edit each request by each method, on the untouched model, and measure what that did.
+
+    Every method stands beside a control: changes of the same size in random directions, or random
+    neurons of the same layers.
+    """
+    from jaxneurons.edit.evaluation import evaluate
+    from jaxneurons.edit.evaluation_views import show_evaluation, show_left_out
+
+    names = chosen(methods, METHODS)
+    lm, of_file = _prepared(model, requests, limit, out, ignore_key)
+    settings = _settings(lm, of_file, names, layer, span)
+    covariance = _covariance(lm, settings.values(), out)
+    with counting("Editing", "edits") as progress:
+        tables = evaluate(
+            lm,
+            of_file,
+            settings,
+            covariance=covariance,
+            measures=measures,
+            seed=seed,
+            out=out,
+            progress=progress,
+        )
+    show_evaluation(tables.rows("summary"), tables.rows("differences"))
+    show_left_out(tables.facts)
+    _say_written(out)
+
+
+def sequential_command(
+    model: Model,
+    requests: Requests,
+    out: Out,
+    *,
+    methods: Annotated[str, typer.Option(help="Methods with commas between, or all.")] = (
+        ",".join(SEQUENTIAL)
+    ),
+    sizes: Annotated[str, typer.Option(help="Edits after which the model is measured.")] = (
+        "1,10,100,1000"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Requests that are edited together.")] = 1,
+    sample: Annotated[int, typer.Option(min=1, help="Of all edits, measured at each size.")] = 50,
+    limit: Limit = None,
+    layer: Layer = None,
+    span: Span = None,
+    seed: Seed = 0,
+    measures: MeasureSettings,
+    ignore_key: IgnoreKeys = None,
+) -> None:
+    """Edit one model request after request, and measure it after 1, 10, 100, ... edits."""
+    from jaxneurons.edit.evaluation_views import show_left_out, show_sequential
+    from jaxneurons.edit.sequential import evaluate_sequential
+
+    names = chosen(methods, METHODS)
+    lm, of_file = _prepared(model, requests, limit, out, ignore_key)
+    settings = _settings(lm, of_file, names, layer, span)
+    covariance = _covariance(lm, settings.values(), out)
+    with counting("Editing", "edits") as progress:
+        tables = evaluate_sequential(
+            lm,
+            of_file,
+            settings,
+            sizes=_numbers(sizes),
+            batch=batch,
+            sample=sample,
+            covariance=covariance,
+            measures=measures,
+            seed=seed,
+            out=out,
+            progress=progress,
+        )
+    show_sequential(tables.rows("sequential"))
+    show_left_out(tables.facts)
+    _say_written(out)
+
+
+def layers_command(
+    model: Model,
+    requests: Requests,
+    out: Out,
+    *,
+    method: Annotated[str, typer.Option(help="A method that edits layers.")] = "rome",
+    candidates: Annotated[
+        str | None,
+        typer.Option(help="Layers or spans with commas between: 3,5,8 or 3-5,4-8; default: ten."),
+    ] = None,
+    limit: Limit = 10,
+    seed: Seed = 0,
+    ignore_key: IgnoreKeys = None,
+) -> None:
+    """On a few requests, which layers' edit serves best?"""
+    from jaxneurons.edit.layers import choose_layers, default_candidates
+
+    (name,) = chosen(method, [n for n in METHODS if n not in ("learn", "surgery")], most=1)
+    lm, of_file = _prepared(model, requests, limit, out, ignore_key)
+    settings: Any = METHODS[name]
+    spans = (
+        default_candidates(settings, lm.config)
+        if candidates is None
+        else [_numbers(part) for part in names_of(candidates)]
+    )
+    needed = [_at(settings, span) for span in spans]
+    covariance = _covariance(lm, needed, out)
+    with counting("Editing", "edits") as progress:
+        choice = choose_layers(
+            lm,
+            of_file,
+            settings,
+            candidates=spans,
+            covariance=covariance,
+            seed=seed,
+            out=out,
+            progress=progress,
+        )
+    console.print(repr(choice), soft_wrap=True)
+    _say_written(out)
+
+
+def trace_command(
+    model: Model,
+    facts: Annotated[Path, typer.Option(help="Facts: known_id, subject, attribute, prompt.")],
+    out: Out,
+    *,
+    limit: Limit = 100,
+    noise: Annotated[float, typer.Option(help="In standard deviations of subjects.")] = 3.0,
+    samples: Annotated[int, typer.Option(min=1, help="Of the noise, for each fact.")] = 10,
+    seed: Seed = 0,
+    ignore_key: IgnoreKeys = None,
+) -> None:
+    """Causal tracing: which layer and token, restored, bring a noised subject's answer back?"""
+    from jaxneurons.edit.requests import read_known
+    from jaxneurons.edit.tracing import trace
+
+    known = read_known(facts, limit=limit)
+    _writable(out)
+    lm = load_and_say(model, ignore_keys=ignore_key)
+    with counting("Tracing", "facts") as progress:
+        tables = trace(
+            lm, known, noise=noise, samples=samples, seed=seed, out=out, progress=progress
+        )
+    rows = sorted(tables.rows("summary"), key=lambda row: -row["effect"])[:5]
+    for row in rows:
+        console.print(
+            f"{row['kind']}: layer {row['layer']}, {row['position']}: indirect effect "
+            f"{row['effect']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        )
+    _say_written(out)
+
+
+def chosen(text: str, known: Mapping[str, Any] | Sequence[str], most: int | None = None) -> list:
+    """Names of methods with commas between, or "all".
+
+    Raises:
+      ConfigError: a name that is not known, none, or too many.
+    """
+    names = list(known) if text.strip() == "all" else list(dict.fromkeys(names_of(text)))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown method {name!r}; {near_matches(name, known)}")
+    if not names or (most is not None and len(names) > most):
+        raise ConfigError(f"{text!r}: give {'a method' if most == 1 else 'some methods'}")
+    return names
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from jaxneurons.edit.cli import numbers
+
+    return numbers(text)
+
+
+def _prepared(
+    model: str, requests: str, limit: int | None, out: Path, ignore_keys: list[str] | None
+) -> tuple["LM", list["EditRequest"]]:
+    from jaxneurons.edit.cli import read
+
+    of_file = read(requests, limit)
+    _writable(out)
+    return load_and_say(model, ignore_keys=ignore_keys), of_file
+
+
+def _writable(out: Path) -> None:
+    from jaxneurons.storage.store import check_writable
+
+    check_writable(out)
+
+
+def _settings(
+    lm: "LM",
+    requests: Sequence["EditRequest"],
+    names: Sequence[str],
+    layer: int | None,
+    span: str | None,
+) -> dict[str, Settings]:
+    """Settings by name, at given layers; neurons are located for the methods that change them."""
+    located: tuple[NeuronSet, ...] = ()
+    if any(isinstance(METHODS[name], type) for name in names):
+        from jaxneurons.edit.located import locate_neurons
+
+        with counting("Locating neurons", "requests") as progress:
+            located = locate_neurons(lm, requests, count=NEURONS, progress=progress)
+    settings: dict[str, Settings] = {}
+    for name in names:
+        of_name = METHODS[name]
+        made: Settings = of_name(neurons=located) if isinstance(of_name, type) else of_name
+        if isinstance(made, ROME | FineTune) and layer is not None:
+            made = _at(made, (layer,))
+        if isinstance(made, MEMIT | AlphaEdit) and span is not None:
+            made = _at(made, _numbers(span))
+        settings[name] = made
+    return settings
+
+
+def _at(settings: Any, layers: Sequence[int]) -> Any:
+    if isinstance(settings, MEMIT | AlphaEdit):
+        return dataclasses.replace(settings, layers=tuple(layers))
+    if len(layers) != 1:
+        raise ConfigError(f"{type(settings).__name__} edits one layer, got {tuple(layers)}")
+    return dataclasses.replace(settings, layer=layers[0])
+
+
+def _covariance(lm: "LM", settings: Any, out: Path) -> dict[int, "Covariance"] | None:
+    """Of every layer that a method needs; kept beside the run, which is not theirs alone."""
+    from jaxneurons.edit.covariance import collect_covariance
+    from jaxneurons.edit.editing import layers_of
+
+    layers = sorted({layer for made in settings for layer in layers_of(made, lm.config)})
+    if not layers:
+        return None
+    with counting("Collecting keys", "keys") as progress:
+        return collect_covariance(
+            lm, layers, out=out.with_name(f"{out.name}-covariance"), progress=progress
+        )
+
+
+def _say_written(out: Path) -> None:
+    console.print(
+        f"Written: {out / 'tables'} (CSV, Parquet) and {out / 'figures'} (PNG)", soft_wrap=True
+    )

@@ -1,0 +1,127 @@
+"""Tables and figures of evaluations, from made-up rows."""
+
+import numpy as np
+import pytest
+from support.pictures import coloured, ink
+
+from jaxneurons.edit import evaluation_views
+from jaxneurons.edit.figures import draw
+from jaxneurons.edit.measures import MEASURES
+from jaxneurons.edit.summaries import averages, difference_rows, summary_rows
+from jaxneurons.terminal.console import Plain
+
+METHODS = (("unedited", ""), ("ROME", ""), ("ROME", "random"), ("FT_$L$", ""), ("FT_$L$", "random"))
+
+
+def edits(count=12, *, portability=True):
+    rng = np.random.default_rng(0)
+    rows = []
+    for place, (method, control) in enumerate(METHODS):
+        for request in range(count):
+            row = {name: float(rng.random() < place / 5) for name in MEASURES}
+            row |= {"fluency": 5.0 - place / 3, "perplexity_ratio": 1.0 + place, "failed": ""}
+            if not portability:
+                row |= {"portability_forced": None, "portability_free": None}
+            rows.append({"method": method, "control": control, "request": f"{request}", **row})
+    return rows
+
+
+def sequential():
+    rng = np.random.default_rng(1)
+    rows = []
+    for method in ("unedited", "MEMIT", "AlphaEdit"):
+        for size in (0,) if method == "unedited" else (1, 10, 100):
+            for group in ("first", "last", "all"):
+                made = [
+                    {name: float(rng.random() < 1 / (1 + size / 50)) for name in MEASURES}
+                    | {"failed": "", "perplexity_ratio": 1.0 + size, "fluency": 5.0}
+                    for _ in range(8)
+                ]
+                line = {"method": method, "edits": size, "group": group}
+                rows.append({**line, **averages(made)})
+    return rows
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is printed, on 80 columns."""
+    console = Plain(width=80, force_terminal=False)
+    monkeypatch.setattr(evaluation_views, "console", console)
+
+    def text(show, *arguments):
+        with console.capture() as capture:
+            show(*arguments)
+        return capture.get()
+
+    return text
+
+
+def test_forced_stands_beside_free(shown):
+    rows = edits()
+    summary = summary_rows(rows)
+    text = shown(evaluation_views.show_evaluation, summary, difference_rows(rows))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    title = next(i for i, line in enumerate(lines) if "after the prompt" in line)
+    table = lines[title : title + 12]
+    assert any("forced" in line and "free" in line for line in table)
+    (rome,) = (line for line in table if line.strip().startswith("ROME"))
+    (expected,) = (row for row in summary if (row["method"], row["control"]) == METHODS[1])
+    forced, free, low, _, high = rome.split()[1:]
+    assert [forced, free, low, high] == [
+        f"{100 * expected[name]:.0f}"
+        for name in (
+            "efficacy_forced",
+            "efficacy_free",
+            "efficacy_free_low",
+            "efficacy_free_high",
+        )
+    ]
+    assert text.count("  random") >= 8
+    assert "where it follows" in text
+    assert "Paired difference to the random control" in text
+    assert "FT_$L$" in text
+
+
+def test_what_there_are_no_prompts_for_is_not_shown(shown):
+    text = shown(evaluation_views.show_evaluation, summary_rows(edits(portability=False)))
+    assert "where it follows" not in text
+    assert "Paired" not in text
+
+
+def test_sequential_table(shown):
+    text = shown(evaluation_views.show_sequential, sequential())
+    assert [line.split()[0] for line in text.splitlines() if line[:4].strip().isdigit()] == [
+        "1",
+        "10",
+        "100",
+    ] * 2
+    assert "unedited:" not in text
+
+
+def test_left_out(shown):
+    facts = {
+        "left_out": [{"request": f"r{i}", "method": "ROME", "reason": "why"} for i in range(8)],
+        "remarks": ["request 1 is request 2 once more"],
+    }
+    text = shown(evaluation_views.show_left_out, facts)
+    assert "Left out (8)" in text
+    assert "r4 (ROME): why" in text
+    assert "r5" not in text
+    assert "3 more" in text
+    assert "once more" in text
+    assert shown(evaluation_views.show_left_out, {"left_out": []}) == ""
+
+
+def test_figures(tmp_path):
+    tables = {"summary": summary_rows(edits()), "sequential": sequential()}
+    paths = draw(tables, tmp_path, source="a_model")
+    assert [path.name for path in paths] == ["efficacy.png", "locality.png", "sequential.png"]
+    for path in paths:
+        assert ink(path) > 0.02
+        assert coloured(path) > 1000
+
+
+def test_figures_need_numbers(tmp_path):
+    rows = [row | dict.fromkeys(MEASURES) for row in edits(count=2)]
+    assert draw({"summary": summary_rows(rows)}, tmp_path) == []
