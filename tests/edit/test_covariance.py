@@ -187,10 +187,10 @@ def test_solve_is_numpys():
         regular.solve(asked[:, :29])
 
 
-@pytest.mark.parametrize("why", ["few", "dead"])
+@pytest.mark.parametrize("why", ["few", "rather few", "dead"])
 def test_a_singular_one_is_regularised_and_said_so(why):
     rng = np.random.default_rng(0)
-    keys = rng.normal(size=(29 if why == "few" else 200, 30))
+    keys = rng.normal(size=({"few": 29, "rather few": 59}.get(why, 200), 30))
     if why == "dead":
         keys[:, 3] = 0
     singular = second_moment(keys, layer=5)
