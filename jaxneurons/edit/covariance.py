@@ -44,8 +44,9 @@ KEPT = 16
 """Batches after which a run directory keeps the sums."""
 FEW = 2
 """A C of fewer keys than so many widths counts as singular: its inverse is mostly noise."""
-RIDGE = 1e-3
-"""What is added to the diagonal of a C that is singular, in mean eigenvalues."""
+RIDGE = 0.3
+"""What is added to the diagonal of a C that is singular, in mean eigenvalues: what disturbs unseen
+text least on SmolLM2, for half to eight widths of keys (`benchmarks/covariance.py`)."""
 PIVOT = 1e-9
 """A C is singular if a pivot of its Cholesky factor is below so many mean eigenvalues."""
 FORMAT = 1
