@@ -96,12 +96,14 @@ if TYPE_CHECKING:
     from jaxneurons.edit.prefixes import (
         generate_prefixes,
     )
+    from jaxneurons.edit.request_files import (
+        read_known,
+        read_requests,
+    )
     from jaxneurons.edit.requests import (
         EditRequest,
         KnownFact,
         check_requests,
-        read_known,
-        read_requests,
     )
     from jaxneurons.edit.restoring import (
         restored_probabilities,

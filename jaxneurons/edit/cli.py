@@ -194,7 +194,8 @@ _of_neurons(
 
 def read(requests: str, limit: int | None = None) -> list["EditRequest"]:
     """The requests of a file, or of the lab's world; oddities among them are shown."""
-    from jaxneurons.edit.requests import check_requests, read_requests
+    from jaxneurons.edit.request_files import read_requests
+    from jaxneurons.edit.requests import check_requests
 
     if requests == "lab":
         from jaxneurons.edit.lab_requests import lab_requests

@@ -42,8 +42,11 @@ TOKENS = 1024
 """Of a batch, about."""
 KEPT = 16
 """Batches after which a run directory keeps the sums."""
-RIDGE = 1e-3
-"""What is added to the diagonal of a C that is singular, in mean eigenvalues."""
+FEW = 2
+"""A C of fewer keys than so many widths counts as singular: its inverse is mostly noise."""
+RIDGE = 0.3
+"""What is added to the diagonal of a C that is singular, in mean eigenvalues: what disturbs unseen
+text least on SmolLM2, for half to eight widths of keys (`benchmarks/covariance.py`)."""
 PIVOT = 1e-9
 """A C is singular if a pivot of its Cholesky factor is below so many mean eigenvalues."""
 FORMAT = 1
@@ -106,8 +109,8 @@ class Covariance:
 def regularise(covariance: Covariance, *, ridge: float = RIDGE) -> Covariance:
     """A second moment that `solve` can invert: itself, or with something added to its diagonal.
 
-    It counts as singular if it is the mean over fewer keys than it is wide, or if a pivot of its
-    Cholesky factor is below `PIVOT` mean eigenvalues. Warns if it is.
+    It counts as singular if it is the mean over fewer keys than `FEW` times its width, or if a
+    pivot of its Cholesky factor is below `PIVOT` mean eigenvalues. Warns if it is.
 
     Args:
       covariance: the second moment.
@@ -123,12 +126,12 @@ def regularise(covariance: Covariance, *, ridge: float = RIDGE) -> Covariance:
             f"the covariance of layer {covariance.layer} is zero or not finite; load the model in "
             "float32, or check its weights with `jaxneurons verify`"
         )
-    if covariance.count >= width and _smallest_pivot(covariance.matrix) > PIVOT * mean:
+    if covariance.count >= FEW * width and _smallest_pivot(covariance.matrix) > PIVOT * mean:
         return dataclasses.replace(covariance, ridge=0.0)
     warnings.warn(
-        f"the covariance of layer {covariance.layer} is singular ({covariance.count} keys of width "
-        f"{width}): {ridge:g} of its mean eigenvalue is added to the diagonal; more text makes it "
-        "regular",
+        f"the covariance of layer {covariance.layer} is singular, or nearly so "
+        f"({covariance.count} keys of width {width}): {ridge:g} of its mean eigenvalue is added to "
+        "the diagonal; more text makes it regular",
         SingularCovarianceWarning,
         stacklevel=2,
     )

@@ -214,7 +214,7 @@ def trace_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Causal tracing: which layer and token, restored, bring a noised subject's answer back?"""
-    from jaxneurons.edit.requests import read_known
+    from jaxneurons.edit.request_files import read_known
     from jaxneurons.edit.tracing import trace
 
     known = read_known(facts, limit=limit)
