@@ -5,10 +5,27 @@ from typing import TYPE_CHECKING
 from jaxneurons.lazy import face
 
 if TYPE_CHECKING:
-    from jaxneurons.edit.applying import Conflict, apply_patches, conflicts
-    from jaxneurons.edit.cases import MeasureSettings
-    from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
-    from jaxneurons.edit.constants import force, with_biases
+    from jaxneurons.edit.adapter import (
+        write_adapter,
+    )
+    from jaxneurons.edit.applying import (
+        Conflict,
+        apply_patches,
+        conflicts,
+    )
+    from jaxneurons.edit.cases import (
+        MeasureSettings,
+    )
+    from jaxneurons.edit.changes import (
+        LowRank,
+        Multipliers,
+        Rows,
+        apply,
+    )
+    from jaxneurons.edit.constants import (
+        force,
+        with_biases,
+    )
     from jaxneurons.edit.covariance import (
         Covariance,
         SingularCovarianceWarning,
@@ -18,9 +35,23 @@ if TYPE_CHECKING:
         regularise,
         write_covariances,
     )
-    from jaxneurons.edit.diff import diff
-    from jaxneurons.edit.editing import edit, edit_each, layers_of, values_of
-    from jaxneurons.edit.encoding import EncodedRequest, encode_prefixed, encode_request
+    from jaxneurons.edit.diff import (
+        diff,
+    )
+    from jaxneurons.edit.editing import (
+        edit,
+        edit_each,
+        layers_of,
+        values_of,
+    )
+    from jaxneurons.edit.encoding import (
+        EncodedRequest,
+        encode_prefixed,
+        encode_request,
+    )
+    from jaxneurons.edit.evaluation import (
+        evaluate,
+    )
     from jaxneurons.edit.interventions import (
         ablate,
         add,
@@ -32,7 +63,16 @@ if TYPE_CHECKING:
         sparse_scales,
         swap,
     )
-    from jaxneurons.edit.measures import measure
+    from jaxneurons.edit.lab_requests import (
+        lab_requests,
+    )
+    from jaxneurons.edit.layers import (
+        LayerChoice,
+        choose_layers,
+    )
+    from jaxneurons.edit.measures import (
+        measure,
+    )
     from jaxneurons.edit.method import (
         MEMIT,
         ROME,
@@ -44,9 +84,17 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
-    from jaxneurons.edit.patch import Patch, make_patch
-    from jaxneurons.edit.patch_file import read_patch, write_patch
-    from jaxneurons.edit.prefixes import generate_prefixes
+    from jaxneurons.edit.patch import (
+        Patch,
+        make_patch,
+    )
+    from jaxneurons.edit.patch_file import (
+        read_patch,
+        write_patch,
+    )
+    from jaxneurons.edit.prefixes import (
+        generate_prefixes,
+    )
     from jaxneurons.edit.requests import (
         EditRequest,
         KnownFact,
@@ -54,11 +102,27 @@ if TYPE_CHECKING:
         read_known,
         read_requests,
     )
-    from jaxneurons.edit.restoring import restored_probabilities
-    from jaxneurons.edit.reverting import revert
-    from jaxneurons.edit.texts import held_out_text, lab_text, neutral_text, sample_text
-    from jaxneurons.edit.tracing import trace
-    from jaxneurons.edit.values import Values
+    from jaxneurons.edit.restoring import (
+        restored_probabilities,
+    )
+    from jaxneurons.edit.reverting import (
+        revert,
+    )
+    from jaxneurons.edit.sequential import (
+        evaluate_sequential,
+    )
+    from jaxneurons.edit.texts import (
+        held_out_text,
+        lab_text,
+        neutral_text,
+        sample_text,
+    )
+    from jaxneurons.edit.tracing import (
+        trace,
+    )
+    from jaxneurons.edit.values import (
+        Values,
+    )
 
 __getattr__, __dir__ = face(__name__, __file__)
 
@@ -74,6 +138,7 @@ __all__ = [
     "FineTune",
     "KnowledgeNeurons",
     "KnownFact",
+    "LayerChoice",
     "LearnedNeurons",
     "LowRank",
     "MeasureSettings",
@@ -90,6 +155,7 @@ __all__ = [
     "apply_patches",
     "check_covariance",
     "check_requests",
+    "choose_layers",
     "collect_covariance",
     "conflicts",
     "diff",
@@ -97,10 +163,13 @@ __all__ = [
     "edit_each",
     "encode_prefixed",
     "encode_request",
+    "evaluate",
+    "evaluate_sequential",
     "force",
     "generate_prefixes",
     "held_out_text",
     "interpolate",
+    "lab_requests",
     "lab_text",
     "layers_of",
     "make_patch",
@@ -123,6 +192,7 @@ __all__ = [
     "trace",
     "values_of",
     "with_biases",
+    "write_adapter",
     "write_covariances",
     "write_patch",
 ]

@@ -29,19 +29,19 @@ class Conflict(NamedTuple):
       first: position of a patch.
       second: position of a later one.
       place: which array.
-      count: rows, columns or arrays that both touch.
+      size: rows, columns or arrays that both touch.
       how: what each does there: "set", "scale" or "add".
     """
 
     first: int
     second: int
     place: str
-    count: int
+    size: int
     how: tuple[str, str]
 
     def __str__(self) -> str:
         return (
-            f"patches {self.first + 1} and {self.second + 1} both touch {self.count} rows, columns "
+            f"patches {self.first + 1} and {self.second + 1} both touch {self.size} rows, columns "
             f"or neurons of {self.place} ({self.how[0]}, {self.how[1]})"
         )
 
@@ -67,9 +67,9 @@ def conflicts(patches: Sequence[Patch]) -> tuple[Conflict, ...]:
             continue
         for at, (second, region) in enumerate(here):
             for first, other in here[:at] if not knows[second] else ():
-                if first != second and (count := other.meets(region)):
+                if first != second and (size := other.meets(region)):
                     how = (other.how, region.how)
-                    meeting.append(Conflict(first, second, region.place, count, how))
+                    meeting.append(Conflict(first, second, region.place, size, how))
     return tuple(sorted(meeting))
 
 

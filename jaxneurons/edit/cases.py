@@ -13,6 +13,7 @@ from jaxneurons.model.token_ids import check_ids
 from jaxneurons.prompts.answers import encode_answer, encode_prompt
 from jaxneurons.prompts.batches import bucket
 from jaxneurons.storage.settings import check_fields, check_number
+from jaxneurons.storage.tables import Row
 
 Kind = Literal["prompt", "paraphrase", "neighbour", "portability"]
 ANSWERS = 4
@@ -115,6 +116,37 @@ def encode_case(lm: LM, request: EditRequest, *, settings: MeasureSettings) -> C
         except DataError as error:
             raise DataError(f"{kind}: {error}") from None
     return Case(request, tuple(questions))
+
+
+def askable(
+    lm: LM, requests: Sequence[EditRequest], measures: MeasureSettings
+) -> tuple[list[Case], list[int], list[Row]]:
+    """Requests that can be asked, their numbers, and the others with the reason.
+
+    Raises:
+      DataError: there is none that can be asked.
+    """
+    cases, numbers, left_out = [], [], []
+    labels = labels_of(requests)
+    for number, request in enumerate(requests):
+        try:
+            cases.append(encode_case(lm, request, settings=measures))
+            numbers.append(number)
+        except DataError as error:
+            left_out.append({"request": labels[number], "method": "", "reason": str(error)})
+    if not cases:
+        reason = f"; the first: {left_out[0]['reason']}" if left_out else ""
+        raise DataError(f"none of {len(requests)} requests can be asked{reason}")
+    return cases, numbers, left_out
+
+
+def labels_of(requests: Sequence[EditRequest]) -> list[str]:
+    """The id of each request, or its number where it has none or shares it."""
+    ids = [request.id for request in requests]
+    return [
+        label if label and ids.count(label) == 1 else f"{label}#{number}"
+        for number, label in enumerate(ids, 1)
+    ]
 
 
 def _question(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.edit.interventions import scale_at
@@ -300,7 +301,7 @@ _KINDS = {True: "whole numbers", False: "floating-point numbers"}
 def _check_indices(at: str, change: Change, sizes: Mapping[str, int]) -> None:
     """Raise unless layers and neurons are there, and none twice."""
     arrays = [getattr(change, name) for name in sizes]
-    if not arrays or any(isinstance(array, jax.core.Tracer) for array in arrays):
+    if not arrays or any(isinstance(array, Tracer) for array in arrays):
         return
     columns = [np.asarray(array, np.int64) for array in arrays]
     for (name, size), values in zip(sizes.items(), columns, strict=True):

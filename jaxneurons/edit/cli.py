@@ -17,6 +17,7 @@ from jaxneurons.edit.method import (
     LearnedNeurons,
     Settings,
 )
+from jaxneurons.edit.patch_cli import add_commands
 from jaxneurons.errors import DataError
 from jaxneurons.terminal.console import console, counting, errors, load_and_say
 from jaxneurons.terminal.options import IgnoreKeys, Text, settings_options
@@ -269,3 +270,6 @@ def _edit(
     write_patch(make_patch(lm, result, facts={"targets": targets}), out)
     show_edit(requests, result)
     console.print(f"Written: {out} ({out.stat().st_size / 2**20:.2f} MiB)", soft_wrap=True)
+
+
+add_commands(app)

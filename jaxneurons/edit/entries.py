@@ -5,7 +5,7 @@ A patch restores its base from them, and two patches conflict where theirs meet.
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,8 @@ class Entries:
     values: np.ndarray
 
 
-class Region(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
     """Entries that a change touches, and how: `set`, `scale` or `add`."""
 
     array: str

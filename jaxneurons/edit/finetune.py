@@ -262,9 +262,10 @@ def _check(
 
 def _edit(descended: Descended, objective: KernelLoss, settings: FineTune) -> Edit:
     """An edit that adds the change to the kernel, exactly: one of its factors is the identity."""
-    change = descended.variables
+    change = np.asarray(descended.variables)
     width, hidden = change.shape
-    left, right = (jnp.eye(width), change) if width <= hidden else (change, jnp.eye(hidden))
+    same = np.eye(min(width, hidden), dtype=np.float32)
+    left, right = (same, change) if width <= hidden else (change, same)
     return Edit(
         changes=(LowRank("ffn.down", objective.layer, left, right),),
         settings=settings,

@@ -11,9 +11,10 @@ for all texts and positions. What a neuron writes to the residual stream is its 
 and `set_rows` change that.
 
 Everything here composes with `jit`, `vmap`, `grad` and `lax.scan`, and no array of sharded
-parameters is gathered; checks of values happen where values are known, outside of `jit`. Where
-models differ in multipliers only, a batch of edited models is a batch of multipliers, never of
-parameters:
+parameters is gathered; checks of values happen where values are known, outside of `jit`. There,
+arrays that an edit does not change are the same objects as before, too (a compiled function that
+returns parameters copies them all). Where models differ in multipliers only, a batch of edited
+models is a batch of multipliers, never of parameters:
 
     scales = stack_scales(sets, config, 0.0)  # [set, layer, width] by site
     jax.vmap(lambda s: forward(params, tokens, config=config, scales=s).logits)(scales)

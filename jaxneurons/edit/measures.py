@@ -260,7 +260,7 @@ def _run_batch(
             Outcome(
                 log_p.astype(np.float64),
                 scores.choices[number, : 2 * count : 2],
-                scores.following[number, : 2 * count : 2][near].astype(np.float64),
+                scores.following[number, : 2 * count : 2][near],
                 tuple(
                     _text(lm, question, of_question)
                     for question, of_question in zip(case.questions, ids, strict=True)
@@ -342,7 +342,7 @@ def _kept(case: Case, outcome: Outcome, unedited: Outcome, index: Sequence[int])
             known.append(judging.gives(outcome.texts[i], question.answer))
         if question.answer:
             likelier.append(outcome.log_probability[i, 0] > outcome.log_probability[i, 1])
-        before, after = unedited.following[number], outcome.following[number]
+        before, after = (o.following[number].astype(np.float64) for o in (unedited, outcome))
         divergence.append((np.exp(before) * (before - after)).sum())
     return {
         "locality_probability": _mean(likelier),

@@ -86,9 +86,13 @@ class Patch(AnyPatch):
 
         return config_of(self.config)
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 of all that it is: changes, base, configuration, facts and kept entries."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         from jaxneurons.edit.patch_file import contents
 
         description, arrays = contents(self)

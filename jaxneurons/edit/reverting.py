@@ -32,34 +32,36 @@ def revert(lm: LM, patch: Patch, *, base: LM | None = None) -> LM:
     patched = lm.patched
     if patched is None or not patched.result.is_model(lm.config, lm.params):
         return _unlisted(lm, patch, base)
-    digests = [other.digest for other in patched.patches]
+    applied: tuple[Patch, ...] = tuple(p for p in patched.patches if isinstance(p, Patch))
+    digests = [other.digest for other in applied]
     if patch.digest not in digests:
         return _unlisted(lm, patch, base)
     at = digests.index(patch.digest)
-    rest = (*patched.patches[:at], *patched.patches[at + 1 :])
-    for later in patched.patches[at + 1 :]:
+    rest = (*applied[:at], *applied[at + 1 :])
+    for later in applied[at + 1 :]:
         if later.base != patched.base:
             raise DataError(f"{later.name} was made on top of {patch.name}: revert it first")
     if base is not None:
         _check_base(base, patched.base)
         return apply_patches(base, rest, allow_conflicts=True)
-    return _listed(lm, patched, patch, rest)
-
-
-def _listed(lm: LM, patched: Patched, patch: Patch, rest: tuple[Patch, ...]) -> LM:
-    """Without a patch that the model lists, from the entries that it carries."""
-    _check_revertible(patch)
     # What it carries are the values under the patches it was made on: of all others, none may have
     # touched these entries.
-    at = [other.digest for other in patched.patches].index(patch.digest)
     beside = rest if patch.base == patched.base else rest[at:]
-    ours = {(region.array, region.layer) for region in regions(patch.changes, lm.config)}
+    return _listed(lm, patched, patch, rest, beside)
+
+
+def _listed(
+    lm: LM, patched: Patched, patch: Patch, rest: tuple[Patch, ...], beside: tuple[Patch, ...]
+) -> LM:
+    """Without a patch that the model lists, from the entries that it carries."""
+    _check_revertible(patch)
+    ours = [dataclasses.replace(region, how="set") for region in regions(patch.changes, lm.config)]
     for other in beside:
         for region in regions(other.changes, lm.config):
-            if (region.array, region.layer) in ours and _meets(patch, region, lm):
+            if any(mine.meets(region) for mine in ours):
                 raise DataError(
-                    f"{other.name} touches entries of {region.place} that {patch.name} "
-                    "touches too; give the base, from which the others are applied again"
+                    f"{other.name} touches entries of {region.place} that {patch.name} touches "
+                    "too; give the base, from which the others are applied again"
                 )
     params = put(lm.params, patch.kept)
     if not rest:
@@ -67,11 +69,6 @@ def _listed(lm: LM, patched: Patched, patch: Patch, rest: tuple[Patch, ...]) -> 
         return _without_patches(lm, patched, params)
     again = dataclasses.replace(patched, patches=rest, result=Loaded(lm.config, params))
     return dataclasses.replace(lm, params=params, patched=again)
-
-
-def _meets(patch: Patch, region: object, lm: LM) -> bool:
-    """Whether a region has entries that a patch touches, in whatever way each does it."""
-    return any(mine._replace(how="set").meets(region) for mine in regions(patch.changes, lm.config))
 
 
 def _without_patches(lm: LM, patched: Patched, params: Params) -> LM:

@@ -84,21 +84,27 @@ def encode_fact(
 
 
 def plan(encoded: Mapping[int, TracedFact], size: int) -> list[list[int]]:
-    """Places of facts in batches of equal padded shape; the same facts give the same batches."""
+    """Places of facts in batches of equal padded shape; the same facts give the same batches.
+
+    Batches hold a power of two of facts, at most `size`, and no rows that only fill a shape: a run
+    is so much dearer than another program.
+    """
     shapes: dict[tuple[int, int, int], list[int]] = {}
     for i, fact in encoded.items():
         shapes.setdefault(_shape(fact), []).append(i)
-    return [
-        members[start : start + size]
-        for _, members in sorted(shapes.items())
-        for start in range(0, len(members), size)
-    ]
+    planned = []
+    for _, members in sorted(shapes.items()):
+        while members:
+            count = 1 << (min(len(members), size).bit_length() - 1)
+            planned.append(members[:count])
+            members = members[count:]
+    return planned
 
 
 def _shape(fact: TracedFact) -> tuple[int, int, int]:
     """Padded tokens, padded positions and answer tokens."""
     tokens = len(fact.prompt) + len(fact.answer) - 1
-    return batches.bucket(tokens, 4), batches.bucket(len(fact.positions), 4), len(fact.answer)
+    return batches.bucket(tokens, 2), batches.bucket(len(fact.positions), 2), len(fact.answer)
 
 
 def noised_prompts(encoded: Sequence[TracedFact], noise: Sequence[np.ndarray]) -> NoisedPrompts:

@@ -227,7 +227,6 @@ def _batch(
     settings: _Settings,
 ) -> dict[str, np.ndarray]:
     """Probabilities of a batch's facts, means over samples; `restored` is [fact, kind, ...]."""
-    filled = [*members, *[members[0]] * ((1 << (len(members) - 1).bit_length()) - len(members))]
 
     def draw(i: int) -> np.ndarray:
         start, end = encoded[i].subject
@@ -235,15 +234,14 @@ def _batch(
         normal = np.random.default_rng([settings.seed, i]).standard_normal(shape)
         return (settings.noise * spread * normal).astype(np.float32)
 
-    prompts = noised_prompts([encoded[i] for i in filled], [draw(i) for i in filled])
+    prompts = noised_prompts([encoded[i] for i in members], [draw(i) for i in members])
     p = _restored_probabilities(
         lm.params, prompts, config=lm.config, kinds=settings.kinds, window=settings.window
     )
-    count = len(members)
     return {
-        "clean": np.asarray(p.clean)[:count],
-        "noised": np.asarray(p.noised).mean(0)[:count],
-        "restored": np.moveaxis(np.asarray(p.restored).mean(0), -1, 0)[:count],
+        "clean": np.asarray(p.clean),
+        "noised": np.asarray(p.noised).mean(0),
+        "restored": np.moveaxis(np.asarray(p.restored).mean(0), -1, 0),
     }
 
 

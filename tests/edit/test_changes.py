@@ -126,17 +126,18 @@ def test_multipliers_of_every_site(site, biases):
     assert_layers(apply(params, [of_set], config=config), by_hand(params, [halved]), rtol=0)
 
 
-def test_a_parameter_edit_is_a_scale(monkeypatch):
+def test_a_parameter_edit_is_a_scale():
     from jaxneurons import forward
 
     config, params = tiny(biases=BIASED["biases"])
     neurons = NeuronSet.of(**{site: [(1, 2), (2, 9)] for site in SITES})
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 7)), jnp.int32)
     edited = apply(params, multipliers(neurons, 0.3, config=config), config=config)
-    by_parameters = forward(edited, tokens, config=config).logits
-    by_scale = forward(params, tokens, config=config, scales=neurons.scales(config, 0.3)).logits
+    by_parameters = forward(edited, tokens, config=config, at="all").logits
+    scales = neurons.scales(config, 0.3)
+    by_scale = forward(params, tokens, config=config, scales=scales, at="all").logits
     np.testing.assert_allclose(by_parameters, by_scale, rtol=1e-5, atol=1e-5)
-    assert np.abs(by_scale - forward(params, tokens, config=config).logits).max() > 0.01
+    assert np.abs(by_scale - forward(params, tokens, config=config, at="all").logits).max() > 0.01
 
 
 def test_sums_are_float32_and_rounded_once():

@@ -323,6 +323,20 @@ def test_output_rows(name, site):
     assert_same_bits(set_rows(params, neurons, vectors, config=config), written)
 
 
+def test_vectors_in_the_order_in_which_the_set_iterates():
+    neurons = NeuronSet.of(up=[(0, 1), (2, 3)], act=[(2, 1), (0, 3)], v=[(1, 4), (1, 8)])
+    params = PARAMS["biases"]
+    vectors = np.random.default_rng(2).normal(size=(len(neurons), CONFIG.hidden_size))
+    together, added = (edit(params, neurons, vectors, config=CONFIG) for edit in (set_rows, add))
+    by_row, plus = params, params
+    for vector, (site, pair) in zip(vectors, neurons, strict=True):
+        single = NeuronSet.of(**{site: [pair]})
+        by_row = set_rows(by_row, single, vector, config=CONFIG)
+        plus = add(plus, single, vector, config=CONFIG)
+    assert_same_bits(together, by_row)
+    assert_same_bits(added, plus)
+
+
 def test_what_is_added_is_written_with_the_activation():
     params, neurons = PARAMS["biases"], NeuronSet.of(gate=[(1, 3)])
     vector = np.linspace(-1, 1, CONFIG.hidden_size).astype(np.float32)
@@ -438,7 +452,7 @@ def test_a_model_without_biases_gets_some():
 
 @pytest.mark.parametrize("family", ["llama-biases", "qwen2"])
 def test_edits_equal_pytorch_hooks(tmp_path, family):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     from support.families import IDS, make, our_logits, torch_logits
 
     model = make(family, "default", "gqa", False)
@@ -491,7 +505,7 @@ def test_edits_equal_pytorch_hooks(tmp_path, family):
     edited = force(edited, NeuronSet.of(k=[(1, 3)]), 1.5, config=config)
     np.testing.assert_allclose(our_logits(edited, IDS, config), theirs, atol=1e-5, rtol=1e-5)
     plain = torch_logits(model, IDS)
-    assert torch.is_grad_enabled() and np.abs(plain - theirs).max() > 0.05
+    assert np.abs(plain - theirs).max() > 0.05
     np.testing.assert_allclose(our_logits(params, IDS, config), plain, atol=1e-5, rtol=1e-5)
 
 
@@ -565,7 +579,8 @@ def test_sharded_parameters_are_not_gathered(name, layout):
     else:
         call, arguments = (lambda p: edit(p, neurons)), (params,)
     program = jax.jit(call).lower(*arguments).compile()
-    text = program.as_text()
+    text = program.as_text() or ""
+    assert "fusion" in text or "select" in text
     assert "all-gather" not in text
     assert "all-to-all" not in text
     edited = program(*arguments)

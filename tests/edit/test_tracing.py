@@ -9,7 +9,7 @@ import pytest
 import jaxneurons as jn
 from jaxneurons.edit.requests import KnownFact
 from jaxneurons.edit.restoring import KINDS, NoisedPrompts, restored_probabilities
-from jaxneurons.edit.traced_facts import POSITIONS, TracedFact, encode_fact
+from jaxneurons.edit.traced_facts import POSITIONS, TracedFact, encode_fact, plan
 from jaxneurons.edit.tracing import summarise, trace
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.storage.tables import read_tables
@@ -193,3 +193,10 @@ def test_nothing_to_trace(lab):
     unknown = dataclasses.replace(FACTS[1], prompt="The capital of Rome is", subject="Rome")
     with pytest.raises(DataError, match="does not know"):
         trace(lab, [unknown])
+
+
+def test_batches_hold_facts_of_one_shape_and_nothing_else():
+    facts = {i: TracedFact(tuple(range(6)), (1,), (1, 3)) for i in range(7)}
+    facts[9] = TracedFact(tuple(range(12)), (1,), (1, 3))
+    assert plan(facts, 4) == [[0, 1, 2, 3], [4, 5], [6], [9]]
+    assert plan(facts, 3) == [[0, 1], [2, 3], [4, 5], [6], [9]]

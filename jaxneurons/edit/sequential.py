@@ -1,0 +1,450 @@
+"""Edits one after the other on one model: what is left of the first, the last and all of them.
+
+Published methods are mostly shown with one edit at a time; after hundreds, many models say nothing
+any more. Measured after 1, 10, 100 and 1,000 edits, say, against the model before the first.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxneurons.checkpoints.loading import LM
+from jaxneurons.checkpoints.provenance import versions
+from jaxneurons.edit.cases import Case, MeasureSettings, answer_width, askable, labels_of
+from jaxneurons.edit.changes import apply
+from jaxneurons.edit.evaluation import (
+    FIGURES,
+    TABLES,
+    check_methods,
+    checked_out,
+    covariance_identity,
+    neutral_texts,
+    opened,
+    require_covariance,
+)
+from jaxneurons.edit.measures import Outcome, edits_at_once, measured_row, run_cases
+from jaxneurons.edit.method import Edit, Settings
+from jaxneurons.edit.requests import EditRequest
+from jaxneurons.edit.summaries import UNEDITED, averages
+from jaxneurons.edit.trials import described, for_requests
+from jaxneurons.engine.bootstrap import DRAWS
+from jaxneurons.errors import DataError
+from jaxneurons.model.parameters import LAYERS, Params
+from jaxneurons.neurons.controls import generator
+from jaxneurons.storage.progress import Progress
+from jaxneurons.storage.settings import check_argument, check_number
+from jaxneurons.storage.store import Parts, digest, null_for_nan, write_json
+from jaxneurons.storage.tables import Row, Tables, write_table
+
+SIZES = (1, 10, 100, 1000)
+GROUPS = ("first", "last", "all")
+KEEP = 10.0
+"""Seconds of editing after which the edited model is kept; it is also kept at every size."""
+FORMAT = 1
+
+
+def evaluate_sequential(
+    lm: LM,
+    requests: Sequence[EditRequest],
+    methods: Mapping[str, Settings] | Settings,
+    *,
+    sizes: Sequence[int] = SIZES,
+    batch: int = 1,
+    ends: int = 10,
+    sample: int = 50,
+    covariance: Mapping[int, Any] | None = None,
+    measures: MeasureSettings | None = None,
+    texts: Sequence[str] | None = None,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Tables:
+    """Edit one model request after request, and measure it at some sizes.
+
+    Args:
+      lm: the model; each method begins with it as it is.
+      requests: in the order in which they are edited.
+      methods: settings by a name of yours, or those of one method.
+      sizes: numbers of edits after which the model is measured; those that are more than there are
+        requests are left out, and said.
+      batch: requests that are edited together; fewer where a size comes before.
+      ends: how many of the first and of the last edits are measured.
+      sample: how many of all edits so far are, drawn at random.
+      covariance: of keys by layer, of the model before the first edit.
+      measures: what is measured.
+      texts: neutral ones for perplexity; default: held-out texts that ship with the package.
+      seed: of the sample and of resamples.
+      out: a directory to write to and to go on in; default: none.
+      progress: called with how many edits are done, of how many.
+
+    Returns:
+      `sequential`: for each method, number of `edits` and group of requests ("first", "last",
+      "all"), means of all measures with 95 % intervals (bootstrap over the group's requests), all
+      against the unedited model; 0 edits are that model. `edits`: a row for each request measured.
+      `facts` says which requests were left out, and why.
+
+    Raises:
+      ConfigError: arguments of the wrong kind.
+      DataError: fewer requests than the smallest size; a directory of another evaluation.
+      WriteError: `out` cannot be written to.
+    """
+    measures = measures or MeasureSettings()
+    if not isinstance(methods, Mapping):
+        methods = {type(methods).__name__: methods}
+    check_methods(lm, requests, methods, seed, progress)
+    require_covariance(lm, methods, covariance)
+    for name, number in (("batch", batch), ("ends", ends), ("sample", sample)):
+        check_number(name, number, least=1)
+    check_argument("sizes", Sequence[int], sizes)
+    if texts is None:
+        texts = neutral_texts(lm) if measures.perplexity_tokens else ()
+    cases, numbers, left_out = askable(lm, requests, measures)
+    kept = sorted({size for size in sizes if 0 < size <= len(cases)})
+    if not kept:
+        raise DataError(
+            f"{len(cases)} requests are fewer than the smallest of the sizes {list(sizes)}; give "
+            "more requests or smaller sizes"
+        )
+    path = checked_out(out)
+    identity = {
+        **lm.identity(),
+        "requests": digest([dataclasses.asdict(request) for request in requests]),
+        "measures": dataclasses.asdict(measures),
+        "texts": digest(list(texts)),
+        "covariance": covariance_identity(covariance),
+        **{"sizes": kept, "batch": batch, "ends": ends, "sample": sample, "seed": seed},
+        **{"format": FORMAT, "kind": "sequential"},
+    }
+    plan = _Plan(
+        lm=lm,
+        cases=cases,
+        numbers=numbers,
+        labels=[labels_of(requests)[number] for number in numbers],
+        sizes=tuple(kept),
+        batch=batch,
+        ends=ends,
+        sample=sample,
+        covariance=covariance,
+        measures=measures,
+        texts=tuple(texts) if measures.perplexity_tokens else (),
+        seed=seed,
+        store=opened(path, identity),
+        unedited={},
+    )
+    seconds: dict[str, dict[str, float]] = {}
+    rows: list[Row] = []
+    for position, (name, settings) in enumerate(methods.items()):
+        started = time.perf_counter()
+        report = _reporting(progress, position, len(methods), kept[-1])
+        of_method, refused = _Method(plan, name, settings).run(report)
+        rows += of_method
+        left_out += [{**entry, "method": name} for entry in refused]
+        seconds[name] = {"all": round(time.perf_counter() - started, 3)}
+    results = {
+        "identity": identity,
+        "methods": {name: described(settings) for name, settings in methods.items()},
+        "sizes_left_out": sorted(set(sizes) - set(kept)),
+        "left_out": left_out,
+        "bootstrap_draws": DRAWS,
+    }
+    rows = [*plan.unedited_rows(), *rows]
+    return _written(lm, rows, results, seconds, path, seed=seed)
+
+
+def _written(
+    lm: LM,
+    rows: list[Row],
+    results: dict[str, Any],
+    seconds: dict[str, dict[str, float]],
+    path: Path | None,
+    *,
+    seed: int,
+) -> Tables:
+    """The tables, in a directory too: as files, as figures, and as one JSON without times."""
+    tables = {"sequential": _summary(rows, seed), "edits": rows}
+    seconds = seconds if path is None else with_earlier(seconds, path / "run.json", results)
+    facts = {"model": lm.facts(), **results, "seconds": seconds, "versions": versions()}
+    if path is not None:
+        from jaxneurons.edit.figures import draw
+
+        for name, table in tables.items():
+            write_table(path / TABLES, name, table)
+        write_json(path / "sequential.json", null_for_nan({**results, **tables}))
+        write_json(path / "run.json", null_for_nan(facts))
+        draw(tables, path / FIGURES, source=lm.source)
+    return Tables(tables, facts=facts, path=path)
+
+
+def _reporting(
+    progress: Progress | None, position: int, methods: int, most: int
+) -> Callable[[int], None]:
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(position * most + done, methods * most)
+
+    return report
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Plan:
+    """What is measured of every method; arguments as of `evaluate_sequential`."""
+
+    lm: LM
+    cases: list[Case]
+    numbers: list[int]
+    labels: list[str]
+    sizes: tuple[int, ...]
+    batch: int
+    ends: int
+    sample: int
+    covariance: Mapping[int, Any] | None
+    measures: MeasureSettings
+    texts: tuple[str, ...]
+    seed: int
+    store: Parts
+    unedited: dict[int, Outcome]
+
+    @property
+    def stops(self) -> list[int]:
+        """Numbers of edits after each batch: none goes beyond a size."""
+        stops, done = [], 0
+        for size in self.sizes:
+            while done < size:
+                done = min(done + self.batch, size)
+                stops.append(done)
+        return stops
+
+    def groups(self, edited: Sequence[int]) -> dict[str, list[int]]:
+        """Which of the edits so far are measured, by group."""
+        count = len(edited)
+        rng = generator(self.seed, "sequential", count)
+        drawn = rng.choice(count, size=min(self.sample, count), replace=False)
+        chosen = [edited[i] for i in sorted(drawn.tolist())]
+        return {"first": [*edited[: self.ends]], "last": [*edited[-self.ends :]], "all": chosen}
+
+    def run_cases(self, lm: LM, index: Sequence[int]) -> list[Outcome]:
+        """What a model makes of some cases."""
+        width = answer_width(self.cases)
+        cases = [self.cases[i] for i in index]
+        return run_cases(lm, cases, settings=self.measures, texts=self.texts, width=width)
+
+    def before(self, index: Sequence[int]) -> list[Outcome]:
+        """What the unedited model makes of some cases: once, for all methods and sizes.
+
+        In batches that do not depend on what has been asked before: rounding would.
+        """
+        planned = sorted(
+            {
+                i
+                for size in self.sizes
+                for members in self.groups(range(size)).values()
+                for i in members
+            }
+        )
+        most = self.measures.batch or edits_at_once(self.lm.config)
+        batches = [planned[start : start + most] for start in range(0, len(planned), most)]
+        others = [[i] for i in index if i not in planned]  # in place of those that were refused
+        for batch in (*batches, *others):
+            if not self.unedited.keys() >= set(batch) and set(batch) & set(index):
+                self.unedited.update(zip(batch, self.run_cases(self.lm, batch), strict=True))
+        return [self.unedited[i] for i in index]
+
+    def rows(self, name: str, edits: int, edited: Sequence[int], params: Params) -> list[Row]:
+        """A row for each group's requests with these parameters."""
+        if not edited:
+            return []
+        groups = self.groups(edited)
+        index = sorted({i for members in groups.values() for i in members})
+        before = self.before(index)
+        untouched = params is self.lm.params
+        lm = dataclasses.replace(self.lm, params=params)
+        after = before if untouched else self.run_cases(lm, index)
+        measured = {
+            i: measured_row(self.cases[i], *pair)
+            for i, *pair in zip(index, after, before, strict=True)
+        }
+        return [
+            {"method": name, "edits": edits, "group": group, "request": self.labels[i]}
+            | measured[i]
+            for group, members in groups.items()
+            for i in members
+        ]
+
+    def unedited_rows(self) -> list[Row]:
+        """The model before the first edit, on the requests of the largest size."""
+        return self.rows(UNEDITED, 0, range(self.sizes[-1]), self.lm.params)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _State:
+    """A model after some edits.
+
+    Attributes:
+      params: edited.
+      done: requests that were edited or refused.
+      edited: which were edited.
+      refused: the others, with the reason.
+      keys: of the edits so far, as `Edit.keys`.
+    """
+
+    params: Params
+    done: int
+    edited: tuple[int, ...]
+    refused: tuple[Row, ...]
+    keys: Mapping[int, np.ndarray]
+
+
+class _Method:
+    """One method's edits, one after the other."""
+
+    def __init__(self, plan: _Plan, name: str, settings: Settings):
+        self.plan, self.name, self.settings = plan, name, settings
+        self.key = digest([name, described(settings)])[:16]
+
+    def run(self, report: Callable[[int], None]) -> tuple[list[Row], list[Row]]:
+        """Rows at every size, and the requests that were refused."""
+        plan = self.plan
+        kept = {size: plan.store.load(self._size(size)) for size in plan.sizes}
+        if any(part is None for part in kept.values()):
+            state = self._resumed(min(size for size in plan.sizes if kept[size] is None))
+            saved = time.monotonic()
+            for number, stop in enumerate(plan.stops):
+                if state.done < stop:
+                    state = self._edited(state, stop)
+                    if stop in plan.sizes or time.monotonic() - saved >= KEEP:
+                        self._keep(state, number)
+                        saved = time.monotonic()
+                if stop in kept and kept[stop] is None:
+                    rows = plan.rows(self.name, stop, state.edited, state.params)
+                    content = json.dumps({"rows": rows, "refused": list(state.refused)})
+                    kept[stop] = {"json": np.array(content)}
+                    plan.store.save(self._size(stop), kept[stop])
+                report(stop)
+        report(plan.sizes[-1])
+        contents = [json.loads(str(part["json"])) for part in kept.values() if part is not None]
+        return [row for content in contents for row in content["rows"]], contents[-1]["refused"]
+
+    def _size(self, size: int) -> str:
+        return f"{self.key}-size-{size:06d}"
+
+    def _edited(self, state: _State, stop: int) -> _State:
+        """The model with the requests up to some number edited together."""
+        index = list(range(state.done, stop))
+        try:
+            return self._written(state, index, self._edit(state, index))
+        except DataError as error:
+            if len(index) == 1:
+                return self._skipped(state, stop, str(error))
+        for i in index:  # the others without the bad one
+            try:
+                state = self._written(state, [i], self._edit(state, [i]))
+            except DataError as error:
+                state = self._skipped(state, i + 1, str(error))
+        return state
+
+    def _edit(self, state: _State, index: Sequence[int]) -> Edit:
+        from jaxneurons.edit import editing
+
+        plan = self.plan
+        return editing.edit(
+            state.params,
+            [plan.cases[i].request for i in index],
+            config=plan.lm.config,
+            tokenizer=plan.lm.tokenizer,
+            settings=for_requests(self.settings, [plan.numbers[i] for i in index]),
+            covariance=plan.covariance,
+            earlier=state.keys or None,
+        )
+
+    def _written(self, state: _State, index: Sequence[int], edit: Edit) -> _State:
+        params = apply(state.params, edit.changes, config=self.plan.lm.config)
+        return dataclasses.replace(
+            state,
+            params=params,
+            done=index[-1] + 1,
+            edited=(*state.edited, *index),
+            keys=edit.keys,
+        )
+
+    def _skipped(self, state: _State, done: int, reason: str) -> _State:
+        row = {"request": self.plan.labels[done - 1], "reason": reason}
+        return dataclasses.replace(state, done=done, refused=(*state.refused, row))
+
+    def _keep(self, state: _State, number: int) -> None:
+        """Keep what differs from the unedited model; the state before stays until this is whole."""
+        about = {"done": state.done, "edited": state.edited, "refused": list(state.refused)}
+        arrays = {"about": np.array(json.dumps(about))}
+        for name, layer, values in _changed(self.plan.lm.params, state.params):
+            arrays[f"{layer}:{name}"] = np.ascontiguousarray(values).view(np.uint8)
+        arrays |= {f"keys:{layer}": np.asarray(keys) for layer, keys in state.keys.items()}
+        self.plan.store.save(f"{self.key}-state-{number % 2}", arrays)
+
+    def _resumed(self, first: int) -> _State:
+        """The furthest state that was kept, if it is not beyond the first size not measured."""
+        fresh = _State(self.plan.lm.params, 0, (), (), {})
+        states = [self.plan.store.load(f"{self.key}-state-{parity}") for parity in (0, 1)]
+        abouts = [(json.loads(str(s["about"])), s) for s in states if s is not None]
+        usable = [(about, s) for about, s in abouts if about["done"] <= first]
+        if not usable:
+            return fresh
+        about, arrays = max(usable, key=lambda pair: pair[0]["done"])
+        keys = {int(n[5:]): values for n, values in arrays.items() if n.startswith("keys:")}
+        return _State(
+            _restored(self.plan.lm.params, arrays),
+            about["done"],
+            tuple(about["edited"]),
+            tuple(about["refused"]),
+            keys,
+        )
+
+
+def _changed(base: Params, params: Params) -> list[tuple[str, int, np.ndarray]]:
+    """Layers of parameters that differ: name of the leaf, layer, values."""
+    changed = []
+    before = dict(jax.tree_util.tree_leaves_with_path(base[LAYERS]))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params[LAYERS]):
+        if leaf is before[path]:
+            continue
+        old, new = np.asarray(before[path]), np.asarray(leaf)
+        changed += [
+            (jax.tree_util.keystr(path), layer, new[layer])
+            for layer in range(len(new))
+            if old[layer].tobytes() != new[layer].tobytes()
+        ]
+    return changed
+
+
+def _restored(base: Params, arrays: Mapping[str, np.ndarray]) -> Params:
+    """The parameters with the layers that `_changed` gave."""
+    by_name: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for name, values in arrays.items():
+        layer, _, leaf = name.partition(":")
+        if layer.isdecimal():
+            by_name.setdefault(leaf, []).append((int(layer), values))
+
+    def restore(path: Any, leaf: Any) -> Any:
+        for layer, values in by_name.get(jax.tree_util.keystr(path), ()):
+            values = values.view(leaf.dtype).reshape(leaf.shape[1:])
+            leaf = leaf.at[layer].set(jnp.asarray(values))
+        return leaf
+
+    return {**base, LAYERS: jax.tree_util.tree_map_with_path(restore, base[LAYERS])}
+
+
+def _summary(rows: Sequence[Row], seed: int) -> list[Row]:
+    """A row for each method, size and group."""
+    table: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        table.setdefault((row["method"], row["edits"], row["group"]), []).append(row)
+    return [
+        {"method": method, "edits": edits, "group": group, **averages(members, seed=seed)}
+        for (method, edits, group), members in table.items()
+    ]

@@ -1,0 +1,77 @@
+"""Averages over requests with bootstrap intervals, and paired differences between methods."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jaxneurons.edit.measures import MEASURES
+from jaxneurons.engine import bootstrap
+from jaxneurons.storage.tables import Row
+
+UNEDITED, RANDOM = "unedited", "random"
+"""The method that changes nothing; the control of a method (of no control, "")."""
+
+
+def spread(values: Iterable[float | None], name: str, *, seed: int) -> Row:
+    """A mean with the ends of its interval, as `name`, `name_low`, `name_high`; None if empty."""
+    kept = np.array([value for value in values if value is not None], np.float64)
+    if not len(kept):
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    estimate = bootstrap.mean(kept, seed=seed)
+    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+
+
+def averages(rows: Sequence[Row], *, seed: int = 0) -> Row:
+    """How many requests, how many of them failed, and the mean of every measure."""
+    line: Row = {"requests": len(rows), "failed": sum(bool(row["failed"]) for row in rows)}
+    for measure in MEASURES:
+        line |= spread([row[measure] for row in rows], measure, seed=seed)
+    return line
+
+
+def summary_rows(rows: Sequence[Row], *, seed: int = 0) -> list[Row]:
+    """A row for each method and control: means over requests, with 95 % intervals.
+
+    Args:
+      rows: of requests, with `method` and `control`.
+      seed: of the resampling.
+    """
+    return [
+        {"method": method, "control": control, **averages(members, seed=seed)}
+        for (method, control), members in _by_method(rows).items()
+    ]
+
+
+def difference_rows(rows: Sequence[Row], *, seed: int = 0) -> list[Row]:
+    """A row for each method, measure and what it is held against: mean of paired differences.
+
+    Against "random", the method's own control, and "unedited", the model as it was; over the
+    requests that have both numbers.
+    """
+    table = _by_method(rows)
+    unedited = {row["request"]: row for row in table.get((UNEDITED, ""), [])}
+    differences = []
+    for (method, control), members in table.items():
+        if control or method == UNEDITED:
+            continue
+        random = {row["request"]: row for row in table.get((method, RANDOM), [])}
+        for against, others in ((RANDOM, random), (UNEDITED, unedited)):
+            pairs = [(row, others[row["request"]]) for row in members if row["request"] in others]
+            for measure in MEASURES:
+                gaps = [
+                    row[measure] - other[measure]
+                    for row, other in pairs
+                    if row[measure] is not None and other[measure] is not None
+                ]
+                if gaps:
+                    line = {"method": method, "against": against, "measure": measure}
+                    line |= {"requests": len(gaps), **spread(gaps, "difference", seed=seed)}
+                    differences.append(line)
+    return differences
+
+
+def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    table: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        table.setdefault((row["method"], row["control"]), []).append(row)
+    return table

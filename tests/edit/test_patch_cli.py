@@ -1,0 +1,155 @@
+"""`edit neurons`, `apply`, `revert` and `inspect`, in-process, on a tiny model."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support.fixtures import write_lm
+
+import jaxneurons as jn
+from jaxneurons import NeuronSet
+from jaxneurons.edit import LowRank, apply_patches, make_patch, read_patch, write_patch
+
+CSV = "site,layer,index\nup,0,3\nup,2,7\nact,1,5\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_lm(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def lm(model):
+    return jn.load(model)
+
+
+@pytest.fixture
+def neurons(tmp_path):
+    (tmp_path / "neurons.csv").write_text(CSV)
+    return tmp_path / "neurons.csv"
+
+
+@pytest.fixture
+def low_rank(lm, tmp_path):
+    rng = np.random.default_rng(0)
+    left, right = rng.normal(size=(64, 1)), rng.normal(size=(1, 32))
+    edit = LowRank("ffn.down", 1, jnp.asarray(left, "float32"), jnp.asarray(right, "float32"))
+    facts = {"method": "ROME", "optimisation": {"reached": [True, False]}, "targets": ["a", "b"]}
+    write_patch(make_patch(lm, edit, facts=facts), tmp_path / "low")
+    return tmp_path / "low"
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) for name in one
+    )
+
+
+def test_neurons_into_a_patch_applied_and_reverted(run, lm, model, neurons, tmp_path):
+    patch, edited, back = (tmp_path / name for name in ("p.safetensors", "edited", "back"))
+    code, out, _ = run("edit", "neurons", "--model", model, "--neurons", neurons,
+                       "--factor", "0.5", "--out", patch)  # fmt: skip
+    assert code == 0
+    assert f"Written: {patch}" in out
+    expected = NeuronSet.of(up=[(0, 3), (2, 7)], act=[(1, 5)])
+    assert read_patch(patch).digest == make_patch(lm, expected, factor=0.5).digest
+    code, out, _ = run("edit", "apply", patch, "--model", model, "--out", edited)
+    assert code == 0
+    assert "Applied: <Patch" in out
+    by_hand = weights(model)
+    by_hand["model.layers.0.mlp.up_proj.weight"][3] *= 0.5
+    by_hand["model.layers.2.mlp.up_proj.weight"][7] *= 0.5
+    by_hand["model.layers.1.mlp.down_proj.weight"][:, 5] *= 0.5
+    assert same(weights(edited), by_hand)
+    assert not same(weights(edited), weights(model))
+    record = json.loads((edited / "jaxneurons_patches.json").read_text())
+    assert record["patches"][0]["digest"] == read_patch(patch).digest
+    code, out, _ = run("edit", "revert", patch, "--model", edited, "--out", back)
+    assert code == 0
+    assert same(weights(back), weights(model))
+    assert not (back / "jaxneurons_patches.json").exists()
+    code, _, err = run("edit", "apply", patch, "--model", edited, "--out", tmp_path / "twice")
+    assert code == 1
+    assert "is in the model already" in err
+
+
+def test_a_low_rank_patch_takes_its_base(run, lm, model, low_rank, neurons, tmp_path):
+    other = tmp_path / "other"
+    run("edit", "neurons", "--model", model, "--neurons", neurons, "--out", other)
+    apply = ("edit", "apply", low_rank, other, "--model", model, "--to", "native", "--out")
+    code, _, err = run(*apply, tmp_path / "edited")
+    assert code == 1
+    assert "patches 1 and 2 both touch 1 rows" in err
+    code, _, err = run(*apply, tmp_path / "edited", "--allow-conflicts")
+    assert code == 0, err
+    edited = jn.load(tmp_path / "edited")
+    patches = [read_patch(low_rank), read_patch(other)]
+    both = apply_patches(lm, patches, allow_conflicts=True)
+    assert edited.values_hash == both.values_hash
+    code, _, err = run("edit", "apply", low_rank, "--model", model, "--out", tmp_path / "low-only")
+    assert code == 0
+    revert = ("edit", "revert", low_rank, "--model", tmp_path / "low-only", "--out")
+    code, _, err = run(*revert, tmp_path / "back")
+    assert code == 1
+    assert "give the base, or make the patch with keep_base" in err
+    code, _, err = run(*revert, tmp_path / "back", "--base", model)
+    assert code == 0, err
+    assert same(weights(tmp_path / "back"), weights(model))
+
+
+def test_an_adapter(run, model, low_rank, neurons, tmp_path):
+    out = tmp_path / "adapter"
+    code, _, err = run("edit", "apply", low_rank, "--model", model, "--to", "lora", "--out", out)
+    assert code == 0, err
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model)
+    other = tmp_path / "other"
+    run("edit", "neurons", "--model", model, "--neurons", neurons, "--out", other)
+    code, _, err = run("edit", "apply", other, "--model", model, "--to", "lora", "--out",
+                       tmp_path / "no")  # fmt: skip
+    assert code == 1
+    assert "an adapter holds low-rank terms only" in err
+
+
+def test_what_inspect_shows(run, low_rank):
+    code, out, _ = run("edit", "inspect", low_rank)
+    assert code == 0
+    text = " ".join(out.split())
+    assert "patch " in text
+    assert "(ROME)" in text
+    assert "reached their goal 1 of 2" in text
+    assert "reverted by its base" in text
+    assert "low-rank ffn.down 1 1" in text
+
+
+def test_wrong_commands(run, model, low_rank, neurons, tmp_path):
+    for arguments, said in (
+        (("apply", tmp_path / "x", "--model", model, "--out", tmp_path / "o"), "No such file"),
+        (("apply", neurons, "--model", model, "--out", tmp_path / "o"), "safetensors file"),
+        (("apply", low_rank, "--model", model, "--out", tmp_path), "exists already"),
+        (
+            ("apply", low_rank, "--model", model, "--to", "lorra", "--out", tmp_path / "o"),
+            "unknown format 'lorra'; did you mean 'lora'?",
+        ),
+        (("inspect", model / "model.safetensors"), "a safetensors file, but no patch"),
+        (
+            ("neurons", "--model", model, "--neurons", neurons, "--out", neurons),
+            "give another file to write to",
+        ),
+    ):
+        code, _, err = run("edit", *arguments)
+        assert code == 1
+        assert said in err
+    assert not (tmp_path / "o").exists()
+    neurons.write_text("site,layer,index\nup,9,3\n")
+    code, _, err = run("edit", "neurons", "--model", model, "--neurons", neurons, "--out",
+                       tmp_path / "p")  # fmt: skip
+    assert code == 1
+    assert "layer 9 is not in this model" in err
+    assert not (tmp_path / "p").exists()

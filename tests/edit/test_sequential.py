@@ -1,0 +1,179 @@
+"""Edits one after the other: applied in order, resumed bit for bit, against a loop by hand."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.edits import capital_requests, lab, low_rank
+
+from jaxneurons.edit import editing, sequential
+from jaxneurons.edit.cases import MeasureSettings
+from jaxneurons.edit.measures import MEASURES, measure
+from jaxneurons.edit.method import ROME, Edit, Optimisation
+from jaxneurons.edit.sequential import evaluate_sequential
+from jaxneurons.errors import ConfigError, DataError
+
+SMALL = MeasureSettings(steps=4, fluency_tokens=8, perplexity_tokens=20, batch=4)
+TEXTS = ("The capital of Wenmonia is Vouthbu .",)
+SETTINGS = ROME(layer=2, covariance="identity", optimisation=Optimisation(clamp=2.0))
+CALLS = []
+
+
+def change(params, request, size):
+    """Depends on the parameters too, so that order and what came before count."""
+    kernel = params["layers"]["ffn"]["down"]["kernel"][2]
+    made = low_rank(request, layer=2, size=size, config=lab().config)
+    return dataclasses.replace(made, right=made.right + 3 * kernel[:1])
+
+
+@pytest.fixture
+def editor(monkeypatch):
+    """Edits that need no optimisation; those of a request called "refused" are refused."""
+    CALLS.clear()
+
+    def edit(params, requests, *, config, settings, earlier, **unused):
+        CALLS.append([request.id for request in requests])
+        if any(request.id == "refused" for request in requests):
+            raise DataError("the subject cannot be edited")
+        count = int(earlier[2][0, 0]) if earlier else 0
+        size = settings.optimisation.clamp + count  # keys of earlier edits count too
+        changes = tuple(change(params, request, size) for request in requests)
+        keys = {2: np.full((1, 1), float(count + len(requests)))}
+        return Edit(changes, settings, None, keys, {})
+
+    monkeypatch.setattr(editing, "edit", edit)
+
+
+def run(requests=None, methods=SETTINGS, **options):
+    options = {"sizes": (1, 3, 6), "ends": 2, "sample": 3, **options}
+    requests = capital_requests(6) if requests is None else requests
+    return evaluate_sequential(lab(), requests, methods, measures=SMALL, texts=TEXTS, **options)
+
+
+def test_every_size_is_measured_as_a_loop_by_hand_does(editor):
+    requests = capital_requests(6)
+    rows = run().rows("edits")
+    params = lab().params
+    for count, request in enumerate(requests, 1):
+        made = change(params, request, 2.0 + count - 1)
+        kernel = np.array(params["layers"]["ffn"]["down"]["kernel"])
+        kernel[2] += np.asarray(made.left) @ np.asarray(made.right)
+        ffn = {**params["layers"]["ffn"], "down": {"kernel": jnp.asarray(kernel)}}
+        params = {**params, "layers": {**params["layers"], "ffn": ffn}}
+        if count not in (1, 3, 6):
+            assert not [row for row in rows if row["edits"] == count]
+            continue
+        edited = dataclasses.replace(lab(), params=params)
+        by_hand = measure(edited, requests[:count], settings=SMALL, unedited=lab(), texts=TEXTS)
+        expected = {row["request"]: row for row in by_hand}
+        here = [row for row in rows if row["edits"] == count]
+        groups = {g: [r["request"] for r in here if r["group"] == g] for g in sequential.GROUPS}
+        ids = [r.id for r in requests[:count]]
+        assert groups["first"] == ids[:2]
+        assert groups["last"] == ids[-2:]
+        assert len(groups["all"]) == min(3, count)
+        assert set(groups["all"]) <= set(ids)
+        for row in here:
+            for name in MEASURES:
+                value = expected[row["request"]][name]
+                assert row[name] == (None if value is None else pytest.approx(value, rel=1e-3))
+    assert [[request.id] for request in requests] == CALLS
+
+
+def test_the_summary_is_the_mean_of_its_group(editor):
+    tables = run()
+    rows = tables.rows("edits")
+    lines = tables.rows("sequential")
+    assert [(r["edits"], r["group"]) for r in lines] == [
+        (edits, group) for edits in (0, 1, 3, 6) for group in sequential.GROUPS
+    ]
+    for line in lines:
+        values = [
+            row["locality_kl"]
+            for row in rows
+            if (row["edits"], row["group"]) == (line["edits"], line["group"])
+        ]
+        assert line["locality_kl"] == pytest.approx(np.mean(values))
+    assert {r["method"] for r in lines if r["edits"] == 0} == {"unedited"}
+    assert all(r["locality_kl"] == 0 for r in lines if r["edits"] == 0)
+
+
+def test_batches_end_at_sizes(editor):
+    run(batch=4)
+    assert [len(call) for call in CALLS] == [1, 2, 3]
+    CALLS.clear()
+    run(batch=4, sizes=(6, 500))
+    assert [len(call) for call in CALLS] == [4, 2]
+
+
+@pytest.mark.parametrize("stopped_at", [2, 5, 8])
+def test_a_stopped_run_goes_on_to_the_same_files(editor, tmp_path, monkeypatch, stopped_at):
+    from jaxneurons.storage.store import RunDirectory
+
+    monkeypatch.setattr(sequential, "KEEP", 0.0)
+    run(out=tmp_path / "whole")
+    CALLS.clear()
+    saved, save = [0], RunDirectory.save
+
+    def stopping(self, name, arrays):
+        if saved[0] == stopped_at:
+            raise KeyboardInterrupt
+        saved[0] += 1
+        save(self, name, arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(out=tmp_path / "stopped")
+    before = len(CALLS)
+    run(out=tmp_path / "stopped")
+    assert before < 7
+    # The edit whose state was not kept is made once more, and no other.
+    assert len(CALLS) <= 7
+    for name in ("sequential.json", "tables/edits.csv", "tables/sequential.csv"):
+        whole, resumed = ((tmp_path / d / name).read_bytes() for d in ("whole", "stopped"))
+        assert whole == resumed, name
+    CALLS.clear()
+    run(out=tmp_path / "stopped")
+    assert CALLS == []
+    assert (tmp_path / "whole/figures/sequential.png").exists()
+
+
+def test_a_refused_request_is_passed_over_and_said(editor):
+    requests = capital_requests(4)
+    requests[1] = dataclasses.replace(requests[1], id="refused")
+    tables = run(requests, methods={"mine": SETTINGS}, sizes=(4, 10), batch=4)
+    assert tables.facts["left_out"] == [
+        {"request": "refused", "reason": "the subject cannot be edited", "method": "mine"}
+    ]
+    assert tables.facts["sizes_left_out"] == [10]
+    assert [len(call) for call in CALLS] == [4, 1, 1, 1, 1]
+    rows = [row for row in tables.rows("edits") if row["method"] == "mine"]
+    first = [row["request"] for row in rows if row["group"] == "first"]
+    assert first == [requests[0].id, requests[2].id]
+
+
+def test_wrong_arguments(editor, tmp_path):
+    with pytest.raises(DataError, match=r"2 requests are fewer than the smallest of the sizes \[5"):
+        run(capital_requests(2), sizes=(5, 10))
+    with pytest.raises(ConfigError, match="batch must be at least 1"):
+        run(batch=0)
+    run(sizes=(1,), out=tmp_path / "run")
+    with pytest.raises(DataError, match="another"):
+        run(sizes=(1,), out=tmp_path / "run", batch=2)
+
+
+def test_states_hold_what_differs_and_nothing_else():
+    base = lab().params
+    kernel = base["layers"]["ffn"]["down"]["kernel"]
+    other = kernel.at[3, 5].add(1.0)
+    ffn = {**base["layers"]["ffn"], "down": {"kernel": other}}
+    params = {**base, "layers": {**base["layers"], "ffn": ffn}}
+    changed = sequential._changed(base, params)
+    assert [(name, layer) for name, layer, _ in changed] == [("['ffn']['down']['kernel']", 3)]
+    arrays = {f"{layer}:{name}": values.view(np.uint8) for name, layer, values in changed}
+    restored = sequential._restored(base, {**arrays, "about": np.array(json.dumps({}))})
+    jax.tree.map(np.testing.assert_array_equal, restored, params)
