@@ -74,7 +74,7 @@ def before_subject(params: Params, split: Split, *, config: ModelConfig) -> Cach
         positions,
         split.length,
         attend,
-        layers_of=range(config.num_layers),
+        span=range(config.num_layers),
         config=config,
         emit=lambda y, activations, k, v: (k, v),
     )
@@ -89,7 +89,7 @@ def from_subject(
         params,
         embed(params, split.after),
         *_following(split, cached),
-        layers_of=range(layer + 1),
+        span=range(layer + 1),
         config=config,
         emit=lambda y, activations, *_: _at(y, activations, jnp.zeros_like(split.last)),
     )
@@ -110,7 +110,7 @@ def above(
         params,
         x,
         *_following(split, cached),
-        layers_of=range(layer + 1, config.num_layers),
+        span=range(layer + 1, config.num_layers),
         config=config,
         differentiable=True,
     )
@@ -154,7 +154,7 @@ def at_subject(
         positions,
         split.length,
         attend,
-        layers_of=range(len(left)),
+        span=range(len(left)),
         config=config,
         emit=lambda y, activations, *_: _at(y, activations, split.last),
         carry=carry,
@@ -206,7 +206,7 @@ def _run(
     lengths: Array,
     attend: Callable[..., Array],
     *,
-    layers_of: range,
+    span: range,
     config: ModelConfig,
     emit: Callable[..., Any] = lambda *_: None,
     carry: Carry = lambda y, activations, index: y,
@@ -242,4 +242,4 @@ def _run(
     if differentiable:  # as in `engine.rows`: or every layer's weights would be kept
         keep = jax.checkpoint_policies.dots_saveable
         step = jax.checkpoint(step, policy=keep, prevent_cse=False)
-    return jax.lax.scan(step, x, jnp.arange(layers_of.start, layers_of.stop))
+    return jax.lax.scan(step, x, jnp.arange(span.start, span.stop))

@@ -141,10 +141,11 @@ def test_the_model_says_what_the_optimisation_promised(lm, options):
     """The prompt's own answer in the edited model, by the library's forward pass."""
     long = dataclasses.replace(OPTIMISATION, steps=30, weight_decay=0.0, clamp=20.0, stop=0.1)
     settings = ROME(layer=LAYER, covariance="identity", optimisation=long)
-    one = edit(lm.params, REQUESTS[:1], settings=settings, **{**options, "prefixes": ()})
+    request = EditRequest("The capital of Italy", "Italy", "Paris")
+    one = edit(lm.params, [request], settings=settings, **{**options, "prefixes": ()})
     assert one.trace.reached[0]
     edited = apply(lm.params, one.changes, config=lm.config)
-    ids = lm.tokenizer(REQUESTS[0].prompt, return_tensors="np").input_ids
+    ids = lm.tokenizer(request.prompt, return_tensors="np").input_ids
     target = lm.tokenizer(" Paris", add_special_tokens=False).input_ids
 
     def probability(params):
