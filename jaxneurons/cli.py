@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from jaxneurons.edit import cli as edit_cli
+from jaxneurons.edit.patch_cli import write_neurons
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.qrnca import cli as qrnca_cli
 from jaxneurons.relspec import cli as relspec_cli
@@ -22,6 +23,7 @@ from jaxneurons.terminal.console import (
     load_and_say,
 )
 from jaxneurons.terminal.options import IgnoreKeys
+from jaxneurons.terminal.services import Services
 from jaxneurons.terminal.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 
 app = typer.Typer(
@@ -39,6 +41,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C, which typer has turned into SystemE
 
 @app.callback(invoke_without_command=True)
 def _top(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
@@ -46,6 +49,7 @@ def _top(
 
         console.print(of("jaxneurons"))
         raise typer.Exit
+    context.obj = Services(write_neurons=write_neurons)
 
 
 @app.command()

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         LayerChoice,
         choose_layers,
     )
+    from jaxneurons.edit.located import locate_neurons
     from jaxneurons.edit.measures import (
         measure,
     )
@@ -179,6 +180,7 @@ __all__ = [
     "lab_requests",
     "lab_text",
     "layers_of",
+    "locate_neurons",
     "make_patch",
     "measure",
     "neutral_text",

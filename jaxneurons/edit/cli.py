@@ -57,7 +57,13 @@ Statistics = Annotated[
     Path | None,
     typer.Option(help="Directory to keep covariances in; a stopped run is taken up again."),
 ]
-NeuronsFile = Annotated[Path, typer.Option(help="CSV of site, layer, index: the neurons.")]
+NeuronsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="CSV of site, layer, index: the neurons; default: for each request, those that its "
+        "old answer depends on most."
+    ),
+]
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -158,20 +164,25 @@ def _of_neurons(settings: type, *, name: str, help: str) -> None:
     def command(
         model: Model,
         requests: Requests,
-        neurons: NeuronsFile,
         out: PatchFile,
         *,
+        neurons: NeuronsFile = None,
         limit: Limit = None,
         changes: dict[str, Any],
         ignore_key: IgnoreKeys = None,
     ) -> None:
         from jaxneurons.neurons.sets import read_neurons
 
-        located = read_neurons(neurons)
-        if not len(located):
+        located: Any = None if neurons is None else read_neurons(neurons)
+        if located is not None and not len(located):
             raise DataError(f"{neurons}: holds no neurons")
-        of_method = settings(neurons=located, **changes)
         lm, chosen = _prepared(model, requests, limit, out, ignore_key)
+        if located is None:
+            from jaxneurons.edit.located import locate_neurons
+
+            with counting("Locating neurons", "requests") as progress:
+                located = locate_neurons(lm, chosen, progress=progress)
+        of_method = settings(neurons=located, **changes)
         _edit(lm, chosen, of_method, out)
 
 

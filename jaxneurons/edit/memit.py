@@ -11,7 +11,7 @@ each edit is the exact solution of all so far (arXiv 2605.26670).
 import numpy as np
 
 from jaxneurons.edit.covariance import Covariance
-from jaxneurons.edit.method import MEMIT
+from jaxneurons.edit.method import MEMIT, PUBLISHED_WEIGHT, PUBLISHED_WIDTH
 from jaxneurons.edit.solving import Spread, factorised, inverse_of, regular
 
 
@@ -26,9 +26,12 @@ def spread(
       earlier: sum of the outer products of the keys of earlier edits.
     """
     covariance = regular(covariance)
+    weight = settings.weight
+    if weight is None:
+        weight = PUBLISHED_WEIGHT * len(covariance.matrix) / PUBLISHED_WIDTH
     if settings.accumulate and earlier is not None:
-        kept = settings.weight * covariance.regularised() + np.asarray(earlier, np.float64)
+        kept = weight * covariance.regularised() + np.asarray(earlier, np.float64)
         operator = factorised(kept, covariance.layer)
     else:
-        operator = inverse_of(covariance, settings.weight)
-    return operator, {"ridge": covariance.ridge}
+        operator = inverse_of(covariance, weight)
+    return operator, {"ridge": covariance.ridge, "weight": weight}

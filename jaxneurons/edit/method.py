@@ -114,19 +114,24 @@ class ROME:
         _check_ranges(self, layer=0)
 
 
+PUBLISHED_WEIGHT, PUBLISHED_WIDTH = 15_000.0, 11_008
+"""MEMIT's weight of the covariance for Llama-2-7B, and the width of its feed-forward layers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MEMIT:
     """All requests together, spread over layers.
 
     Attributes:
       layers: whose down kernels are edited, ascending; None: the default for that depth.
-      weight: of the covariance (lambda).
+      weight: of the covariance (lambda); None: 15,000 for each 11,008 of the layer's width, the
+        published value for Llama-2-7B (k^T C^-1 k of keys of text is the width, in the mean).
       accumulate: keep the keys of earlier edits exactly, as constraints.
       optimisation: of the values.
     """
 
     layers: tuple[int, ...] | None = None
-    weight: float = 15_000.0
+    weight: float | None = None
     accumulate: bool = False
     optimisation: Optimisation = Optimisation(clamp=0.75)
 

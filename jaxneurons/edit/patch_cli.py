@@ -11,6 +11,7 @@ from jaxneurons.terminal.options import IgnoreKeys
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
+    from jaxneurons.neurons.sets import NeuronSet
 
 TO = ("hf", "native", "lora")
 Model = Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")]
@@ -42,9 +43,6 @@ def neurons_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Multiply neurons of a list, as `qrnca` and `relspec` write it: a patch."""
-    from jaxneurons.edit.patch import make_patch
-    from jaxneurons.edit.patch_file import write_patch
-    from jaxneurons.edit.patch_views import show_patch
     from jaxneurons.neurons.sets import read_neurons
     from jaxneurons.storage.store import check_not_input, check_writable
 
@@ -54,7 +52,18 @@ def neurons_command(
     if not len(located):
         raise DataError(f"{neurons}: holds no neurons")
     lm = load_and_say(model, ignore_keys=ignore_key)
-    patch = make_patch(lm, located, factor=factor, keep_base=keep_base)
+    write_neurons(lm, located, factor, out, keep_base=keep_base)
+
+
+def write_neurons(
+    lm: "LM", neurons: "NeuronSet", factor: float, out: Path, *, keep_base: bool = True
+) -> None:
+    """Write a patch that multiplies neurons, and show it."""
+    from jaxneurons.edit.patch import make_patch
+    from jaxneurons.edit.patch_file import write_patch
+    from jaxneurons.edit.patch_views import show_patch
+
+    patch = make_patch(lm, neurons, factor=factor, keep_base=keep_base)
     write_patch(patch, out)
     show_patch(patch)
     console.print(f"Written: {out} ({gib(out.stat().st_size)})", soft_wrap=True)

@@ -3,7 +3,6 @@
 Each command reads its options, calls the function of Python of its name, and shows the result.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +13,11 @@ from jaxneurons.qrnca.analyses import KINDS_LIMIT
 from jaxneurons.qrnca.method import QRNCAConfig
 from jaxneurons.terminal.console import console, counting, errors, load_and_say
 from jaxneurons.terminal.options import IgnoreKeys, changed, names_of, settings_options
+from jaxneurons.terminal.services import services
 
 if TYPE_CHECKING:
+    from jaxneurons.neurons.sets import NeuronSet
     from jaxneurons.qrnca.run import Run
-    from jaxneurons.storage.tables import Row
 
 app = typer.Typer(help="Query-relevant neurons (QRNCA, arXiv 2406.10868).", no_args_is_help=True)
 
@@ -152,52 +152,102 @@ def make_questions(
     )
 
 
-def _add_trials(name: str, table: str, help: str) -> None:
-    """The commands that change every query's neurons: they differ in what is read off."""
+@app.command()
+def evaluate(
+    run: Directory,
+    out: Out = None,
+    model: Model = None,
+    neurons: OwnNeurons = None,
+    seed: Seed = 0,
+    ignore_key: IgnoreKeys = None,
+) -> None:
+    """Boost and suppress each query's neurons, beside five baselines and matched random ones.
 
-    @app.command(name, help=help)
-    def command(
-        run: Directory,
-        out: Out = None,
-        model: Model = None,
-        neurons: OwnNeurons = None,
-        seed: Seed = 0,
-        ignore_key: IgnoreKeys = None,
-    ) -> None:
-        from jaxneurons.neurons.sets import read_neurons
-        from jaxneurons.qrnca import stages
-        from jaxneurons.qrnca import views as qrnca_views
+    Writes tables/evaluation, tables/changes and figures: the probability change ratio with
+    intervals, how much of the attribution a set holds, and its effect beyond the control.
+    """
+    _check_own(neurons)
+    place = out or run
+    opened = _opened(run, place, model, ignore_key)
+    from jaxneurons.qrnca import stages
+    from jaxneurons.qrnca.views import show_evaluation
 
-        if neurons is not None and not len(read_neurons(neurons)):
-            raise DataError(f"{neurons}: holds no neurons")
-        place = out or run
-        opened = _opened(run, place, model, ignore_key)
-        stage = getattr(stages, name)
-        with counting("Changing neurons") as progress:
-            tables = stage(opened, neurons=neurons, seed=seed, out=place, progress=progress)
-        show: Callable[[list[Row]], None] = getattr(qrnca_views, f"show_{table}")
-        show(tables.rows(table))
-        if table == "evaluation":
-            console.print(
-                f"Trials: {tables.facts['seconds']:.1f} s; attribution took "
-                f"{tables.facts['seconds_of_attribution']:.1f} s where it was done."
-            )
-        _say_written(place)
+    with counting("Changing neurons") as progress:
+        tables = stages.evaluate(opened, neurons=neurons, seed=seed, out=place, progress=progress)
+    show_evaluation(tables.rows("evaluation"))
+    console.print(
+        f"Trials: {tables.facts['seconds']:.1f} s; attribution took "
+        f"{tables.facts['seconds_of_attribution']:.1f} s where it was done."
+    )
+    _say_written(place)
 
 
-_add_trials(
-    "evaluate",
-    "evaluation",
-    "Boost and suppress each query's neurons, beside five baselines and matched random ones.\n\n"
-    "Writes tables/evaluation, tables/changes and figures: the probability change ratio with "
-    "intervals, how much of the attribution a set holds, and its effect beyond the control.",
-)
-_add_trials(
-    "edit",
-    "editing",
-    "Which answers turn? Right ones when neurons are suppressed, wrong ones when boosted.\n\n"
-    "Writes tables/editing and its figure; shares its passes with `evaluate`.",
-)
+@app.command()
+def edit(
+    context: typer.Context,
+    run: Directory,
+    out: Out = None,
+    model: Model = None,
+    neurons: OwnNeurons = None,
+    seed: Seed = 0,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a patch instead: the neurons of some queries multiplied, for `edit apply`."
+        ),
+    ] = None,
+    query: Annotated[
+        list[str] | None,
+        typer.Option(help="With --write: a query's id, may be repeated; default: all queries."),
+    ] = None,
+    factor: Annotated[
+        float, typer.Option(help="With --write: what the neurons are multiplied by.")
+    ] = 0.0,
+    ignore_key: IgnoreKeys = None,
+) -> None:
+    """Which answers turn? Right ones when neurons are suppressed, wrong ones when boosted.
+
+    Writes tables/editing and its figure; shares its passes with `evaluate`.
+    """
+    _check_own(neurons)
+    if write is not None:
+        opened = _opened(run, write.absolute().parent, model, ignore_key)
+        members = _members(opened, neurons, query or [])
+        services(context).write_neurons(opened.lm, members, factor, write)
+        return
+    if query:
+        raise ConfigError("--query chooses what --write writes; give --write PATCH too")
+    place = out or run
+    opened = _opened(run, place, model, ignore_key)
+    from jaxneurons.qrnca import stages
+    from jaxneurons.qrnca.views import show_editing
+
+    with counting("Changing neurons") as progress:
+        tables = stages.edit(opened, neurons=neurons, seed=seed, out=place, progress=progress)
+    show_editing(tables.rows("editing"))
+    _say_written(place)
+
+
+def _check_own(neurons: Path | None) -> None:
+    from jaxneurons.neurons.sets import read_neurons
+
+    if neurons is not None and not len(read_neurons(neurons)):
+        raise DataError(f"{neurons}: holds no neurons")
+
+
+def _members(run: "Run", neurons: Path | None, queries: list[str]) -> "NeuronSet":
+    """The neurons of some queries and of a file; of all queries where neither is given."""
+    from jaxneurons.neurons.sets import NeuronSet, read_neurons
+
+    for name in queries:
+        if name not in run:
+            raise DataError(f"{run.path}: has no query {name!r}; {near_matches(name, run)}")
+    members = NeuronSet() if neurons is None else read_neurons(neurons)
+    for name in queries or ([] if len(members) else list(run)):
+        members |= run[name].neurons
+    if not len(members):
+        raise DataError(f"{run.path}: these queries have no neurons of their own")
+    return members
 
 
 @app.command()

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxneurons.errors import DataError
+from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.relspec.method import RelSpecConfig
 from jaxneurons.relspec.views import show_comparison, show_study
 from jaxneurons.terminal.console import console, load_and_say, stages
 from jaxneurons.terminal.options import IgnoreKeys, Text, settings_options
+from jaxneurons.terminal.services import services
 
 if TYPE_CHECKING:
     from jaxneurons.relspec.study import Study
@@ -93,11 +94,42 @@ def collect(
 
 
 @app.command()
-def neurons(out: Out) -> None:
+def neurons(
+    context: typer.Context,
+    out: Out,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Write a patch too: a relation's neurons multiplied, for `edit apply`."),
+    ] = None,
+    relation: Annotated[
+        list[str] | None,
+        typer.Option(help="With --write: a relation's name, may be repeated; default: all."),
+    ] = None,
+    factor: Annotated[
+        float, typer.Option(help="With --write: what the neurons are multiplied by.")
+    ] = 0.0,
+) -> None:
     """Stage 2: average precision of every neuron, and the best of each relation as CSV."""
+    from jaxneurons.neurons.sets import NeuronSet
+    from jaxneurons.storage.store import check_writable
+
+    if write is not None:
+        check_writable(write.absolute().parent)
+    elif relation:
+        raise ConfigError("--relation chooses what --write writes; give --write PATCH too")
     with _resumed(out) as study:
         written = study.write_neurons()
     console.print(f"Written: {out}/neurons/ ({len(written)} relations)")
+    if write is None:
+        return
+    sets = study.neurons()
+    for name in relation or ():
+        if name not in sets:
+            raise DataError(f"{out}: has no neurons of {name!r}; {near_matches(name, sets)}")
+    members = NeuronSet()
+    for name in relation or sets:
+        members |= sets[name]
+    services(context).write_neurons(study.lm, members, factor, write)
 
 
 @app.command()
