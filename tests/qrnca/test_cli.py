@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from support.fixtures import located_run, write_lm
 
@@ -135,3 +136,35 @@ def test_kinds_that_share_no_numbering(run, located):
     code, _, err = run("qrnca", "analyse", "--run", located, "--kinds", "up,down")
     assert code == 1
     assert "sites to compare are of up, gate, act" in err
+
+
+def test_neurons_straight_into_a_patch(run, located, tmp_path):
+    from jaxneurons.qrnca.opening import open_run
+
+    lm = jn.load("lab")
+    opened = open_run(located, lm)
+    names = [name for name, found in opened.items() if found.ranking][:2]
+    assert len(names) == 2
+    asked = [part for name in names for part in ("--query", name)]
+    patch = tmp_path / "off.safetensors"
+    code, _, err = run("qrnca", "edit", "--run", located, "--write", patch, *asked)
+    assert code == 0, err
+    members = opened[names[0]].neurons | opened[names[1]].neurons
+    edited = jn.edit.apply_patches(lm, [jn.edit.read_patch(patch)])
+    prompts = [opened.queries[0].prompts[0]]
+    by_scales = jn.generate(lm, prompts, scales=members.scales(lm.config, 0), steps=3)
+    assert jn.generate(edited, prompts, steps=3) == by_scales
+    expected = jn.edit.scale(lm.params, members, 0.0, config=lm.config)["layers"]["ffn"]
+    np.testing.assert_array_equal(edited.params["layers"]["ffn"]["up"]["kernel"],
+                                  expected["up"]["kernel"])  # fmt: skip
+
+
+def test_a_query_that_the_run_does_not_have(run, located, tmp_path):
+    patch = tmp_path / "off.safetensors"
+    code, _, err = run("qrnca", "edit", "--run", located, "--write", patch, "--query", "nobody")
+    assert code == 1
+    assert "has no query 'nobody'" in err
+    assert not patch.exists()
+    code, _, err = run("qrnca", "edit", "--run", located, "--query", "nobody")
+    assert code == 1
+    assert "--write" in err

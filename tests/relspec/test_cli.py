@@ -310,3 +310,20 @@ def test_the_output_is_no_directory_of_relations(run, model, tmp_path, relations
     options = ("--model", model, "--relations", relations, "--out", relations)
     fails(run("relspec", "run", *options, *SMALL), "holds files but no run of ours")
     assert {path: path.read_bytes() for path in relations.iterdir()} == before
+
+
+def test_neurons_straight_into_a_patch(run, done, model, tmp_path):
+    out, _ = done
+    copy = tmp_path / "run"
+    shutil.copytree(out, copy)
+    name = sorted(path.stem for path in (copy / "neurons").glob("*.csv"))[0]
+    patch = tmp_path / "off.safetensors"
+    code, _, err = run("relspec", "neurons", "--out", copy, "--write", patch, "--relation", name)
+    assert code == 0, err
+    members = read_neurons(copy / "neurons" / f"{name}.csv")
+    lm = jaxneurons.load(model)
+    written = jaxneurons.edit.read_patch(patch)
+    assert written.digest == jaxneurons.edit.make_patch(lm, members, factor=0.0).digest
+    result = run("relspec", "neurons", "--out", copy, "--write", patch, "--relation", "nobody")
+    fails(result, "no neurons of 'nobody'")
+    fails(run("relspec", "neurons", "--out", copy, "--relation", name), "--write")

@@ -1,0 +1,118 @@
+"""Facts edited, measured and traced from the shell, on the lab model."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support.edits import lab
+
+import jaxneurons as jn
+from jaxneurons.edit import EditRequest, LearnedNeurons, lab_requests, locate_neurons, read_patch
+from jaxneurons.edit.evaluation_cli import METHODS, chosen
+from jaxneurons.storage.tables import read_tables
+
+QUICK = ("--steps", 12, "--prefixes", 2)
+
+
+def test_rome_writes_a_patch_that_edits(run, tmp_path):
+    patch = tmp_path / "rome.safetensors"
+    code, out, err = run(
+        "edit", "rome", "--model", "lab", "--requests", "lab", "--limit", 1, "--out", patch,
+        "--layer", 1, "--covariance", "identity", *QUICK,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "Written" in out
+    (request,) = lab_requests(1)
+    edited = jn.edit.apply_patches(lab(), [read_patch(patch)])
+    steps = len(lab().tokenizer(request.target, add_special_tokens=False)["input_ids"])
+    before, after = (
+        jn.generate(lm, [request.prompt], steps=steps)[0].strip() for lm in (lab(), edited)
+    )
+    assert before == request.ground_truth
+    assert after == request.target
+    facts = read_patch(patch).facts
+    assert facts["method"] == "ROME"
+    assert facts["settings"]["optimisation"]["prefixes"] == 2
+    assert facts["targets"] == [[request.id, request.prompt, request.target]]
+
+
+def test_an_optimisation_that_stops_early_is_no_success(run, tmp_path):
+    patch = tmp_path / "rome.safetensors"
+    code, out, err = run(
+        "edit", "rome", "--model", "lab", "--requests", "lab", "--limit", 1, "--out", patch,
+        "--layer", 1, "--covariance", "identity", "--steps", 0, "--prefixes", 0,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "NO" in out
+    assert "did not reach their goal" in err
+    assert np.abs(load_file(patch)[max(load_file(patch))]).size
+
+
+def test_learned_edits_change_the_located_neurons_alone(run, tmp_path):
+    patch = tmp_path / "learn.safetensors"
+    code, _, err = run(
+        "edit", "learn", "--model", "lab", "--requests", "lab", "--limit", 1, "--out", patch,
+        "--steps", 2,
+    )  # fmt: skip
+    assert code == 0, err
+    (located,) = locate_neurons(lab(), lab_requests(1))
+    assert len(located) == 20
+    rows = {(c.layer, int(i)) for c in read_patch(patch).changes for i in np.asarray(c.index)}
+    assert rows == {tuple(pair) for pair in located.pairs("act").tolist()}
+
+
+def test_located_neurons_are_those_of_the_highest_attribution():
+    lm, requests = lab(), lab_requests(3)
+    sets = locate_neurons(lm, requests, count=5)
+    for request, members in zip(requests, sets, strict=True):
+        query = jn.prompts.encode_query(lm.tokenizer, request.prompt, request.ground_truth)
+        scores = jn.integrated_gradients(
+            lm.params,
+            np.array([query.prompt]),
+            np.array([query.answer]),
+            config=lm.config,
+            site="act",
+        ).scores[0]
+        least = min(float(scores[layer, index]) for _, (layer, index) in members)
+        assert int((scores > least + 1e-6).sum()) <= 4
+    with pytest.raises(jn.DataError, match="ground_truth"):
+        locate_neurons(lm, [EditRequest("The capital of Ada is", "Ada", "Rome")])
+
+
+def test_evaluate_from_the_shell(run, tmp_path):
+    out = tmp_path / "run"
+    command = ("edit", "evaluate", "--model", "lab", "--requests", "lab", "--limit", 2,
+               "--methods", "finetune,surgery", "--out", out, "--fluency-tokens", 0,
+               "--perplexity-tokens", 0)  # fmt: skip
+    code, shown, err = run(*command)
+    assert code == 0, err
+    assert "finetune" in shown
+    rows = read_tables(out / "tables")["edits"]
+    assert {row["method"] for row in rows} == {"unedited", "finetune", "surgery"}
+    first = (out / "evaluation.json").read_text()
+    assert run(*command)[0] == 0
+    assert (out / "evaluation.json").read_text() == first
+    assert json.loads(first)
+
+
+def test_trace_from_the_shell(run, tmp_path):
+    request = lab_requests(1)[0]
+    record = {"known_id": 0, "subject": request.subject, "attribute": request.ground_truth,
+              "prompt": request.prompt}  # fmt: skip
+    (tmp_path / "known.json").write_text(json.dumps([record]))
+    code, shown, err = run("edit", "trace", "--model", "lab", "--facts", tmp_path / "known.json",
+                           "--samples", 1, "--out", tmp_path / "run")  # fmt: skip
+    assert code == 0, err
+    assert "indirect effect" in shown
+    assert (tmp_path / "run" / "figures" / "tracing.png").is_file()
+
+
+def test_names_of_methods():
+    assert chosen("rome, memit,rome", METHODS) == ["rome", "memit"]
+    assert chosen("all", METHODS) == list(METHODS)
+    assert METHODS["learn"] is LearnedNeurons
+    with pytest.raises(jn.ConfigError, match="memit"):
+        chosen("memti", METHODS)
+    with pytest.raises(jn.ConfigError, match="a method"):
+        chosen("rome,memit", METHODS, most=1)
