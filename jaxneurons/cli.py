@@ -23,7 +23,7 @@ from jaxneurons.terminal.console import (
     load_and_say,
 )
 from jaxneurons.terminal.options import IgnoreKeys
-from jaxneurons.terminal.services import Services
+from jaxneurons.terminal.services import Services, provide
 from jaxneurons.terminal.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 
 app = typer.Typer(
@@ -41,7 +41,6 @@ INTERRUPTED = 130  # exit code after Ctrl-C, which typer has turned into SystemE
 
 @app.callback(invoke_without_command=True)
 def _top(
-    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     if version:
@@ -49,7 +48,7 @@ def _top(
 
         console.print(of("jaxneurons"))
         raise typer.Exit
-    context.obj = Services(write_neurons=write_neurons)
+    provide(Services(write_neurons=write_neurons))
 
 
 @app.command()

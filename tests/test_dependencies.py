@@ -15,7 +15,7 @@ RUN_NOT_IMPORTED = {
     "test": {"ipykernel", "pytest-xdist"},  # the kernel of the notebooks; `pytest -n`
     "oracle": {"accelerate"},  # transformers reads GGUF with it
 }
-OURS = {"jaxneurons", "support", "published"}
+OURS = {"jaxneurons", "support", "published", "long_prompts"}
 
 
 def declared(extra=""):

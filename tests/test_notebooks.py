@@ -23,10 +23,12 @@ def pictures_of(notebook):
     "name",
     [
         "ablation",
+        "edit_and_export",
         "query_neurons",
-        pytest.param("relation_neurons", marks=[pytest.mark.smollm2, pytest.mark.slow]),
+        pytest.param("relation_neurons", marks=pytest.mark.smollm2),
     ],
 )
+@pytest.mark.slow
 def test_runs(name, request, monkeypatch, tmp_path):
     if name == "relation_neurons":
         request.getfixturevalue("smollm2_path")
@@ -38,7 +40,9 @@ def test_runs(name, request, monkeypatch, tmp_path):
     assert pictures_of(notebook)
 
 
-@pytest.mark.parametrize("name", ["ablation", "query_neurons", "relation_neurons"])
+@pytest.mark.parametrize(
+    "name", ["ablation", "edit_and_export", "query_neurons", "relation_neurons"]
+)
 def test_is_stored_as_it_was_executed(name):
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
@@ -56,6 +60,7 @@ def test_is_stored_as_it_was_executed(name):
 def test_every_notebook_is_tested():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {
         "ablation",
+        "edit_and_export",
         "query_neurons",
         "relation_neurons",
     }

@@ -184,7 +184,6 @@ def evaluate(
 
 @app.command()
 def edit(
-    context: typer.Context,
     run: Directory,
     out: Out = None,
     model: Model = None,
@@ -213,7 +212,7 @@ def edit(
     if write is not None:
         opened = _opened(run, write.absolute().parent, model, ignore_key)
         members = _members(opened, neurons, query or [])
-        services(context).write_neurons(opened.lm, members, factor, write)
+        services().write_neurons(opened.lm, members, factor, write)
         return
     if query:
         raise ConfigError("--query chooses what --write writes; give --write PATCH too")

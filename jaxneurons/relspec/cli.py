@@ -95,7 +95,6 @@ def collect(
 
 @app.command()
 def neurons(
-    context: typer.Context,
     out: Out,
     write: Annotated[
         Path | None,
@@ -129,7 +128,7 @@ def neurons(
     members = NeuronSet()
     for name in relation or sets:
         members |= sets[name]
-    services(context).write_neurons(study.lm, members, factor, write)
+    services().write_neurons(study.lm, members, factor, write)
 
 
 @app.command()

@@ -1,36 +1,32 @@
 """What the commands of one system use of another's, which they never import.
 
-The top of the command line puts these together and passes them down as typer's context object.
+The top of the command line puts these together (`provide`) before a command runs.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import typer
-
-if TYPE_CHECKING:
-    from jaxneurons.checkpoints.loading import LM
-    from jaxneurons.neurons.sets import NeuronSet
+from contextvars import ContextVar
+from typing import NamedTuple
 
 
 class Services(NamedTuple):
     """The functions that are passed down.
 
     Attributes:
-      write_neurons: writes a patch that multiplies neurons of a model by a factor.
+      write_neurons: of a model, a set of neurons, a factor and a path: writes a patch that
+        multiplies them.
     """
 
-    write_neurons: "Callable[[LM, NeuronSet, float, Path], None]"
+    write_neurons: Callable[..., None]
 
 
-def services(context: typer.Context) -> Services:
-    """Those that a command was started with.
+_PROVIDED: ContextVar[Services] = ContextVar("services")
 
-    Raises:
-      RuntimeError: a command that was not started through `jaxneurons.cli`.
-    """
-    given = context.find_root().obj
-    if not isinstance(given, Services):
-        raise RuntimeError("this command runs as a part of the command line `jaxneurons` only")
-    return given
+
+def provide(services: Services) -> None:
+    """Pass functions down to the command that runs next."""
+    _PROVIDED.set(services)
+
+
+def services() -> Services:
+    """Those of the command that is running, which was started through `jaxneurons.cli`."""
+    return _PROVIDED.get()

@@ -21,6 +21,7 @@ def assert_passed(found):
     assert {one["tokens_agreeing"] for one in found["continuations"]} == {NEW_TOKENS}
 
 
+@pytest.mark.slow
 def test_the_model_that_ships_with_the_package(run, tmp_path):
     assert run("convert", "lab", tmp_path / "lab")[0] == 0
     code, out, err = run("verify", tmp_path / "lab", "--against", "lab")
@@ -74,6 +75,7 @@ def test_a_value_that_no_sequence_meets(tmp_path):
     assert not found["passed"]
 
 
+@pytest.mark.slow
 def test_first_choices_that_rounding_may_turn_are_one_choice(tmp_path):
     """Pairs of tokens have equal logits in PyTorch, and logits 5e-7 of them apart here."""
     model = write_lm(tmp_path / "tiny", tie_word_embeddings=False)

@@ -142,6 +142,7 @@ def test_every_configuration_value_replaced(directory):
             assert message is None or "rope" in message
 
 
+@pytest.mark.slow
 def test_gguf_files(tmp_path):
     path = tmp_path / "m.gguf"
     vocabulary = byte_level_vocabulary()

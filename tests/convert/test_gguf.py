@@ -239,6 +239,7 @@ def test_smollm2_config(smollm2_path):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.filterwarnings("ignore")  # transformers' and torch's own
 def test_every_smollm2_tensor_equals_transformers_reading(smollm2_path):

@@ -83,6 +83,7 @@ def test_what_cannot_be_correlated():
         correlate(np.ones((2, 2)), np.ones((2, 2)))
 
 
+@pytest.mark.slow
 def test_attribution_by_layer_bounds_what_a_layer_changes():
     """Completeness: attributions of a layer add up to P - P(layer off); absolute ones to more."""
     lm = lab()

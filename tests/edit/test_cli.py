@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -12,7 +13,7 @@ from jaxneurons.edit import EditRequest, LearnedNeurons, lab_requests, locate_ne
 from jaxneurons.edit.evaluation_cli import METHODS, chosen
 from jaxneurons.storage.tables import read_tables
 
-QUICK = ("--steps", 12, "--prefixes", 2)
+QUICK = ("--prefixes", 2)
 
 
 def test_rome_writes_a_patch_that_edits(run, tmp_path):
@@ -69,8 +70,8 @@ def test_located_neurons_are_those_of_the_highest_attribution():
         query = jn.prompts.encode_query(lm.tokenizer, request.prompt, request.ground_truth)
         scores = jn.integrated_gradients(
             lm.params,
-            np.array([query.prompt]),
-            np.array([query.answer]),
+            jnp.array([query.prompt]),
+            jnp.array([query.answer]),
             config=lm.config,
             site="act",
         ).scores[0]

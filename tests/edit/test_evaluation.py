@@ -126,6 +126,7 @@ def test_pairs_are_of_the_same_request_and_missing_numbers_are_left_out():
     assert summary[0]["efficacy_free"] is summary[0]["efficacy_free_low"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_at", [3, 14])
 def test_a_stopped_run_goes_on_to_the_same_files(editor, tmp_path, monkeypatch, stopped_at):
     from jaxneurons.storage.store import RunDirectory
@@ -197,6 +198,7 @@ def test_bad_requests_are_left_out_and_said(editor):
         run([unaskable])
 
 
+@pytest.mark.slow
 def test_neurons_are_drawn_anew_for_each_request_of_the_control(editor):
     seen = []
 

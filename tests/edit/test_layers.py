@@ -109,6 +109,7 @@ def test_intervals_pair_the_requests_of_candidates():
     np.testing.assert_allclose((rows[0]["low"], rows[0]["high"]), expected, atol=0.11)
 
 
+@pytest.mark.slow
 def test_tables_are_the_measures_of_edits_at_each_layer(stand_ins):
     seen = []
     choice = choose_layers(

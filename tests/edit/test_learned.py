@@ -207,6 +207,7 @@ def test_together_as_pytorch_does(tiny_path, tiny_lm, settings):
     np.testing.assert_allclose(edit.trace.loss, losses, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [MULTIPLIERS, ROWS], ids=["multipliers", "rows"])
 def test_the_edited_model_has_the_loss_that_the_trace_says(tiny_lm, edited_loss, settings):
     settings = dataclasses.replace(settings, norm=1.0, steps=6, learning_rate=0.2, stop=4.0)

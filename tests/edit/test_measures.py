@@ -233,9 +233,8 @@ def test_an_edit_that_breaks_the_model_has_failed(requests, changes):
 
 
 def test_what_cannot_be_asked_is_refused(requests):
-    empty = dataclasses.replace(requests[0], paraphrases=(" ",))
-    with pytest.raises(DataError, match="paraphrase: the prompt is empty"):
-        measure(lab(), [empty], settings=SMALL)
+    with pytest.raises(DataError, match="paraphrases holds an empty text"):
+        dataclasses.replace(requests[0], paraphrases=(" ",))
     with pytest.raises(DataError, match="context holds 128"):
         measure(lab(), requests[:1], settings=dataclasses.replace(SMALL, fluency_tokens=500))
     with pytest.raises(ConfigError, match="1 changes for 3 requests"):

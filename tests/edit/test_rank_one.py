@@ -223,6 +223,7 @@ def test_a_key_without_length_and_numbers_that_are_not_finite_name_their_request
             edit(broken, REQUESTS[:1], settings=SETTINGS, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_is_edited_as_by_plain_pytorch(smollm2, torch_smollm2):
     torch = pytest.importorskip("torch")

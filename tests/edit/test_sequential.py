@@ -110,6 +110,7 @@ def test_batches_end_at_sizes(editor):
     assert [len(call) for call in CALLS] == [4, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_at", [2, 5, 8])
 def test_a_stopped_run_goes_on_to_the_same_files(editor, tmp_path, monkeypatch, stopped_at):
     from jaxneurons.storage.store import RunDirectory

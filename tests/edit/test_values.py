@@ -102,6 +102,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layer", [0, 2])
 def test_before_the_first_step_it_is_the_model(shape, layer):

@@ -149,7 +149,10 @@ def test_answers_of_several_tokens(rule):
 # --- the adaptive rule ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["up", "o", "gate"])
+SOME_SITES = ["up", *(pytest.param(site, marks=pytest.mark.slow) for site in ("o", "gate"))]
+
+
+@pytest.mark.parametrize("site", SOME_SITES)
 def test_adaptive_converges_and_is_complete(site):
     config = SHAPES["gqa-untied"]
     params, tokens, targets = case(config)
@@ -184,6 +187,7 @@ def sharp(config, factor, seed):
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [5.0, 20.0, 100.0])
 @pytest.mark.parametrize("max_nodes", [16, 1000])
 def test_adaptive_knows_what_it_does_not_know(factor, max_nodes):
@@ -218,6 +222,7 @@ def test_more_nodes_are_spent_only_where_they_are_needed():
 # --- chunks, transformations, compilations --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])
 def test_chunks_change_nothing(rule):
     config = tiny_config(num_layers=2)
@@ -231,6 +236,7 @@ def test_chunks_change_nothing(rule):
         np.testing.assert_array_equal(two.nodes, one.nodes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gqa-untied", "biases-some-windows-dynamic"])
 def test_many_keys_change_nothing(shape, monkeypatch):
     """Attention in blocks, and scores computed again: as for prompts of thousands of tokens."""
@@ -260,6 +266,7 @@ def test_many_keys_change_nothing(shape, monkeypatch):
     assert difference(alone.scores, scores[:1]).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])
 def test_answers_of_many_tokens_some_at_a_time(rule, monkeypatch):
     config = tiny_config(num_layers=2)
@@ -350,6 +357,7 @@ def test_one_trace_for_one_shape(rule):
         run(params, tokens[:2], targets[:2], jnp.array([7, 3]))  # another shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["gauss", "adaptive"])
 def test_bfloat16_parameters_give_float32_scores(rule):
     config = tiny_config(num_layers=2)
@@ -414,6 +422,7 @@ def real_attribution(lm, quadrature):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.parametrize(
     ("rule", "steps"),

@@ -145,6 +145,7 @@ def small():
     )
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_parameters():
     a, b = (train(WORLD, VOCABULARY, steps=2, config=small())[1] for _ in range(2))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -155,6 +156,7 @@ def test_the_same_seed_gives_the_same_parameters():
     assert (rows[0] != rows[1]).any()
 
 
+@pytest.mark.slow
 def test_training_learns_and_what_is_written_loads(tmp_path):
     told = [fact for fact in WORLD if fact.domain == "music"]
     config, params = train(told, VOCABULARY, steps=25, config=small())
@@ -185,6 +187,7 @@ def test_training_learns_and_what_is_written_loads(tmp_path):
 # --- the model that ships -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_knows_what_it_was_told_and_nothing_else(lm):
     found = examine(lm.params, lm.config, lm.tokenizer, WORLD)
     for language in ("en", VALDIC):

@@ -214,6 +214,7 @@ def test_memory_of_the_forward_pass_grows_with_the_length():
     assert found[1] - fixed < memory_bound(WIDE, 8192, memory_budget=0)
 
 
+@pytest.mark.slow
 def test_memory_of_its_gradient_grows_with_the_length():
     def loss(params, tokens):
         return forward(params, tokens, config=WIDE).logits.sum()
@@ -222,6 +223,7 @@ def test_memory_of_its_gradient_grows_with_the_length():
     assert found[1] < 2.1 * found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompts", "tokens", "rule"),
     [(8, 512, "gauss"), (4, 1024, "gauss"), (1, 2048, "gauss"), (1, 8192, "adaptive")],

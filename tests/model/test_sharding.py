@@ -110,6 +110,7 @@ def test_forward_is_the_same(name, kv_heads):
     assert len(out.logits.sharding.device_set) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["adaptive", "gauss"])
 @pytest.mark.parametrize("name", ["data", "model"])
 def test_attribution_is_the_same(name, rule):

@@ -427,6 +427,7 @@ def ids_of(lm, text):
     return np.asarray(lm.tokenizer(text)["input_ids"], np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_logits(smollm2, torch_smollm2):
     model, _ = torch_smollm2
@@ -439,6 +440,7 @@ def test_smollm2_logits(smollm2, torch_smollm2):
         np.testing.assert_allclose(logits, torch_logits(model, ids[None]), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_greedy_continuations(smollm2, torch_smollm2):
     model, _ = torch_smollm2

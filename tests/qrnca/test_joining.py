@@ -70,6 +70,7 @@ def whole(lm, prompt, answer, scales=None):
 ENDS = ["a second-", "it costs $", "either/", "user@", "either -", "x =", "In 19", "l'", "a_"]
 
 
+@pytest.mark.slow
 def test_the_model_decides_where_the_texts_leave_two_forms(lm):
     records = {
         f"{end} {answer}": {"prompts": [f"The capital {end}", "The capital is"], "answer": answer}

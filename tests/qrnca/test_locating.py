@@ -440,6 +440,7 @@ def test_too_few_queries(lm, queries, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_converged_are_warned_of(lm, queries, tmp_path, monkeypatch):
     """As few nodes as there may be, and a gap that they leave."""
     settings = QRNCAConfig(quadrature=Quadrature(max_nodes=5), prompts=1)

@@ -112,6 +112,7 @@ def test_default_limit(tmp_path, monkeypatch):
     assert default_limit(tmp_path) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["options", "free answers of several tokens"])
 def test_trials_are_the_same_with_and_without(tmp_path, monkeypatch, form):
     lm = jaxneurons.load(write_lm(tmp_path / "model"))

@@ -246,6 +246,7 @@ def test_editing_counts_what_turned(run, outcomes):
         assert row["rate"] == (pytest.approx(turned / could) if could else None)
 
 
+@pytest.mark.slow
 def test_free_answers_and_a_group_of_most_queries(lm, tmp_path):
     """No options at all; eight queries share four unrelated ones."""
     records = cloze(12)
@@ -448,6 +449,7 @@ def test_balanced_takes_of_each_group(run):
     assert chosen == [query for query in run.queries if query in chosen]
 
 
+@pytest.mark.slow
 def test_kinds_of_neurons_on_the_same_queries(run, tmp_path):
     pairs, effects = kind_rows(run, limit=8, out=tmp_path)
     assert [(row["site"], row["other"]) for row in pairs] == [
