@@ -205,7 +205,7 @@ def test_inner_uses_are_seen(code, inner):
 def test_only_faces_are_used():
     found = {where: inner for where, code in sources().items() if (inner := inner_uses(code))}
     assert found == {}
-    assert len([where for where in sources() if where.endswith(".ipynb")]) == 3
+    assert len([where for where in sources() if where.endswith(".ipynb")]) == 4
 
 
 def test_every_face_has_its_page_of_the_api():
