@@ -4,7 +4,6 @@ A fact's neurons are those of the highest attribution of the old answer (QRNCA, 
 equation 5, without its clusters and inverse cluster attribution, which take many queries).
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -20,6 +19,8 @@ from jaxneurons.prompts.answers import encode_query
 from jaxneurons.prompts.batches import plan
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import check_argument, check_number
+
+_attribute = jax.jit(integrated_gradients, static_argnames=("config", "site", "quadrature"))
 
 
 def locate_neurons(
@@ -45,7 +46,8 @@ def locate_neurons(
       A set for each request, in order: what `LearnedNeurons` and `KnowledgeNeurons` take.
 
     Raises:
-      DataError: a request without an old answer, or one that cannot be encoded.
+      DataError: a request without an old answer, or one that cannot be encoded; attribution that
+        is not finite.
       ConfigError: arguments of other types.
     """
     check_argument("lm", LM, lm)
@@ -66,22 +68,27 @@ def locate_neurons(
             vocab_size=lm.config.vocab_size,
         )
         prompts.append(query)
-    attribute = jax.jit(
-        functools.partial(integrated_gradients, config=lm.config, site=site, quadrature=quadrature)
-    )
     sets = [NeuronSet()] * len(prompts)
     done = 0
     for batch in plan(prompts):
-        attribution = attribute(
+        attribution = _attribute(
             lm.params,
             batch.tokens,
             batch.targets,
+            config=lm.config,
             lengths=batch.lengths,
             answer_lengths=batch.answer_lengths,
+            site=site,
+            quadrature=quadrature,
         )
         for scores, index in zip(np.asarray(attribution.scores), batch.index.tolist(), strict=True):
             if index < 0:
                 continue
+            if not np.isfinite(scores).all():
+                raise DataError(
+                    f"request {requests[index].id or index + 1!r}: attribution is not finite, as "
+                    "float16's may be; load the model in float32"
+                )
             best = np.argsort(-scores, axis=None, kind="stable")[:count]
             sets[index] = NeuronSet.of_flat(best, lm.config, (site,))
             done += 1

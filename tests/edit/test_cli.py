@@ -1,11 +1,12 @@
 """Facts edited, measured and traced from the shell, on the lab model."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from support.edits import lab
 
 import jaxneurons as jn
@@ -47,7 +48,8 @@ def test_an_optimisation_that_stops_early_is_no_success(run, tmp_path):
     assert code == 0, err
     assert "NO" in out
     assert "did not reach their goal" in err
-    assert np.abs(load_file(patch)[max(load_file(patch))]).size
+    (change,) = read_patch(patch).changes
+    np.testing.assert_array_equal(np.asarray(change.left) @ np.asarray(change.right), 0)
 
 
 def test_learned_edits_change_the_located_neurons_alone(run, tmp_path):
@@ -77,6 +79,9 @@ def test_located_neurons_are_those_of_the_highest_attribution():
         ).scores[0]
         least = min(float(scores[layer, index]) for _, (layer, index) in members)
         assert int((scores > least + 1e-6).sum()) <= 4
+    broken = dataclasses.replace(lm, params=jax.tree.map(lambda x: x * jnp.nan, lm.params))
+    with pytest.raises(jn.DataError, match="not finite"):
+        locate_neurons(broken, requests, count=5)
     with pytest.raises(jn.DataError, match="ground_truth"):
         locate_neurons(lm, [EditRequest("The capital of Ada is", "Ada", "Rome")])
 
