@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxneurons.edit import evaluation_cli, patch_cli
+from jaxneurons.edit.arguments import (
+    NUMBERS,
+    Limit,
+    Model,
+    Requests,
+    collect,
+    paragraphs,
+    read,
+)
 from jaxneurons.edit.method import (
     MEMIT,
     ROME,
@@ -19,7 +28,7 @@ from jaxneurons.edit.method import (
     Settings,
 )
 from jaxneurons.errors import DataError
-from jaxneurons.terminal.console import console, counting, errors, load_and_say
+from jaxneurons.terminal.console import console, counting, load_and_say
 from jaxneurons.terminal.options import IgnoreKeys, Text, settings_options
 
 if TYPE_CHECKING:
@@ -32,15 +41,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Model = Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")]
-Requests = Annotated[
-    str,
-    typer.Option(
-        help="Requests: counterfact-edit, CounterFact, zsRE, JSON Lines or CSV; or 'lab', facts of "
-        "the lab model's world."
-    ),
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")]
 PatchFile = Annotated[Path, typer.Option(help="Patch to write: safetensors.")]
 TextFile = Annotated[
     Path | None,
@@ -66,74 +66,45 @@ NeuronsFile = Annotated[
 ]
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between them, or a range: 3,4,5 or 3-5."""
-    try:
-        parts = [part.strip().split("-") for part in text.split(",") if part.strip()]
-        spans = [(int(part[0]), int(part[-1])) for part in parts]
-    except ValueError:
-        raise DataError(f"{text!r}: give whole numbers, as in 3,4,5 or 3-5") from None
-    return tuple(number for first, last in spans for number in range(first, last + 1))
+def _of_keys(settings: type, *, name: str, help: str) -> None:
+    """A command of a method that writes values for keys."""
+    texts = {"prefix_tokens": NUMBERS, **({"layers": NUMBERS} if settings is not ROME else {})}
+
+    @app.command(name, help=help)
+    @settings_options(settings, texts=texts)
+    def command(
+        model: Model,
+        requests: Requests,
+        out: PatchFile,
+        *,
+        limit: Limit = None,
+        text: TextFile = None,
+        vectors: Vectors = None,
+        statistics: Statistics = None,
+        settings: Settings,
+        ignore_key: IgnoreKeys = None,
+    ) -> None:
+        lm, chosen = _prepared(model, requests, limit, out, ignore_key)
+        texts = None if text is None else paragraphs(text)
+        covariance = collect(lm, [settings], text=texts, vectors=vectors, out=statistics)
+        _edit(lm, chosen, settings, out, covariance)
 
 
-NUMBERS = Text(numbers, lambda numbers: ",".join(map(str, numbers)))
-
-
-@app.command()
-@settings_options(ROME, texts={"prefix_tokens": NUMBERS})
-def rome(
-    model: Model,
-    requests: Requests,
-    out: PatchFile,
-    *,
-    limit: Limit = None,
-    text: TextFile = None,
-    vectors: Vectors = None,
-    statistics: Statistics = None,
-    settings: Settings,
-    ignore_key: IgnoreKeys = None,
-) -> None:
-    """Edit facts by rank-one terms in one layer, one after the other (ROME, arXiv 2202.05262)."""
-    lm, chosen = _prepared(model, requests, limit, out, ignore_key)
-    _edit(lm, chosen, settings, out, _covariance(lm, settings, text, vectors, statistics))
-
-
-@app.command()
-@settings_options(MEMIT, texts={"prefix_tokens": NUMBERS, "layers": NUMBERS})
-def memit(
-    model: Model,
-    requests: Requests,
-    out: PatchFile,
-    *,
-    limit: Limit = None,
-    text: TextFile = None,
-    vectors: Vectors = None,
-    statistics: Statistics = None,
-    settings: Settings,
-    ignore_key: IgnoreKeys = None,
-) -> None:
-    """Edit many facts together, spread over layers (MEMIT, arXiv 2210.07229)."""
-    lm, chosen = _prepared(model, requests, limit, out, ignore_key)
-    _edit(lm, chosen, settings, out, _covariance(lm, settings, text, vectors, statistics))
-
-
-@app.command()
-@settings_options(AlphaEdit, texts={"prefix_tokens": NUMBERS, "layers": NUMBERS})
-def alphaedit(
-    model: Model,
-    requests: Requests,
-    out: PatchFile,
-    *,
-    limit: Limit = None,
-    text: TextFile = None,
-    vectors: Vectors = None,
-    statistics: Statistics = None,
-    settings: Settings,
-    ignore_key: IgnoreKeys = None,
-) -> None:
-    """Edit many facts in the null space of the keys of text (AlphaEdit, arXiv 2410.02355)."""
-    lm, chosen = _prepared(model, requests, limit, out, ignore_key)
-    _edit(lm, chosen, settings, out, _covariance(lm, settings, text, vectors, statistics))
+_of_keys(
+    ROME,
+    name="rome",
+    help="Edit facts by rank-one terms in one layer, one after the other (ROME, arXiv 2202.05262).",
+)
+_of_keys(
+    MEMIT,
+    name="memit",
+    help="Edit many facts together, spread over layers (MEMIT, arXiv 2210.07229).",
+)
+_of_keys(
+    AlphaEdit,
+    name="alphaedit",
+    help="Edit many facts in the null space of the keys of text (AlphaEdit, arXiv 2410.02355).",
+)
 
 
 @app.command()
@@ -203,22 +174,6 @@ _of_neurons(
 )
 
 
-def read(requests: str, limit: int | None = None) -> list["EditRequest"]:
-    """The requests of a file, or of the lab's world; oddities among them are shown."""
-    from jaxneurons.edit.request_files import read_requests
-    from jaxneurons.edit.requests import check_requests
-
-    if requests == "lab":
-        from jaxneurons.edit.lab_requests import lab_requests
-
-        chosen = lab_requests(limit)
-    else:
-        chosen = read_requests(requests, limit=limit)
-    for remark in check_requests(chosen):
-        errors.print(f"warning: {remark}", style="yellow", soft_wrap=True)
-    return chosen
-
-
 def _prepared(
     model: str, requests: str, limit: int | None, out: Path, ignore_keys: list[str] | None
 ) -> tuple["LM", list["EditRequest"]]:
@@ -228,33 +183,6 @@ def _prepared(
     check_writable(out.absolute().parent)
     chosen = read(requests, limit)
     return load_and_say(model, ignore_keys=ignore_keys), chosen
-
-
-def _covariance(
-    lm: "LM", settings: Settings, text: Path | None, vectors: int | None, out: Path | None
-) -> dict[int, "Covariance"] | None:
-    from jaxneurons.edit.editing import layers_of
-
-    if not (layers := layers_of(settings, lm.config)):
-        return None
-    from jaxneurons.edit.covariance import collect_covariance
-
-    with counting("Collecting keys", "keys") as progress:
-        return collect_covariance(
-            lm,
-            layers,
-            text=None if text is None else paragraphs(text),
-            vectors=vectors,
-            out=out,
-            progress=progress,
-        )
-
-
-def paragraphs(path: Path) -> list[str]:
-    """A text file's paragraphs: what stands between empty lines."""
-    from jaxneurons.storage.text_file import read_text
-
-    return [part for part in read_text(path).split("\n\n") if part.strip()]
 
 
 def _edit(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxneurons.edit.arguments import Limit, Model, Requests, collect, numbers, read
 from jaxneurons.edit.cases import MeasureSettings
 from jaxneurons.edit.method import (
     MEMIT,
@@ -23,7 +24,6 @@ from jaxneurons.terminal.options import IgnoreKeys, names_of, settings_options
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
-    from jaxneurons.edit.covariance import Covariance
     from jaxneurons.edit.requests import EditRequest
     from jaxneurons.neurons.sets import NeuronSet
 
@@ -43,16 +43,7 @@ SEQUENTIAL = ("memit", "accumulate", "alphaedit")
 NEURONS = 20
 """Neurons that are located for each request."""
 
-Model = Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")]
-Requests = Annotated[
-    str,
-    typer.Option(
-        help="Requests: counterfact-edit, CounterFact, zsRE, JSON Lines or CSV; or 'lab', facts of "
-        "the lab model's world."
-    ),
-]
 Out = Annotated[Path, typer.Option(help="Run directory; a stopped run is taken up again.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of controls, samples and resamples.")]
 Layer = Annotated[int | None, typer.Option(min=0, help="For methods that edit one layer.")]
 Span = Annotated[
@@ -96,7 +87,7 @@ def evaluate_command(
     names = chosen(methods, METHODS)
     lm, of_file = _prepared(model, requests, limit, out, ignore_key)
     settings = _settings(lm, of_file, names, layer, span)
-    covariance = _covariance(lm, settings.values(), out)
+    covariance = collect(lm, settings.values(), out=_statistics(out))
     with counting("Editing", "edits") as progress:
         tables = evaluate(
             lm,
@@ -140,13 +131,13 @@ def sequential_command(
     names = chosen(methods, METHODS)
     lm, of_file = _prepared(model, requests, limit, out, ignore_key)
     settings = _settings(lm, of_file, names, layer, span)
-    covariance = _covariance(lm, settings.values(), out)
+    covariance = collect(lm, settings.values(), out=_statistics(out))
     with counting("Editing", "edits") as progress:
         tables = evaluate_sequential(
             lm,
             of_file,
             settings,
-            sizes=_numbers(sizes),
+            sizes=numbers(sizes),
             batch=batch,
             sample=sample,
             covariance=covariance,
@@ -175,7 +166,7 @@ def layers_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """On a few requests, which layers' edit serves best?"""
-    from jaxneurons.edit.layers import choose_layers, default_candidates
+    from jaxneurons.edit.layers import choose_layers, default_candidates, with_layers
 
     (name,) = chosen(method, [n for n in METHODS if n not in ("learn", "surgery")], most=1)
     lm, of_file = _prepared(model, requests, limit, out, ignore_key)
@@ -183,10 +174,10 @@ def layers_command(
     spans = (
         default_candidates(settings, lm.config)
         if candidates is None
-        else [_numbers(part) for part in names_of(candidates)]
+        else [numbers(part) for part in names_of(candidates)]
     )
-    needed = [_at(settings, span) for span in spans]
-    covariance = _covariance(lm, needed, out)
+    needed = [with_layers(settings, span) for span in spans]
+    covariance = collect(lm, needed, out=_statistics(out))
     with counting("Editing", "edits") as progress:
         choice = choose_layers(
             lm,
@@ -248,17 +239,9 @@ def chosen(text: str, known: Mapping[str, Any] | Sequence[str], most: int | None
     return names
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    from jaxneurons.edit.cli import numbers
-
-    return numbers(text)
-
-
 def _prepared(
     model: str, requests: str, limit: int | None, out: Path, ignore_keys: list[str] | None
 ) -> tuple["LM", list["EditRequest"]]:
-    from jaxneurons.edit.cli import read
-
     of_file = read(requests, limit)
     _writable(out)
     return load_and_say(model, ignore_keys=ignore_keys), of_file
@@ -278,6 +261,8 @@ def _settings(
     span: str | None,
 ) -> dict[str, Settings]:
     """Settings by name, at given layers; neurons are located for the methods that change them."""
+    from jaxneurons.edit.layers import with_layers
+
     located: tuple[NeuronSet, ...] = ()
     if any(isinstance(METHODS[name], type) for name in names):
         from jaxneurons.edit.located import locate_neurons
@@ -289,33 +274,16 @@ def _settings(
         of_name = METHODS[name]
         made: Settings = of_name(neurons=located) if isinstance(of_name, type) else of_name
         if isinstance(made, ROME | FineTune) and layer is not None:
-            made = _at(made, (layer,))
+            made = with_layers(made, (layer,))
         if isinstance(made, MEMIT | AlphaEdit) and span is not None:
-            made = _at(made, _numbers(span))
+            made = with_layers(made, numbers(span))
         settings[name] = made
     return settings
 
 
-def _at(settings: Any, layers: Sequence[int]) -> Any:
-    if isinstance(settings, MEMIT | AlphaEdit):
-        return dataclasses.replace(settings, layers=tuple(layers))
-    if len(layers) != 1:
-        raise ConfigError(f"{type(settings).__name__} edits one layer, got {tuple(layers)}")
-    return dataclasses.replace(settings, layer=layers[0])
-
-
-def _covariance(lm: "LM", settings: Any, out: Path) -> dict[int, "Covariance"] | None:
-    """Of every layer that a method needs; kept beside the run, which is not theirs alone."""
-    from jaxneurons.edit.covariance import collect_covariance
-    from jaxneurons.edit.editing import layers_of
-
-    layers = sorted({layer for made in settings for layer in layers_of(made, lm.config)})
-    if not layers:
-        return None
-    with counting("Collecting keys", "keys") as progress:
-        return collect_covariance(
-            lm, layers, out=out.with_name(f"{out.name}-covariance"), progress=progress
-        )
+def _statistics(out: Path) -> Path:
+    """Where covariances are kept: beside the run, since other runs may use them."""
+    return out.with_name(f"{out.name}-covariance")
 
 
 def _say_written(out: Path) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jaxneurons.edit.arguments import Model
 from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.terminal.console import console, counting_bytes, gib, load_and_say
 from jaxneurons.terminal.options import IgnoreKeys
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from jaxneurons.neurons.sets import NeuronSet
 
 TO = ("hf", "native", "lora")
-Model = Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")]
 Directory = Annotated[Path, typer.Option(help="Directory to write; must not exist.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")
