@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers
 from jaxneurons.model.blockwise import causal_attention
-from jaxneurons.model.config import EVERYTHING, ModelConfig
+from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 
 Carry = Callable[[Array, dict[str, Array], Array], Array]
@@ -219,8 +219,7 @@ def _run(
       its activations, rotated keys and values.
     """
     cos, sin = layers.rope_angles(positions, config, lengths)
-    windows = config.layer_windows or (config.sliding_window or EVERYTHING,) * config.num_layers
-    by_layer = jnp.asarray(windows, jnp.int32)
+    by_layer = jnp.asarray(config.every_window, jnp.int32)
 
     def step(x: Array, index: Array) -> tuple[Array, Any]:
         new: list[Array] = []

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers
 from jaxneurons.model.blockwise import causal_attention
-from jaxneurons.model.config import EVERYTHING, ModelConfig
+from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 
 Kind = Literal["residual", "down", "o"]
@@ -174,10 +174,7 @@ def _chunks(count: int, kinds: tuple[Kind, ...], window: int) -> tuple[Array, Ar
 def _setting(tokens: Array, lengths: Array, config: ModelConfig) -> _Setting:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     cos, sin = layers.rope_angles(positions, config, lengths)
-    windows = config.layer_windows
-    if windows is None:
-        windows = (config.sliding_window or EVERYTHING,) * config.num_layers
-    return _Setting(cos, sin, positions, jnp.asarray(windows, jnp.int32))
+    return _Setting(cos, sin, positions, jnp.asarray(config.every_window, jnp.int32))
 
 
 def run(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxneurons.model import layers
 from jaxneurons.model.blockwise import causal_attention
-from jaxneurons.model.config import EVERYTHING, ModelConfig
+from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import LAYERS, Params
 from jaxneurons.prompts.batches import by_length
 
@@ -101,15 +101,12 @@ def layer_step(
     """
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
     cos, sin = layers.rope_angles(positions, config, lengths)
-    windows = config.layer_windows
-    if windows is None:
-        windows = (config.sliding_window or EVERYTHING,) * config.num_layers
 
     def step(x: Array, index: Any, scales: Any = None) -> tuple[Array, dict[str, Array]]:
         def pick(stack: Array) -> Array:
             return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
-        window = jnp.asarray(windows, jnp.int32)[index]
+        window = jnp.asarray(config.every_window, jnp.int32)[index]
         return layers.block(
             jax.tree.map(pick, params[LAYERS]),
             x,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxneurons.engine.rows import Prefill
 from jaxneurons.errors import DataError
 from jaxneurons.model import layers
-from jaxneurons.model.config import EVERYTHING, ModelConfig
+from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params
 from jaxneurons.neurons.sets import NeuronSet, Site, site_width
 
@@ -226,9 +226,6 @@ def _teacher_forced(
     positions = last.position[:, None] + jnp.arange(steps)
     cos, sin = layers.rope_angles(positions, config, last.length)
     keys = jnp.broadcast_to(jnp.arange(last.k.shape[2]), (len(tokens), last.k.shape[2]))
-    windows = config.layer_windows
-    if windows is None:
-        windows = (config.sliding_window or EVERYTHING,) * config.num_layers
 
     def step(x: Array, per_layer: Any) -> tuple[Array, None]:
         layer, k, v, scales, window = per_layer
@@ -255,7 +252,7 @@ def _teacher_forced(
     if steps > 1:
         after = params["embed"]["embedding"][jnp.maximum(tokens[:, :-1], 0)]
         x = jnp.concatenate([x, after.astype(x.dtype)], axis=1)
-    stack = (params["layers"], last.k, last.v, scales, jnp.asarray(windows, jnp.int32))
+    stack = (params["layers"], last.k, last.v, scales, jnp.asarray(config.every_window, jnp.int32))
     return jax.lax.scan(step, x, stack)[0]
 
 
