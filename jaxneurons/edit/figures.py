@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.edit.summaries import UNEDITED
-from jaxneurons.plots.figures import PALETTE, draw_tables, new_panels
+from jaxneurons.plots.figures import PALETTE, draw_tables, new_panels, percent_with_interval
 from jaxneurons.plots.lettering import describe_axes, entitle, head, legend, name_y
 from jaxneurons.storage.tables import Row
 
@@ -45,7 +45,7 @@ def success(rows: Rows, source: str) -> Any:
             (0.19, "free", FREE, "free generation"),
         ):
             places = np.arange(len(methods)) + offset
-            values, spread = _percent(methods, f"{kind}_{how}")
+            values, spread = percent_with_interval(methods, f"{kind}_{how}")
             bars = axes.barh(places, np.nan_to_num(values), 0.38, color=colour)
             axes.errorbar(values, places, xerr=spread, fmt="none", ecolor="black", lw=1)
             entries.setdefault(label, bars)
@@ -53,7 +53,7 @@ def success(rows: Rows, source: str) -> Any:
             if marked:
                 random = [controls[methods[n]["method"]] for n in marked]
                 ticks = axes.plot(
-                    _percent(random, f"{kind}_{how}")[0],
+                    percent_with_interval(random, f"{kind}_{how}")[0],
                     places[marked],
                     "D",
                     color=PALETTE[4],
@@ -86,8 +86,8 @@ def trade(rows: Rows, source: str) -> Any:
         panels, ("forced", "free"), ("teacher forcing", "free generation"), strict=True
     ):
         for row in rows:
-            x, across = _percent([row], f"efficacy_{how}")
-            y, up = _percent([row], f"locality_{how}")
+            x, across = percent_with_interval([row], f"efficacy_{how}")
+            y, up = percent_with_interval([row], f"locality_{how}")
             colour, mark = _look(row["method"], methods)
             # Larger below, so that methods at the same place are all seen.
             known = row["method"] in methods
@@ -214,16 +214,6 @@ def _look(method: str, methods: Sequence[str]) -> tuple[str, str]:
 
 def _label(row: Row) -> str:
     return f"{row['method']}, {row['control']}" if row["control"] else row["method"]
-
-
-def _percent(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column, and its interval's distances below and above, in percent."""
-    value, low, high = (
-        np.array([np.nan if row[key] is None else row[key] for row in rows], np.float64)
-        for key in (name, f"{name}_low", f"{name}_high")
-    )
-    spread = np.nan_to_num(np.stack([value - low, high - value]))
-    return 100 * value, 100 * np.maximum(spread, 0)
 
 
 DRAWN = {

@@ -22,6 +22,7 @@ from jaxneurons.plots.lettering import (
 )
 from jaxneurons.storage.printable import columns as columns_of
 from jaxneurons.storage.store import make_directory, write_bytes
+from jaxneurons.storage.tables import Row
 
 # Okabe and Ito's palette: told apart with any colour vision.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#000000")
@@ -106,6 +107,21 @@ def draw_tables(
         if figure is not None:
             made.append(save_figure(figure, directory / f"{name}.png"))
     return made
+
+
+def percent_with_interval(rows: Sequence[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column [row] and its interval's distances below and above [2, row], in percent.
+
+    Args:
+      rows: with `name`, `name_low` and `name_high`; None where there is none.
+      name: of the column.
+    """
+    value, low, high = (
+        np.array([np.nan if row[key] is None else row[key] for row in rows], np.float64)
+        for key in (name, f"{name}_low", f"{name}_high")
+    )
+    spread = np.nan_to_num(np.stack([value - low, high - value]))
+    return 100 * value, 100 * np.maximum(spread, 0)
 
 
 def heat_map(

@@ -14,6 +14,7 @@ from jaxneurons.plots.figures import (
     heat_map,
     new_figure,
     new_panels,
+    percent_with_interval,
 )
 from jaxneurons.plots.lettering import describe_axes, entitle, head, legend, name_x, name_y, note
 
@@ -53,16 +54,6 @@ def _by(rows: Rows, *keys: str) -> dict[Any, Row]:
     return cells
 
 
-def _percent(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A column and its interval's distances below and above, in percent."""
-    value, low, high = (
-        np.array([np.nan if row[key] is None else row[key] for row in rows], np.float64)
-        for key in (name, f"{name}_low", f"{name}_high")
-    )
-    spread = np.nan_to_num(np.stack([value - low, high - value]))
-    return 100 * value, 100 * np.maximum(spread, 0)
-
-
 def _related_bars(
     panels: Sequence[Any],
     rows: Rows,
@@ -76,7 +67,7 @@ def _related_bars(
     cells = _by(rows, key, "change")
     for axes, change in zip(panels, changes, strict=True):
         for i, (which, colour) in enumerate((("related", OWN), ("unrelated", OTHER))):
-            heights, spread = _percent([cells[name, change] for name in names], which)
+            heights, spread = percent_with_interval([cells[name, change] for name in names], which)
             axes.bar(
                 np.arange(len(names)) + (i - 0.5) * 0.38,
                 heights,
@@ -328,7 +319,7 @@ def prediction(rows: Rows, source: str) -> Any:
     cells = _by(rows, "group", "readout", "pool")
     for i, (readout, pool, label, colour) in enumerate(bars):
         pools = [cells[group, readout, pool] for group in groups]
-        heights, spread = _percent(pools, "accuracy")
+        heights, spread = percent_with_interval(pools, "accuracy")
         axes.bar(
             np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width,
             heights,
