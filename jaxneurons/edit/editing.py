@@ -54,6 +54,10 @@ class Method(NamedTuple):
         """`edit` or `edit_each` itself."""
         return getattr(importlib.import_module(f"jaxneurons.edit.{self.module}"), name)
 
+    def taken(self, **given: Any) -> dict[str, Any]:
+        """Those of some optional arguments that it has a use for."""
+        return {name: value for name, value in given.items() if name in self.takes}
+
 
 _VALUES = frozenset({"covariance", "values", "prefixes"})
 METHODS: dict[type, Method] = {
@@ -103,13 +107,8 @@ def edit(
         or a request whose optimisation or update is not finite.
       ConfigError: settings of no known method, or a layer that this model does not have.
     """
-    given = {
-        "covariance": covariance,
-        "earlier": earlier,
-        "values": values,
-        "prefixes": prefixes,
-    }
     method = _method(requests, config, settings)
+    given = method.taken(covariance=covariance, earlier=earlier, values=values, prefixes=prefixes)
     return method.function(method.edit)(
         params,
         list(requests),
@@ -117,7 +116,7 @@ def edit(
         tokenizer=tokenizer,
         settings=settings,
         progress=progress,
-        **{name: value for name, value in given.items() if name in method.takes},
+        **given,
     )
 
 
@@ -150,8 +149,8 @@ def edit_each(
       DataError: as `edit`.
       ConfigError: as `edit`.
     """
-    given = {"covariance": covariance, "values": values, "prefixes": prefixes}
     method = _method(requests, config, settings)
+    given = method.taken(covariance=covariance, values=values, prefixes=prefixes)
     return method.function(method.edit_each)(
         params,
         list(requests),
@@ -159,7 +158,7 @@ def edit_each(
         tokenizer=tokenizer,
         settings=settings,
         progress=progress,
-        **{name: value for name, value in given.items() if name in method.takes},
+        **given,
     )
 
 

@@ -273,14 +273,30 @@ def _written(
         "left_out": work.left_out,
         "bootstrap_draws": DRAWS,
     }
+    return write_results(lm, tables, results, seconds, path, name="evaluation")
+
+
+def write_results(
+    lm: LM,
+    tables: dict[str, list[Row]],
+    results: dict[str, Any],
+    seconds: dict[str, dict[str, float]],
+    path: Path | None,
+    *,
+    name: str,
+) -> Tables:
+    """Tables with what they rest on; in a directory as files, figures and `name`.json too.
+
+    That one holds no times and is the same twice; run.json adds up those of stopped runs.
+    """
     seconds = seconds if path is None else with_earlier(seconds, path / "run.json", results)
     facts = {"model": lm.facts(), **results, "seconds": seconds, "versions": versions()}
     if path is not None:
         from jaxneurons.edit.figures import draw
 
-        for name, rows in tables.items():
-            write_table(path / TABLES, name, rows)
-        write_json(path / "evaluation.json", null_for_nan({**results, **tables}))
+        for table, rows in tables.items():
+            write_table(path / TABLES, table, rows)
+        write_json(path / f"{name}.json", null_for_nan({**results, **tables}))
         write_json(path / "run.json", null_for_nan(facts))
         draw(tables, path / FIGURES, source=lm.source)
     return Tables(tables, facts=facts, path=path)

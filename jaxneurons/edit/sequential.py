@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,19 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.checkpoints.loading import LM
-from jaxneurons.checkpoints.provenance import versions
 from jaxneurons.edit.cases import Case, MeasureSettings, answer_width, askable, labels_of
 from jaxneurons.edit.changes import apply
 from jaxneurons.edit.evaluation import (
-    FIGURES,
-    TABLES,
     check_methods,
     checked_out,
     covariance_identity,
     neutral_texts,
     opened,
     require_covariance,
-    with_earlier,
+    write_results,
 )
 from jaxneurons.edit.measures import Outcome, edits_at_once, measured_row, run_cases
 from jaxneurons.edit.method import Edit, Settings
@@ -42,8 +38,8 @@ from jaxneurons.model.parameters import LAYERS, Params
 from jaxneurons.neurons.controls import generator
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import check_argument, check_number
-from jaxneurons.storage.store import Parts, digest, null_for_nan, write_json
-from jaxneurons.storage.tables import Row, Tables, write_table
+from jaxneurons.storage.store import Parts, digest
+from jaxneurons.storage.tables import Row, Tables
 
 SIZES = (1, 10, 100, 1000)
 GROUPS = ("first", "last", "all")
@@ -157,31 +153,8 @@ def evaluate_sequential(
         "bootstrap_draws": DRAWS,
     }
     rows = [*plan.unedited_rows(), *rows]
-    return _written(lm, rows, results, seconds, path, seed=seed)
-
-
-def _written(
-    lm: LM,
-    rows: list[Row],
-    results: dict[str, Any],
-    seconds: dict[str, dict[str, float]],
-    path: Path | None,
-    *,
-    seed: int,
-) -> Tables:
-    """The tables, in a directory too: as files, as figures, and as one JSON without times."""
     tables = {"sequential": _summary(rows, seed), "edits": rows}
-    seconds = seconds if path is None else with_earlier(seconds, path / "run.json", results)
-    facts = {"model": lm.facts(), **results, "seconds": seconds, "versions": versions()}
-    if path is not None:
-        from jaxneurons.edit.figures import draw
-
-        for name, table in tables.items():
-            write_table(path / TABLES, name, table)
-        write_json(path / "sequential.json", null_for_nan({**results, **tables}))
-        write_json(path / "run.json", null_for_nan(facts))
-        draw(tables, path / FIGURES, source=lm.source)
-    return Tables(tables, facts=facts, path=path)
+    return write_results(lm, tables, results, seconds, path, name="sequential")
 
 
 def _reporting(
