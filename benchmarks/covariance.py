@@ -1,6 +1,6 @@
 """How much text the second moment of keys needs: where more stops helping.
 
-    python benchmarks/covariance.py [--model smollm2-135m] [--layers 5 15] [--widths 0.5 1 2 4 8]
+    python benchmarks/covariance.py [--model smollm2-135m] [--layers 5 15] [--widths 0.5 1 2 4 5.5]
 
 A rank-one edit moves what a layer writes along u = C^-1 k / (k C^-1 k), for the key k of a subject:
 it is 1 there, and should be 0 for the keys of other text. For C over more and more keys: the cosine
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How much text a covariance needs.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 15])
-    parser.add_argument("--widths", type=float, nargs="+", default=[0.5, 1, 2, 4, 8])
+    parser.add_argument("--widths", type=float, nargs="+", default=[0.5, 1, 2, 4, 5.5])
     parser.add_argument("--subjects", type=int, default=64)
     parser.add_argument("--samples", type=int, default=0, help="texts that the model writes, too")
     parser.add_argument("--out", type=Path)
