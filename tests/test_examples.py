@@ -88,7 +88,14 @@ def test_no_block_escapes():
     assert {"README.md", "docs/index.md", "docs/sites.md"} <= BLOCKS.keys()
 
 
-@pytest.mark.parametrize("page", BLOCKS)
+SOON = ("README.md", "docs/editing.md")
+"""Pages whose blocks run in every run of the tests; the others repeat most of theirs."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page if page in SOON else pytest.param(page, marks=pytest.mark.slow) for page in BLOCKS],
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = ModuleType("page")  # a dataclass looks its module up

@@ -9,6 +9,7 @@ every neuron; its weighted sum over alpha is the attribution.
 `integrated_gradients` is pure and composes with the caller's `jit`, `vmap` and sharding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,12 +106,13 @@ def integrated_gradients(
     targets = targets if targets.ndim == 2 else targets[:, None]
     if lengths is None:
         lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
-    pre = prefill(params, tokens, targets, config=config, lengths=lengths)
-    attribution = attribute(
+    attribution = _attribute_prompts(
         params,
-        pre,
+        tokens,
+        targets,
+        lengths,
+        answer_lengths,
         config=config,
-        answer_lengths=answer_lengths,
         site=site,
         quadrature=quadrature,
         chunk_rows=chunk_rows,
@@ -121,6 +123,24 @@ def integrated_gradients(
     if not isinstance(scores, Tracer) and scores.is_fully_addressable:
         _check_finite(params, tokens, targets, lengths, attribution, config=config)
     return attribution
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "site", "quadrature", "chunk_rows", "memory_budget")
+)
+def _attribute_prompts(
+    params: Params,
+    tokens: Array,
+    targets: Array,
+    lengths: Array,
+    answer_lengths: Array | None,
+    *,
+    config: ModelConfig,
+    **how: Any,
+) -> Attribution:
+    """Compiled once for all calls of one shape, also for callers who do not compile."""
+    pre = prefill(params, tokens, targets, config=config, lengths=lengths)
+    return attribute(params, pre, config=config, answer_lengths=answer_lengths, **how)
 
 
 def _check_finite(
