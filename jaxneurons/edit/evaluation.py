@@ -39,7 +39,7 @@ from jaxneurons.storage.store import (
 from jaxneurons.storage.tables import Row, Tables, read_json, write_table
 
 TABLES, FIGURES = "tables", "figures"
-FORMAT = 1
+FORMAT = 2
 Place = str | os.PathLike[str] | None
 
 
@@ -70,7 +70,8 @@ def evaluate(
 
     Returns:
       `edits`, a row for each request, method and control (see `measures.measure`; and `norm` of
-      the change, whether the optimisation `reached` its goal, in how many `steps`); `summary`,
+      the change, whether the optimisation `reached` its goal, in how many `steps`); `answers`, one
+      for each of their questions, with the text that the model wrote; `summary`,
       means by method with 95 % intervals (bootstrap over requests); `differences`, paired, to the
       control and to the unedited model. A method of that name is the unedited model. `facts` says
       which requests were left out, and why.
@@ -98,9 +99,10 @@ def evaluate(
             if progress is not None:
                 progress(done, total)
         chunk.keep_unedited()
-    rows = _collected(work, methods)
+    rows, answers = _collected(work, methods)
     tables = {
         "edits": rows,
+        "answers": answers,
         "summary": summary_rows(rows, seed=seed),
         "differences": difference_rows(rows, seed=seed),
     }
@@ -236,11 +238,12 @@ class _Key(NamedTuple):
     settings: Settings | None
 
 
-def _collected(work: Work, methods: Mapping[str, Settings]) -> list[Row]:
-    """Every row, in order; those that a method refused go to `left_out`."""
+def _collected(work: Work, methods: Mapping[str, Settings]) -> tuple[list[Row], list[Row]]:
+    """Rows of edits and of their answers, in order; what a method refused goes to `left_out`."""
     keys = [_Key(UNEDITED, "", None)]
     keys += [_Key(name, control, s) for name, s in methods.items() for control in ("", RANDOM)]
-    rows = []
+    rows: list[Row] = []
+    answers: list[Row] = []
     for key in keys:
         for i in range(len(work.cases)):
             part = work.store.load(part_of(work, key.method, key.settings, key.control, i)) or {}
@@ -251,9 +254,10 @@ def _collected(work: Work, methods: Mapping[str, Settings]) -> list[Row]:
                 work.left_out.append({"request": label, "method": method, "reason": reason})
                 continue
             head = {"request": label, "method": key.method, "control": key.control}
+            answers += [{**head, **answer} for answer in json.loads(str(part["answers"]))]
             head |= {"norm": 0.0, "reached": None, "steps": None} if not key.settings else {}
             rows.append({**head, **row})
-    return rows
+    return rows, answers
 
 
 def _written(

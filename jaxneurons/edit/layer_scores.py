@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from jaxneurons.edit.measures import SHARES
+from jaxneurons.edit.outcomes import SHARES
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.engine import bootstrap
 from jaxneurons.storage.tables import Row

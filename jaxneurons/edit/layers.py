@@ -28,7 +28,7 @@ from jaxneurons.edit.layer_scores import (
     request_rows,
     score_table,
 )
-from jaxneurons.edit.measures import SHARES, Outcome, measured_row, run_cases
+from jaxneurons.edit.measures import run_cases
 from jaxneurons.edit.method import (
     MEMIT,
     ROME,
@@ -37,6 +37,7 @@ from jaxneurons.edit.method import (
     default_layer,
     default_layers,
 )
+from jaxneurons.edit.outcomes import SHARES, Outcome, measured_row
 from jaxneurons.edit.prefixes import generate_prefixes
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.errors import ConfigError, DataError

@@ -27,8 +27,9 @@ from jaxneurons.edit.evaluation import (
     require_covariance,
     write_results,
 )
-from jaxneurons.edit.measures import Outcome, edits_at_once, measured_row, run_cases
+from jaxneurons.edit.measures import edits_at_once, run_cases
 from jaxneurons.edit.method import Edit, Settings
+from jaxneurons.edit.outcomes import Outcome, measured_row
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.edit.summaries import UNEDITED, averages
 from jaxneurons.edit.trials import described, for_requests

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxneurons.edit.measures import MEASURES
+from jaxneurons.edit.outcomes import MEASURES
 from jaxneurons.engine import bootstrap
 from jaxneurons.storage.tables import Row
 

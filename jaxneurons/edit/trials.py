@@ -17,7 +17,7 @@ from jaxneurons.checkpoints.loading import LM
 from jaxneurons.edit.cases import Case, MeasureSettings
 from jaxneurons.edit.changes import Change
 from jaxneurons.edit.controls import change_norm, random_changes
-from jaxneurons.edit.measures import Outcome, measured_row, run_cases
+from jaxneurons.edit.measures import run_cases
 from jaxneurons.edit.method import (
     MEMIT,
     ROME,
@@ -27,6 +27,7 @@ from jaxneurons.edit.method import (
     LearnedNeurons,
     Settings,
 )
+from jaxneurons.edit.outcomes import Outcome, answer_rows, measured_row
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.edit.summaries import RANDOM, UNEDITED
 from jaxneurons.errors import DataError
@@ -206,10 +207,12 @@ class Chunk:
         self, names: Sequence[str], outcomes: Sequence[Outcome | None], about: Sequence[Row]
     ) -> None:
         for n, (name, outcome) in enumerate(zip(names, outcomes, strict=True)):
-            row = dict(about[n])
+            row, answers = dict(about[n]), []
             if outcome is not None:
                 row |= measured_row(self.cases[n], outcome, self.unedited[n])
-            self.work.store.save(name, {"row": np.array(json.dumps(row))})
+                answers = answer_rows(self.cases[n], outcome)
+            content = {"row": json.dumps(row), "answers": json.dumps(answers)}
+            self.work.store.save(name, {key: np.array(text) for key, text in content.items()})
 
 
 def for_requests(settings: Settings, numbers: Sequence[int]) -> Any:

@@ -15,6 +15,7 @@ from jaxneurons.edit.changes import LowRank, Multipliers, Rows, apply
 from jaxneurons.edit.controls import change_norm, random_changes
 from jaxneurons.edit.evaluation import evaluate
 from jaxneurons.edit.method import ROME, Edit, KnowledgeNeurons, Optimisation
+from jaxneurons.edit.outcomes import MEASURES
 from jaxneurons.edit.summaries import difference_rows, summary_rows
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons.sets import NeuronSet
@@ -83,6 +84,22 @@ def test_rows_are_those_of_measure(editor):
             assert row[name] == same, name
 
 
+def test_every_answer_is_there_and_makes_the_means(editor):
+    tables = run()
+    rows, answers = tables.rows("edits"), tables.rows("answers")
+    for row in rows:
+        key = [row[name] for name in ("request", "method", "control")]
+        mine = [a for a in answers if [a[name] for name in ("request", "method", "control")] == key]
+        assert [a["kind"] for a in mine][:1] == ["prompt"]
+        for kind, measure in (("prompt", "efficacy"), ("paraphrase", "generalisation")):
+            members = [a for a in mine if a["kind"] == kind]
+            assert [a["number"] for a in members] == list(range(len(members)))
+            for how in ("forced", "free"):
+                assert np.mean([a[how] for a in members]) == pytest.approx(row[f"{measure}_{how}"])
+        assert mine[0]["generated"] == row["generated"]
+    assert len({a["free"] for a in answers}) > 1
+
+
 def test_averages_intervals_and_paired_differences(editor):
     tables = run()
     rows = tables.rows("edits")
@@ -107,7 +124,7 @@ def test_averages_intervals_and_paired_differences(editor):
 
 
 def test_pairs_are_of_the_same_request_and_missing_numbers_are_left_out():
-    base = dict.fromkeys(measures.MEASURES) | {"failed": ""}
+    base = dict.fromkeys(MEASURES) | {"failed": ""}
     rows = [
         base | {"method": m, "control": c, "request": r, "fluency": f}
         for m, c, r, f in (

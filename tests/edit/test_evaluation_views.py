@@ -6,7 +6,7 @@ from support.pictures import coloured, ink
 
 from jaxneurons.edit import evaluation_views
 from jaxneurons.edit.figures import draw
-from jaxneurons.edit.measures import MEASURES
+from jaxneurons.edit.outcomes import MEASURES
 from jaxneurons.edit.summaries import averages, difference_rows, summary_rows
 from jaxneurons.terminal.console import Plain
 

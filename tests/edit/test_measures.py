@@ -15,6 +15,7 @@ from jaxneurons.edit import measures
 from jaxneurons.edit.cases import MeasureSettings, encode_case
 from jaxneurons.edit.changes import Rows
 from jaxneurons.edit.measures import measure, run_cases
+from jaxneurons.edit.outcomes import SHARES
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.transformer import forward
 
@@ -227,7 +228,7 @@ def test_an_edit_that_breaks_the_model_has_failed(requests, changes):
     row, other = measure(lab(), requests[:2], [[broken], changes[1]], settings=SMALL, texts=TEXTS)
     assert "not finite" in row["failed"]
     assert other["failed"] == ""
-    assert {row[name] for name in measures.SHARES} <= {0, None}
+    assert {row[name] for name in SHARES} <= {0, None}
     assert row["efficacy_free"] == row["locality_free"] == row["locality_forced"] == 0
     assert row["perplexity"] is row["locality_kl"] is row["fluency"] is None
 

@@ -12,8 +12,9 @@ from support.edits import capital_requests, lab, low_rank
 
 from jaxneurons.edit import editing, sequential
 from jaxneurons.edit.cases import MeasureSettings
-from jaxneurons.edit.measures import MEASURES, measure
+from jaxneurons.edit.measures import measure
 from jaxneurons.edit.method import ROME, Edit, Optimisation
+from jaxneurons.edit.outcomes import MEASURES
 from jaxneurons.edit.sequential import evaluate_sequential
 from jaxneurons.errors import ConfigError, DataError
 
