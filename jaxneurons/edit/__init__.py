@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
+    from jaxneurons.edit.named_methods import named_methods
     from jaxneurons.edit.patch import (
         Patch,
         make_patch,
@@ -183,6 +184,7 @@ __all__ = [
     "locate_neurons",
     "make_patch",
     "measure",
+    "named_methods",
     "neutral_text",
     "read_covariances",
     "read_known",

@@ -1,7 +1,7 @@
 """The command line of what edits did: `edit evaluate`, `sequential`, `layers` and `trace`."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,15 +9,8 @@ import typer
 
 from jaxneurons.edit.arguments import Limit, Model, Requests, collect, numbers, read
 from jaxneurons.edit.cases import MeasureSettings
-from jaxneurons.edit.method import (
-    MEMIT,
-    ROME,
-    AlphaEdit,
-    FineTune,
-    KnowledgeNeurons,
-    LearnedNeurons,
-    Settings,
-)
+from jaxneurons.edit.method import Settings
+from jaxneurons.edit.named_methods import METHODS, SEQUENTIAL, SINGLE
 from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.terminal.console import console, counting, load_and_say
 from jaxneurons.terminal.options import IgnoreKeys, names_of, settings_options
@@ -25,29 +18,20 @@ from jaxneurons.terminal.options import IgnoreKeys, names_of, settings_options
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
     from jaxneurons.edit.requests import EditRequest
-    from jaxneurons.neurons.sets import NeuronSet
-
-METHODS: dict[str, Settings | type] = {
-    "rome": ROME(),
-    "rome-identity": ROME(covariance="identity"),
-    "memit": MEMIT(),
-    "accumulate": MEMIT(accumulate=True),
-    "alphaedit": AlphaEdit(),
-    "finetune": FineTune(),
-    "finetune-bounded": FineTune(norm=5e-4),
-    "learn": LearnedNeurons,
-    "surgery": KnowledgeNeurons,
-}
-"""By the name that the shell knows; the last two change the neurons of each fact."""
-SEQUENTIAL = ("memit", "accumulate", "alphaedit")
-NEURONS = 20
-"""Neurons that are located for each request."""
 
 Out = Annotated[Path, typer.Option(help="Run directory; a stopped run is taken up again.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of controls, samples and resamples.")]
 Layer = Annotated[int | None, typer.Option(min=0, help="For methods that edit one layer.")]
 Span = Annotated[
     str | None, typer.Option(help="For methods that edit several layers: 4-8 or 4,5,6.")
+]
+Prefixes = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Texts of the model's own that values are optimised after, beside the prompt alone; "
+        "default: 10. Fewer are faster.",
+    ),
 ]
 
 
@@ -72,6 +56,7 @@ def evaluate_command(
     limit: Limit = None,
     layer: Layer = None,
     span: Span = None,
+    prefixes: Prefixes = None,
     seed: Seed = 0,
     measures: MeasureSettings,
     ignore_key: IgnoreKeys = None,
@@ -84,9 +69,9 @@ def evaluate_command(
     from jaxneurons.edit.evaluation import evaluate
     from jaxneurons.edit.evaluation_views import show_evaluation, show_left_out
 
-    names = chosen(methods, METHODS)
+    names = chosen(methods, list(METHODS), every=SINGLE)
     lm, of_file = _prepared(model, requests, limit, out, ignore_key)
-    settings = _settings(lm, of_file, names, layer, span)
+    settings = _settings(lm, of_file, names, layer, span, prefixes)
     covariance = collect(lm, settings.values(), out=_statistics(out))
     with counting("Editing", "edits") as progress:
         tables = evaluate(
@@ -120,6 +105,7 @@ def sequential_command(
     limit: Limit = None,
     layer: Layer = None,
     span: Span = None,
+    prefixes: Prefixes = None,
     seed: Seed = 0,
     measures: MeasureSettings,
     ignore_key: IgnoreKeys = None,
@@ -128,9 +114,9 @@ def sequential_command(
     from jaxneurons.edit.evaluation_views import show_left_out, show_sequential
     from jaxneurons.edit.sequential import evaluate_sequential
 
-    names = chosen(methods, METHODS)
+    names = chosen(methods, list(METHODS))
     lm, of_file = _prepared(model, requests, limit, out, ignore_key)
-    settings = _settings(lm, of_file, names, layer, span)
+    settings = _settings(lm, of_file, names, layer, span, prefixes)
     covariance = collect(lm, settings.values(), out=_statistics(out))
     with counting("Editing", "edits") as progress:
         tables = evaluate_sequential(
@@ -224,13 +210,16 @@ def trace_command(
     _say_written(out)
 
 
-def chosen(text: str, known: Mapping[str, Any] | Sequence[str], most: int | None = None) -> list:
-    """Names of methods with commas between, or "all".
+def chosen(
+    text: str, known: Sequence[str], *, every: Sequence[str] = (), most: int | None = None
+) -> list[str]:
+    """Names of methods with commas between, or "all" for `every` (default: all that are known).
 
     Raises:
       ConfigError: a name that is not known, none, or too many.
     """
-    names = list(known) if text.strip() == "all" else list(dict.fromkeys(names_of(text)))
+    every = every or known
+    names = list(every) if text.strip() == "all" else list(dict.fromkeys(names_of(text)))
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown method {name!r}; {near_matches(name, known)}")
@@ -259,26 +248,20 @@ def _settings(
     names: Sequence[str],
     layer: int | None,
     span: str | None,
+    prefixes: int | None,
 ) -> dict[str, Settings]:
-    """Settings by name, at given layers; neurons are located for the methods that change them."""
-    from jaxneurons.edit.layers import with_layers
+    from jaxneurons.edit.named_methods import named_methods
 
-    located: tuple[NeuronSet, ...] = ()
-    if any(isinstance(METHODS[name], type) for name in names):
-        from jaxneurons.edit.located import locate_neurons
-
-        with counting("Locating neurons", "requests") as progress:
-            located = locate_neurons(lm, requests, count=NEURONS, progress=progress)
-    settings: dict[str, Settings] = {}
-    for name in names:
-        of_name = METHODS[name]
-        made: Settings = of_name(neurons=located) if isinstance(of_name, type) else of_name
-        if isinstance(made, ROME | FineTune) and layer is not None:
-            made = with_layers(made, (layer,))
-        if isinstance(made, MEMIT | AlphaEdit) and span is not None:
-            made = with_layers(made, numbers(span))
-        settings[name] = made
-    return settings
+    with counting("Locating neurons", "requests") as progress:
+        return named_methods(
+            lm,
+            requests,
+            names,
+            layer=layer,
+            layers=None if span is None else numbers(span),
+            prefixes=prefixes,
+            progress=progress,
+        )
 
 
 def _statistics(out: Path) -> Path:

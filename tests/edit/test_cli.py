@@ -10,8 +10,18 @@ import pytest
 from support.edits import lab
 
 import jaxneurons as jn
-from jaxneurons.edit import EditRequest, LearnedNeurons, lab_requests, locate_neurons, read_patch
-from jaxneurons.edit.evaluation_cli import METHODS, chosen
+from jaxneurons.edit import (
+    MEMIT,
+    ROME,
+    EditRequest,
+    LearnedNeurons,
+    lab_requests,
+    locate_neurons,
+    named_methods,
+    read_patch,
+)
+from jaxneurons.edit.evaluation_cli import chosen
+from jaxneurons.edit.named_methods import METHODS, SINGLE
 from jaxneurons.storage.tables import read_tables
 
 QUICK = ("--prefixes", 2)
@@ -114,11 +124,25 @@ def test_trace_from_the_shell(run, tmp_path):
     assert (tmp_path / "run" / "figures" / "tracing.png").is_file()
 
 
+def test_methods_by_name_with_layers_and_prefixes():
+    lm, requests = lab(), lab_requests(1)
+    made = named_methods(lm, requests, ["rome", "memit", "finetune"], layer=0, layers=[1, 2],
+                         prefixes=3)  # fmt: skip
+    assert (made["rome"].layer, made["finetune"].layer, made["memit"].layers) == (0, 0, (1, 2))
+    assert made["rome"].optimisation == dataclasses.replace(ROME().optimisation, prefixes=3)
+    assert made["memit"].optimisation == dataclasses.replace(MEMIT().optimisation, prefixes=3)
+    assert named_methods(lm, requests, ["memit"]) == {"memit": MEMIT()}
+    with pytest.raises(jn.ConfigError, match="memit"):
+        named_methods(lm, requests, ["memti"])
+
+
 def test_names_of_methods():
-    assert chosen("rome, memit,rome", METHODS) == ["rome", "memit"]
-    assert chosen("all", METHODS) == list(METHODS)
+    names = list(METHODS)
+    assert chosen("rome, memit,rome", names) == ["rome", "memit"]
+    assert chosen("all", names) == names
+    assert chosen("all", names, every=SINGLE) == [name for name in names if name != "accumulate"]
     assert METHODS["learn"] is LearnedNeurons
     with pytest.raises(jn.ConfigError, match="memit"):
-        chosen("memti", METHODS)
+        chosen("memti", names)
     with pytest.raises(jn.ConfigError, match="a method"):
-        chosen("rome,memit", METHODS, most=1)
+        chosen("rome,memit", names, most=1)

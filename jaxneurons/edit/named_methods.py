@@ -1,0 +1,95 @@
+"""Methods by the names that the shell knows, with the neurons that some of them need located."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxneurons.edit.method import (
+    MEMIT,
+    ROME,
+    AlphaEdit,
+    FineTune,
+    KnowledgeNeurons,
+    LearnedNeurons,
+    Settings,
+)
+from jaxneurons.errors import ConfigError, near_matches
+from jaxneurons.storage.settings import check_argument
+
+if TYPE_CHECKING:
+    from jaxneurons.checkpoints.loading import LM
+    from jaxneurons.edit.requests import EditRequest
+    from jaxneurons.neurons.sets import NeuronSet
+    from jaxneurons.storage.progress import Progress
+
+METHODS: dict[str, Settings | type] = {
+    "rome": ROME(),
+    "rome-identity": ROME(covariance="identity"),
+    "memit": MEMIT(),
+    "accumulate": MEMIT(accumulate=True),
+    "alphaedit": AlphaEdit(),
+    "finetune": FineTune(),
+    "finetune-bounded": FineTune(norm=5e-4),
+    "learn": LearnedNeurons,
+    "surgery": KnowledgeNeurons,
+}
+"""The last two change the neurons of each fact."""
+SEQUENTIAL = ("memit", "accumulate", "alphaedit")
+"""Those that are made for many edits of one model."""
+SINGLE = tuple(name for name in METHODS if name != "accumulate")
+"""Those that differ for a first edit: with none before it, "accumulate" is "memit"."""
+NEURONS = 20
+"""Neurons that are located for each request."""
+
+
+def named_methods(
+    lm: "LM",
+    requests: Sequence["EditRequest"],
+    names: Sequence[str] = SINGLE,
+    *,
+    layer: int | None = None,
+    layers: Sequence[int] | None = None,
+    prefixes: int | None = None,
+    progress: "Progress | None" = None,
+) -> dict[str, Settings]:
+    """Settings by name, for `evaluate` and `evaluate_sequential`.
+
+    Args:
+      lm: the model.
+      requests: whose neurons are located, for the methods that change them.
+      names: rome, rome-identity (which keeps no covariance), memit, accumulate (memit with the keys
+        of earlier edits kept exactly), alphaedit, finetune, finetune-bounded, learn and surgery
+        (both of the 20 neurons that the old answer depends on most).
+      layer: for the methods that edit one; None: their default.
+      layers: for those that edit several; None: their default.
+      prefixes: texts of the model's own that values are optimised after, beside the prompt alone;
+        None: the default.
+      progress: called with how many requests' neurons are located.
+
+    Raises:
+      ConfigError: an unknown name, or arguments of other types.
+      DataError: requests whose neurons cannot be located.
+    """
+    from jaxneurons.edit.layers import with_layers
+    from jaxneurons.edit.located import locate_neurons
+
+    check_argument("names", Sequence[str], names)
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"unknown method {name!r}; {near_matches(name, METHODS)}")
+    located: tuple[NeuronSet, ...] = ()
+    if any(isinstance(METHODS[name], type) for name in names):
+        located = locate_neurons(lm, requests, count=NEURONS, progress=progress)
+    settings: dict[str, Settings] = {}
+    for name in names:
+        of_name = METHODS[name]
+        made: Any = of_name(neurons=located) if isinstance(of_name, type) else of_name
+        if isinstance(made, ROME | FineTune) and layer is not None:
+            made = with_layers(made, (layer,))
+        if isinstance(made, MEMIT | AlphaEdit) and layers is not None:
+            made = with_layers(made, tuple(layers))
+        if isinstance(made, ROME | MEMIT | AlphaEdit) and prefixes is not None:
+            optimisation = dataclasses.replace(made.optimisation, prefixes=prefixes)
+            made = dataclasses.replace(made, optimisation=optimisation)
+        settings[name] = made
+    return settings
