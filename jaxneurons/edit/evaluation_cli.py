@@ -152,6 +152,8 @@ def layers_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """On a few requests, which layers' edit serves best?"""
+    from jaxneurons.edit.evaluation_views import show_layers
+    from jaxneurons.edit.layer_scores import name_of
     from jaxneurons.edit.layers import choose_layers, default_candidates, with_layers
 
     (name,) = chosen(method, [n for n in METHODS if n not in ("learn", "surgery")], most=1)
@@ -175,7 +177,9 @@ def layers_command(
             out=out,
             progress=progress,
         )
-    console.print(repr(choice), soft_wrap=True)
+    show_layers(
+        choice.tables.rows("layers"), type(choice.settings).__name__, name_of(choice.layers)
+    )
     _say_written(out)
 
 

@@ -103,6 +103,32 @@ def show_sequential(rows: Sequence[Row]) -> None:
     )
 
 
+def show_layers(rows: Sequence[Row], method: str, chosen: str) -> None:
+    """Every candidate, the chosen one with a star."""
+    table = _narrow(f"{method} at other layers: what edits there did, in free generation, %", "")
+    for name in ("layers", "score", "95 %", "prompt", "paraphrases", "kept", "reached"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            "*" if row["layers"] == chosen else "",
+            row["layers"],
+            f"{row['score']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            _share(row["efficacy_free"]),
+            _share(row["generalisation_free"]),
+            _share(row["locality_free"]),
+            _share(row["reached"]),
+        )
+    console.print(table)
+    console.print(
+        "Score: harmonic mean of the three measures; *: chosen. Kept: neighbours whose first "
+        "sentence is the unedited model's. Reached: optimisations that reached their goal."
+    )
+    for row in rows:
+        if row["failed"]:
+            console.print(f"{row['layers']}: {row['failed']}", soft_wrap=True)
+
+
 def show_left_out(facts: Mapping[str, Any]) -> None:
     """Requests that were left out, with the reason, and what is odd about the others."""
     left_out = facts["left_out"]

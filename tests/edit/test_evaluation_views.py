@@ -125,3 +125,19 @@ def test_figures(tmp_path):
 def test_figures_need_numbers(tmp_path):
     rows = [row | dict.fromkeys(MEASURES) for row in edits(count=2)]
     assert draw({"summary": summary_rows(rows)}, tmp_path) == []
+
+
+def test_candidate_layers_one_a_line_and_the_chosen_one_marked(shown):
+    measured = {"efficacy_free": 0.9, "generalisation_free": 0.25, "locality_free": 1.0}
+    rows = [
+        {"layers": "0-4", "score": 0.5, "low": 0.25, "high": 0.75, "reached": 0.5, "failed": "",
+         **measured},
+        {"layers": "5-9", "score": 0.0, "low": 0.0, "high": 0.0, "reached": 0.0,
+         "failed": "a covariance is missing", **dict.fromkeys(measured, 0.0)},
+    ]  # fmt: skip
+    lines = shown(evaluation_views.show_layers, rows, "MEMIT", "0-4").splitlines()
+    (first,) = (line for line in lines if " 0-4 " in line)
+    assert first.split() == ["*", "0-4", "0.50", "0.25", "to", "0.75", "90", "25", "100", "50"]
+    (second,) = (line for line in lines if " 5-9 " in line)
+    assert "*" not in second
+    assert "5-9: a covariance is missing" in lines
