@@ -145,6 +145,7 @@ def test_tables_are_the_measures_of_edits_at_each_layer(stand_ins):
     assert "serve best" in choice._repr_html_()
 
 
+@pytest.mark.slow
 def test_a_stopped_choice_goes_on(stand_ins, tmp_path):
     options = {"measured": QUICK, "out": tmp_path / "run"}
     first = choose_layers(lab(), REQUESTS, METHOD, candidates=[1, 4], **options)

@@ -57,7 +57,17 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2-mixed",
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama-biases", "mistral-window")
+        ),
+    ],
+)
 def test_as_plain_pytorch_with_whole_sequences(tmp_path, family):
     torch = pytest.importorskip("torch")
     from support.families import make

@@ -181,7 +181,10 @@ def test_results_beside_another_run_are_refused(run, lm, queries, tmp_path):
     assert snapshot(other.path) == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "turned"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("missing", "turned"))],
+)
 def test_a_part_that_is_lost(run, lm, tmp_path, damage, monkeypatch):
     """Reading never computes it; the command in the message does."""
     copy = tmp_path / "a run"

@@ -414,7 +414,9 @@ def contents(path):
     }
 
 
-@pytest.mark.parametrize("after", [2, 5, 9, 14])
+@pytest.mark.parametrize(
+    "after", [5, *(pytest.param(after, marks=pytest.mark.slow) for after in (2, 9, 14))]
+)
 def test_stopped_anywhere_it_ends_the_same(whole, lm, relations, tmp_path, after):
     """Killed at the `after`-th report, then once more later, then left to finish."""
     names = choose("default")
