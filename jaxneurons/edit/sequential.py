@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.checkpoints.loading import LM
@@ -31,11 +29,12 @@ from jaxneurons.edit.measures import edits_at_once, run_cases
 from jaxneurons.edit.method import Edit, Settings
 from jaxneurons.edit.outcomes import Outcome, measured_row
 from jaxneurons.edit.requests import EditRequest
+from jaxneurons.edit.sequential_state import EditedModel, done_in, from_arrays, to_arrays
 from jaxneurons.edit.summaries import UNEDITED, averages
 from jaxneurons.edit.trials import described, for_requests
 from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import DataError
-from jaxneurons.model.parameters import LAYERS, Params
+from jaxneurons.model.parameters import Params
 from jaxneurons.neurons.controls import generator
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import check_argument, check_number
@@ -258,25 +257,6 @@ class _Plan:
         return self.rows(UNEDITED, 0, range(self.sizes[-1]), self.lm.params)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _State:
-    """A model after some edits.
-
-    Attributes:
-      params: edited.
-      done: requests that were edited or refused.
-      edited: which were edited.
-      refused: the others, with the reason.
-      keys: of the edits so far, as `Edit.keys`.
-    """
-
-    params: Params
-    done: int
-    edited: tuple[int, ...]
-    refused: tuple[Row, ...]
-    keys: Mapping[int, np.ndarray]
-
-
 class _Method:
     """One method's edits, one after the other."""
 
@@ -311,7 +291,7 @@ class _Method:
     def _size(self, size: int) -> str:
         return f"{self.key}-size-{size:06d}"
 
-    def _edited(self, state: _State, stop: int) -> _State:
+    def _edited(self, state: EditedModel, stop: int) -> EditedModel:
         """The model with the requests up to some number edited together."""
         index = list(range(state.done, stop))
         try:
@@ -326,7 +306,7 @@ class _Method:
                 state = self._skipped(state, i + 1, str(error))
         return state
 
-    def _edit(self, state: _State, index: Sequence[int]) -> Edit:
+    def _edit(self, state: EditedModel, index: Sequence[int]) -> Edit:
         from jaxneurons.edit import editing
 
         plan = self.plan
@@ -340,7 +320,7 @@ class _Method:
             earlier=state.keys or None,
         )
 
-    def _written(self, state: _State, index: Sequence[int], edit: Edit) -> _State:
+    def _written(self, state: EditedModel, index: Sequence[int], edit: Edit) -> EditedModel:
         params = apply(state.params, edit.changes, config=self.plan.lm.config)
         return dataclasses.replace(
             state,
@@ -350,69 +330,26 @@ class _Method:
             keys=edit.keys,
         )
 
-    def _skipped(self, state: _State, done: int, reason: str) -> _State:
+    def _skipped(self, state: EditedModel, done: int, reason: str) -> EditedModel:
         row = {"request": self.plan.labels[done - 1], "reason": reason}
         return dataclasses.replace(state, done=done, refused=(*state.refused, row))
 
-    def _keep(self, state: _State, number: int) -> None:
+    def _state(self, number: int) -> str:
+        return f"{self.key}-state-{number % 2}"
+
+    def _keep(self, state: EditedModel, number: int) -> None:
         """Keep what differs from the unedited model; the state before stays until this is whole."""
-        about = {"done": state.done, "edited": state.edited, "refused": list(state.refused)}
-        arrays = {"about": np.array(json.dumps(about))}
-        for name, layer, values in _changed(self.plan.lm.params, state.params):
-            arrays[f"{layer}:{name}"] = np.ascontiguousarray(values).view(np.uint8)
-        arrays |= {f"keys:{layer}": np.asarray(keys) for layer, keys in state.keys.items()}
-        self.plan.store.save(f"{self.key}-state-{number % 2}", arrays)
+        arrays = to_arrays(state, self.plan.lm.params)
+        self.plan.store.save(self._state(number), arrays)
 
-    def _resumed(self, first: int) -> _State:
+    def _resumed(self, first: int) -> EditedModel:
         """The furthest state that was kept, if it is not beyond the first size not measured."""
-        fresh = _State(self.plan.lm.params, 0, (), (), {})
-        states = [self.plan.store.load(f"{self.key}-state-{parity}") for parity in (0, 1)]
-        abouts = [(json.loads(str(s["about"])), s) for s in states if s is not None]
-        usable = [(about, s) for about, s in abouts if about["done"] <= first]
+        base = self.plan.lm.params
+        kept = [self.plan.store.load(self._state(parity)) for parity in (0, 1)]
+        usable = [arrays for arrays in kept if arrays is not None and done_in(arrays) <= first]
         if not usable:
-            return fresh
-        about, arrays = max(usable, key=lambda pair: pair[0]["done"])
-        keys = {int(n[5:]): values for n, values in arrays.items() if n.startswith("keys:")}
-        return _State(
-            _restored(self.plan.lm.params, arrays),
-            about["done"],
-            tuple(about["edited"]),
-            tuple(about["refused"]),
-            keys,
-        )
-
-
-def _changed(base: Params, params: Params) -> list[tuple[str, int, np.ndarray]]:
-    """Layers of parameters that differ: name of the leaf, layer, values."""
-    changed = []
-    before = dict(jax.tree_util.tree_leaves_with_path(base[LAYERS]))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params[LAYERS]):
-        if leaf is before[path]:
-            continue
-        old, new = np.asarray(before[path]), np.asarray(leaf)
-        changed += [
-            (jax.tree_util.keystr(path), layer, new[layer])
-            for layer in range(len(new))
-            if old[layer].tobytes() != new[layer].tobytes()
-        ]
-    return changed
-
-
-def _restored(base: Params, arrays: Mapping[str, np.ndarray]) -> Params:
-    """The parameters with the layers that `_changed` gave."""
-    by_name: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for name, values in arrays.items():
-        layer, _, leaf = name.partition(":")
-        if layer.isdecimal():
-            by_name.setdefault(leaf, []).append((int(layer), values))
-
-    def restore(path: Any, leaf: Any) -> Any:
-        for layer, values in by_name.get(jax.tree_util.keystr(path), ()):
-            values = values.view(leaf.dtype).reshape(leaf.shape[1:])
-            leaf = leaf.at[layer].set(jnp.asarray(values))
-        return leaf
-
-    return {**base, LAYERS: jax.tree_util.tree_map_with_path(restore, base[LAYERS])}
+            return EditedModel(base, 0, (), (), {})
+        return from_arrays(max(usable, key=done_in), base)
 
 
 def _summary(rows: Sequence[Row], seed: int) -> list[Row]:

@@ -1,7 +1,6 @@
 """Edits one after the other: applied in order, resumed bit for bit, against a loop by hand."""
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jaxneurons.edit.measures import measure
 from jaxneurons.edit.method import ROME, Edit, Optimisation
 from jaxneurons.edit.outcomes import MEASURES
 from jaxneurons.edit.sequential import evaluate_sequential
+from jaxneurons.edit.sequential_state import EditedModel, done_in, from_arrays, to_arrays
 from jaxneurons.errors import ConfigError, DataError
 
 SMALL = MeasureSettings(steps=4, fluency_tokens=8, perplexity_tokens=20, batch=4)
@@ -175,8 +175,13 @@ def test_states_hold_what_differs_and_nothing_else():
     other = kernel.at[3, 5].add(1.0)
     ffn = {**base["layers"]["ffn"], "down": {"kernel": other}}
     params = {**base, "layers": {**base["layers"], "ffn": ffn}}
-    changed = sequential._changed(base, params)
-    assert [(name, layer) for name, layer, _ in changed] == [("['ffn']['down']['kernel']", 3)]
-    arrays = {f"{layer}:{name}": values.view(np.uint8) for name, layer, values in changed}
-    restored = sequential._restored(base, {**arrays, "about": np.array(json.dumps({}))})
-    jax.tree.map(np.testing.assert_array_equal, restored, params)
+    keys = {3: np.eye(2, dtype=np.float32)}
+    state = EditedModel(params, 4, (0, 1, 3), ({"request": "c", "reason": "why"},), keys)
+    arrays = to_arrays(state, base)
+    assert set(arrays) == {"about", "keys:3", "3:['ffn']['down']['kernel']"}
+    assert done_in(arrays) == 4
+    restored = from_arrays(arrays, base)
+    assert (restored.done, restored.edited) == (4, (0, 1, 3))
+    assert restored.refused == state.refused
+    np.testing.assert_array_equal(restored.keys[3], keys[3])
+    jax.tree.map(np.testing.assert_array_equal, restored.params, params)
