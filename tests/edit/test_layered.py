@@ -20,7 +20,8 @@ from jaxneurons.edit.changes import apply
 from jaxneurons.edit.contexts import encode_contexts
 from jaxneurons.edit.covariance import SingularCovarianceWarning
 from jaxneurons.edit.editing import edit, edit_each, values_of
-from jaxneurons.edit.method import MEMIT, AlphaEdit
+from jaxneurons.edit.method import MEMIT, AlphaEdit, Optimisation
+from jaxneurons.edit.requests import EditRequest
 from jaxneurons.errors import DataError
 
 LAYERS = (1, 2)
@@ -264,3 +265,58 @@ def test_what_cannot_be_used_is_refused(lm, options, values, full, partial):
         run(ALPHA)
     with pytest.raises(DataError, match=r"earlier\[1\] must be a finite matrix of 64 x 64"):
         run(dataclasses.replace(MEMITS, accumulate=True), earlier={1: np.eye(3)})
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+def test_smollm2_is_edited_as_by_plain_pytorch(smollm2, torch_smollm2):
+    torch = pytest.importorskip("torch")
+    from support.torch_editing import find_value, memit_update, spread
+
+    layers, prefixes = (4, 6), ("The weather was fine today", "I like old books, and")
+    requests = [
+        EditRequest("The mother tongue of Danielle Darrieux is", "Danielle Darrieux", "English"),
+        EditRequest("The capital of France is", "France", "Rome"),
+    ]
+    optimisation = Optimisation(steps=3, clamp=0.75)
+    covariance = covariances(smollm2.config, layers)
+    options = {"config": smollm2.config, "tokenizer": smollm2.tokenizer}
+    settings = MEMIT(layers=layers, weight=WEIGHT, optimisation=optimisation)
+    values = values_of(smollm2.params, requests, settings=settings, prefixes=prefixes, **options)
+    got = edit(
+        smollm2.params, requests, settings=settings, covariance=covariance, values=values, **options
+    )
+    contexts = encode_contexts(smollm2.tokenizer, requests, prefixes, config=smollm2.config)
+    model, _ = torch_smollm2
+    names = ("steps", "learning_rate", "kl_factor", "weight_decay", "clamp", "stop")
+    targets = []
+    for n, each in enumerate(contexts):
+        want = find_value(
+            model,
+            list(each.prompts),
+            each.target,
+            each.essence,
+            layer=layers[-1],
+            place="residual",
+            **{name: getattr(optimisation, name) for name in names},
+        )
+        assert want.losses[-1] < want.losses[0] - 0.5
+        assert_close(values.keys[n], want.key)
+        targets.append(want.initial + want.delta)
+        assert_close(values.target[n], targets[-1])
+
+    def solve(layer, keys, residuals):
+        matrix = WEIGHT * torch.tensor(covariance[layer].matrix).double()
+        return memit_update(matrix, keys.double(), residuals.double()).float()
+
+    before = [model.model.layers[layer].mlp.down_proj.weight.clone() for layer in layers]
+    try:
+        updates = spread(
+            model, [list(each.prompts) for each in contexts], torch.stack(targets), layers, solve
+        )
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(layers, before, strict=True):
+                model.model.layers[layer].mlp.down_proj.weight.copy_(weight)
+    for layer in layers:
+        assert_close(kernel_change(got, layer), updates[layer])
