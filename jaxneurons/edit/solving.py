@@ -167,9 +167,18 @@ class OuterProducts(Mapping[int, np.ndarray]):
     def __init__(
         self, vectors: Mapping[int, np.ndarray], earlier: Mapping[int, np.ndarray] | None = None
     ):
-        self.vectors, self.earlier = vectors, earlier or {}
+        self.vectors = vectors
+        # Sums and not what they are made of: edits after edits would sum all of them each time.
+        self.earlier = earlier.sums if isinstance(earlier, OuterProducts) else earlier or {}
+
+    @functools.cached_property
+    def sums(self) -> dict[int, Float[np.ndarray, "width width"]]:
+        """Of every layer, kept from now on: for all edits that come after."""
+        return {layer: self[layer] for layer in self}
 
     def __getitem__(self, layer: int) -> Float[np.ndarray, "width width"]:
+        if "sums" in vars(self):
+            return self.sums[layer]
         keys = np.asarray(self.vectors[layer], np.float64)
         return (self.earlier.get(layer, 0) + keys.T @ keys).astype(np.float32)
 

@@ -22,6 +22,7 @@ from jaxneurons.edit.covariance import SingularCovarianceWarning
 from jaxneurons.edit.editing import edit, edit_each, values_of
 from jaxneurons.edit.method import MEMIT, AlphaEdit, Optimisation
 from jaxneurons.edit.requests import EditRequest
+from jaxneurons.edit.solving import OuterProducts
 from jaxneurons.errors import DataError
 
 LAYERS = (1, 2)
@@ -320,3 +321,16 @@ def test_smollm2_is_edited_as_by_plain_pytorch(smollm2, torch_smollm2):
                 model.model.layers[layer].mlp.down_proj.weight.copy_(weight)
     for layer in layers:
         assert_close(kernel_change(got, layer), updates[layer])
+
+
+def test_sums_of_keys_over_thousands_of_edits():
+    """What each edit adds is added once; a chain of all edits so far would be too deep."""
+    rng = np.random.default_rng(3)
+    drawn = rng.normal(size=(3000, 2, 4))
+    sums, middle = None, None
+    for number, keys in enumerate(drawn):
+        sums = OuterProducts({7: keys}, sums)
+        middle = sums if number == 1499 else middle
+    np.testing.assert_allclose(sums[7], np.einsum("nki,nkj->ij", drawn, drawn), rtol=1e-4)
+    half = drawn[:1500]
+    np.testing.assert_allclose(middle[7], np.einsum("nki,nkj->ij", half, half), rtol=1e-4)
