@@ -77,7 +77,7 @@ def test_locate(run, model, facts, tmp_path):
     assert (out / "neurons.jsonl").read_bytes() == before
     code, _, err = locate(run, model, facts, out, "--rule", "gauss", "--steps", 3)
     assert code == 1
-    assert "another settings" in err
+    assert "other settings" in err
 
 
 @pytest.mark.filterwarnings("default::jaxneurons.qrnca.caveats.LowOptionMassWarning")

@@ -156,7 +156,7 @@ def test_a_stopped_choice_goes_on(stand_ins, tmp_path):
     written = read_tables(tmp_path / "run")
     assert written["layers"] == more.tables.rows("layers")
     assert (tmp_path / "run" / "figures" / "layers.png").read_bytes()[1:4] == b"PNG"
-    with pytest.raises(DataError, match="another requests"):
+    with pytest.raises(DataError, match="other requests"):
         choose_layers(lab(), REQUESTS[:2], METHOD, candidates=[1], **options)
 
 

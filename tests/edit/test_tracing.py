@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on(lab, tables, tmp_path):
     written = read_tables(tmp_path / "run")
     assert written["effects"] == whole.rows("effects")
     assert (tmp_path / "run" / "figures" / "tracing.png").read_bytes()[1:4] == b"PNG"
-    with pytest.raises(DataError, match="another settings"):
+    with pytest.raises(DataError, match="other settings"):
         trace(lab, FACTS, **{**options, "seed": 6})
 
 

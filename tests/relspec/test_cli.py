@@ -187,7 +187,7 @@ def test_directories_that_are_no_study(run, done, model, relations, tmp_path):
         fails(run("relspec", stage, "--out", tmp_path / "none"), "no study here; begin one")
     fails(run("relspec", "plot", "--out", tmp_path / "none"), "no tables here")
     options = ("--model", model, "--relations", relations, "--out")
-    fails(run("relspec", "run", *options, done[0], "--k", "7"), "another settings")
+    fails(run("relspec", "run", *options, done[0], "--k", "7"), "other settings")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").write_text("x")
     fails(run("relspec", "run", *options, tmp_path / "thesis"), "no run of ours")
