@@ -14,8 +14,6 @@ from jaxneurons.terminal.console import console, formatted, shown_name
 SHOWN = 5
 """Requests that were left out whose reasons are shown, at most."""
 
-METHOD = 20
-"""Columns of a method's name in a table, at most."""
 FEW = 10
 """Requests, or facts, of fewer than which intervals say little."""
 PROBABILITIES = ("clean", "noised", "total_effect")
@@ -240,7 +238,7 @@ def _table(names: Sequence[str], *, first: str = "", narrow: bool = False) -> Ta
         if place:
             table.add_column(name, justify="right", no_wrap=True)
         else:
-            table.add_column(name, no_wrap=True, max_width=METHOD, overflow="ellipsis")
+            table.add_column(name)  # where numbers need room, a name takes two lines
     return table
 
 

@@ -164,9 +164,10 @@ def _ratio(value: float | None) -> str:
 
 
 def _narrow(title: str) -> Table:
-    """A table of methods that fits 80 columns."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
+    """A table of methods that fits 80 columns: where numbers need room, names take two lines."""
+    console.print(title, style="italic")
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("method")
     return table
 
 
