@@ -77,7 +77,7 @@ def test_locate(run, model, facts, tmp_path):
     assert (out / "neurons.jsonl").read_bytes() == before
     code, _, err = locate(run, model, facts, out, "--rule", "gauss", "--steps", 3)
     assert code == 1
-    assert "another settings" in err
+    assert "other settings" in err
 
 
 @pytest.mark.filterwarnings("default::jaxneurons.qrnca.caveats.LowOptionMassWarning")
@@ -103,7 +103,9 @@ def test_as_a_program(tmp_path):
         cwd=tmp_path,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: .*none: no such query file\n", done.stderr)
+    assert re.fullmatch(
+        r"error: .*none: no such query file, nor one .* \(lab, .*facts\)\n", done.stderr
+    )
 
 
 def test_stop_says_how_to_go_on(run, monkeypatch, model, facts, tmp_path):

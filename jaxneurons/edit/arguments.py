@@ -8,13 +8,13 @@ import typer
 
 from jaxneurons.edit.method import Settings
 from jaxneurons.errors import DataError
-from jaxneurons.terminal.console import counting, errors
+from jaxneurons.terminal.console import counting, warn
 from jaxneurons.terminal.options import Text
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
     from jaxneurons.edit.covariance import Covariance
-    from jaxneurons.edit.requests import EditRequest
+    from jaxneurons.edit.requests import EditRequest, KnownFact
 
 Model = Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")]
 Requests = Annotated[
@@ -42,18 +42,48 @@ NUMBERS = Text(numbers, lambda numbers: ",".join(map(str, numbers)))
 
 def read(requests: str, limit: int | None = None) -> list["EditRequest"]:
     """The requests of a file, or of the lab's world; oddities among them are shown."""
-    from jaxneurons.edit.request_files import read_requests
     from jaxneurons.edit.requests import check_requests
+
+    chosen = _read(requests, limit)
+    for remark in check_requests(chosen):
+        warn(remark)
+    return chosen
+
+
+def _read(requests: str, limit: int | None) -> list["EditRequest"]:
+    """The requests; what of their file is passed over is shown."""
+    from jaxneurons.edit.request_files import ignored_keys, read_requests
 
     if requests == "lab":
         from jaxneurons.edit.lab_requests import lab_requests
 
-        chosen = lab_requests(limit)
-    else:
-        chosen = read_requests(requests, limit=limit)
-    for remark in check_requests(chosen):
-        errors.print(f"warning: {remark}", style="yellow", soft_wrap=True)
+        return lab_requests(limit)
+    chosen = read_requests(requests, limit=limit)
+    if names := ignored_keys(requests):
+        warn(f"{requests}: not known, and passed over: {', '.join(map(repr, names))}")
     return chosen
+
+
+def read_facts(facts: str, limit: int | None = None) -> list["KnownFact"]:
+    """Facts of a file of facts or of requests, or of the lab's world; those of requests are old."""
+    from jaxneurons.edit.request_files import holds_known, read_known
+    from jaxneurons.edit.requests import KnownFact
+
+    if facts != "lab" and holds_known(facts):
+        return read_known(facts, limit=limit)
+    return [
+        KnownFact(request.prompt, request.subject, _old_answer(request), request.id)
+        for request in _read(facts, limit)
+    ]
+
+
+def _old_answer(request: "EditRequest") -> str:
+    if not request.ground_truth.strip():
+        raise DataError(
+            f"request {request.id!r} says no old answer (ground_truth), which could be traced; "
+            "add it, or leave the request out"
+        )
+    return request.ground_truth
 
 
 def collect(

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,6 +122,7 @@ def check_methods(lm: Any, requests: Any, methods: Any, seed: Any, progress: Any
     """Raise `ConfigError` for arguments of the wrong kind, as `evaluate` says."""
     check_argument("lm", LM, lm)
     check_argument("requests", Sequence[EditRequest], requests)
+    _check_no_names(methods)
     check_argument("methods", Mapping[str, Settings], methods)
     check_argument("progress", Callable | None, progress)
     check_number("seed", seed, least=0)
@@ -134,6 +135,23 @@ def check_methods(lm: Any, requests: Any, methods: Any, seed: Any, progress: Any
                 f"{name}: {len(sets)} sets of neurons for {len(requests)} requests; give one for "
                 "each, or a single one"
             )
+
+
+def _check_no_names(methods: Any) -> None:
+    """Raise `ConfigError` where settings are given by the names that the shell has for them."""
+    given = methods.values() if isinstance(methods, Mapping) else methods
+    given = [given] if isinstance(given, str) else given
+    names = [name for name in given if isinstance(name, str)] if _holds(given) else []
+    if names:
+        raise ConfigError(
+            f"methods holds {', '.join(map(repr, names))}, a name and no settings; "
+            f"jaxneurons.edit.named_methods(lm, requests, {names}) gives the settings of names "
+            "that the shell knows"
+        )
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | bytes)
 
 
 def opened(path: Path | None, identity: Mapping[str, Any]) -> Parts:
@@ -196,15 +214,9 @@ def _prepare(
     path: Path | None,
 ) -> Work:
     cases, numbers, left_out = askable(lm, requests, measures)
-    identity = {
-        **lm.identity(),
-        "requests": digest([dataclasses.asdict(request) for request in requests]),
-        "measures": dataclasses.asdict(measures),
-        "texts": digest(texts),
-        "covariance": covariance_identity(covariance),
-        "seed": seed,
-        "format": FORMAT,
-    }
+    covariances = covariance_identity(covariance)
+    rest = {"texts": digest(texts), "covariance": covariances, "seed": seed, "format": FORMAT}
+    identity = {**lm.identity(), **request_identity(requests, measures), **rest}
     return Work(
         lm=lm,
         cases=cases,
@@ -220,6 +232,14 @@ def _prepare(
         store=opened(path, identity),
         seconds={},
     )
+
+
+def request_identity(requests: Sequence[EditRequest], measures: MeasureSettings) -> dict[str, Any]:
+    """What is known of a run without its model: which requests, and how they are measured."""
+    return {
+        "requests": digest([dataclasses.asdict(request) for request in requests]),
+        "measures": dataclasses.asdict(measures),
+    }
 
 
 def covariance_identity(covariance: Mapping[int, Any] | None) -> dict[str, Any]:

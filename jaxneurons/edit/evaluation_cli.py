@@ -1,18 +1,26 @@
 """The command line of what edits did: `edit evaluate`, `sequential`, `layers` and `trace`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxneurons.edit.arguments import Limit, Model, Requests, collect, numbers, read
+from jaxneurons.edit.arguments import (
+    Limit,
+    Model,
+    Requests,
+    collect,
+    numbers,
+    read,
+    read_facts,
+)
 from jaxneurons.edit.cases import MeasureSettings
 from jaxneurons.edit.method import Settings
 from jaxneurons.edit.named_methods import METHODS, SEQUENTIAL, SINGLE
 from jaxneurons.errors import ConfigError, near_matches
-from jaxneurons.terminal.console import console, counting, load_and_say
+from jaxneurons.terminal.console import console, counting, load_and_say, warn
 from jaxneurons.terminal.options import IgnoreKeys, names_of, settings_options
 
 if TYPE_CHECKING:
@@ -66,13 +74,15 @@ def evaluate_command(
     Every method stands beside a control: changes of the same size in random directions, or random
     neurons of the same layers.
     """
-    from jaxneurons.edit.evaluation import evaluate
+    from jaxneurons.edit.evaluation import FORMAT, evaluate, request_identity
     from jaxneurons.edit.evaluation_views import show_evaluation, show_left_out
 
     names = chosen(methods, list(METHODS), every=SINGLE)
-    lm, of_file = _prepared(model, requests, limit, out, ignore_key)
-    settings = _settings(lm, of_file, names, layer, span, prefixes)
-    covariance = collect(lm, settings.values(), out=_statistics(out))
+    of_file = read(requests, limit)
+    known = {**request_identity(of_file, measures), "seed": seed, "format": FORMAT}
+    lm = _loaded(model, out, ignore_key, known)
+    settings = _settings(lm, of_file, names, layer, span, prefixes, out)
+    covariance = collect(lm, settings.values(), out=_beside(out, "covariance"))
     with counting("Editing", "edits") as progress:
         tables = evaluate(
             lm,
@@ -111,19 +121,25 @@ def sequential_command(
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Edit one model request after request, and measure it after 1, 10, 100, ... edits."""
-    from jaxneurons.edit.evaluation_views import show_left_out, show_sequential
-    from jaxneurons.edit.sequential import evaluate_sequential
+    from jaxneurons.edit.evaluation import request_identity
+    from jaxneurons.edit.evaluation_views import said_left_out, show_left_out, show_sequential
+    from jaxneurons.edit.sequential import FORMAT, KIND, evaluate_sequential, fitting_sizes
 
-    names = chosen(methods, list(METHODS))
-    lm, of_file = _prepared(model, requests, limit, out, ignore_key)
-    settings = _settings(lm, of_file, names, layer, span, prefixes)
-    covariance = collect(lm, settings.values(), out=_statistics(out))
+    names, stops = chosen(methods, list(METHODS)), numbers(sizes)
+    of_file = read(requests, limit)
+    _, beyond = fitting_sizes(stops, len(of_file))
+    if beyond:
+        warn(said_left_out(beyond))
+    known = {"batch": batch, "sample": sample, "seed": seed, "format": FORMAT, "kind": KIND}
+    lm = _loaded(model, out, ignore_key, {**request_identity(of_file, measures), **known})
+    settings = _settings(lm, of_file, names, layer, span, prefixes, out)
+    covariance = collect(lm, settings.values(), out=_beside(out, "covariance"))
     with counting("Editing", "edits") as progress:
         tables = evaluate_sequential(
             lm,
             of_file,
             settings,
-            sizes=numbers(sizes),
+            sizes=stops,
             batch=batch,
             sample=sample,
             covariance=covariance,
@@ -154,18 +170,24 @@ def layers_command(
     """On a few requests, which layers' edit serves best?"""
     from jaxneurons.edit.evaluation_views import show_layers
     from jaxneurons.edit.layer_scores import name_of
-    from jaxneurons.edit.layers import choose_layers, default_candidates, with_layers
+    from jaxneurons.edit.layers import (
+        choose_layers,
+        default_candidates,
+        known_identity,
+        with_layers,
+    )
 
     (name,) = chosen(method, [n for n in METHODS if n not in ("learn", "surgery")], most=1)
-    lm, of_file = _prepared(model, requests, limit, out, ignore_key)
+    of_file = read(requests, limit)
     settings: Any = METHODS[name]
+    lm = _loaded(model, out, ignore_key, known_identity(of_file, settings))
     spans = (
         default_candidates(settings, lm.config)
         if candidates is None
         else [numbers(part) for part in names_of(candidates)]
     )
     needed = [with_layers(settings, span) for span in spans]
-    covariance = collect(lm, needed, out=_statistics(out))
+    covariance = collect(lm, needed, out=_beside(out, "covariance"))
     with counting("Editing", "edits") as progress:
         choice = choose_layers(
             lm,
@@ -178,39 +200,42 @@ def layers_command(
             progress=progress,
         )
     show_layers(
-        choice.tables.rows("layers"), type(choice.settings).__name__, name_of(choice.layers)
+        choice.tables.rows("layers"),
+        type(choice.settings).__name__,
+        name_of(choice.layers),
+        requests=len(of_file),
     )
     _say_written(out)
 
 
 def trace_command(
     model: Model,
-    facts: Annotated[Path, typer.Option(help="Facts: known_id, subject, attribute, prompt.")],
+    facts: Annotated[
+        str,
+        typer.Option(
+            help="Facts: JSON of known_id, subject, attribute, prompt; any file of requests that "
+            "edit evaluate reads (their old answers are traced); or 'lab'."
+        ),
+    ],
     out: Out,
     *,
-    limit: Limit = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Only the first so many facts.")] = 100,
     noise: Annotated[float, typer.Option(help="In standard deviations of subjects.")] = 3.0,
     samples: Annotated[int, typer.Option(min=1, help="Of the noise, for each fact.")] = 10,
     seed: Seed = 0,
     ignore_key: IgnoreKeys = None,
 ) -> None:
     """Causal tracing: which layer and token, restored, bring a noised subject's answer back?"""
-    from jaxneurons.edit.request_files import read_known
-    from jaxneurons.edit.tracing import trace
+    from jaxneurons.edit.evaluation_views import show_trace
+    from jaxneurons.edit.tracing import known_identity, trace
 
-    known = read_known(facts, limit=limit)
-    _writable(out)
-    lm = load_and_say(model, ignore_keys=ignore_key)
+    known = read_facts(facts, limit)
+    lm = _loaded(model, out, ignore_key, known_identity(known))
     with counting("Tracing", "facts") as progress:
         tables = trace(
             lm, known, noise=noise, samples=samples, seed=seed, out=out, progress=progress
         )
-    rows = sorted(tables.rows("summary"), key=lambda row: -row["effect"])[:5]
-    for row in rows:
-        console.print(
-            f"{row['kind']}: layer {row['layer']}, {row['position']}: indirect effect "
-            f"{row['effect']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-        )
+    show_trace(tables.rows("summary"), tables.rows("facts"))
     _say_written(out)
 
 
@@ -232,18 +257,24 @@ def chosen(
     return names
 
 
-def _prepared(
-    model: str, requests: str, limit: int | None, out: Path, ignore_keys: list[str] | None
-) -> tuple["LM", list["EditRequest"]]:
-    of_file = read(requests, limit)
-    _writable(out)
-    return load_and_say(model, ignore_keys=ignore_keys), of_file
+def _loaded(model: str, out: Path, ignore_keys: list[str] | None, known: Mapping[str, Any]) -> "LM":
+    """The model; before it, and before anything else that is slow, the run directory is checked.
 
+    Args:
+      model: its source.
+      out: the run directory.
+      ignore_keys: of the model's configuration.
+      known: what is known of the run's identity.
+    """
+    from jaxneurons.plots.figures import check_places
+    from jaxneurons.storage.store import RunDirectory, check_writable
 
-def _writable(out: Path) -> None:
-    from jaxneurons.storage.store import check_writable
-
+    RunDirectory.check(out, known)
+    check_places(out, "tables", "figures")
     check_writable(out)
+    lm = load_and_say(model, ignore_keys=ignore_keys)
+    RunDirectory.check(out, {**lm.identity(), **known})
+    return lm
 
 
 def _settings(
@@ -253,6 +284,7 @@ def _settings(
     layer: int | None,
     span: str | None,
     prefixes: int | None,
+    out: Path,
 ) -> dict[str, Settings]:
     from jaxneurons.edit.named_methods import named_methods
 
@@ -264,13 +296,14 @@ def _settings(
             layer=layer,
             layers=None if span is None else numbers(span),
             prefixes=prefixes,
+            out=_beside(out, "neurons"),
             progress=progress,
         )
 
 
-def _statistics(out: Path) -> Path:
-    """Where covariances are kept: beside the run, since other runs may use them."""
-    return out.with_name(f"{out.name}-covariance")
+def _beside(out: Path, what: str) -> Path:
+    """Where covariances and located neurons are kept, since other runs may use them."""
+    return out.with_name(f"{out.name}-{what}")
 
 
 def _say_written(out: Path) -> None:

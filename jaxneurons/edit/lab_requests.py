@@ -31,6 +31,8 @@ PORTABILITY = ("options", "backwards", "language")
 last. "backwards" asks for the subject: of the others with that answer too, any would be right."""
 NEIGHBOURS = 5
 """Other subjects of a request's relation whose answers are to stay."""
+OPTIONS = 4
+"""Of a question: the new answer, the old one and two others."""
 BACKWARDS = "{a} is the {r} of"
 
 
@@ -77,15 +79,27 @@ def _request(fact: Fact, world: Sequence[Fact], rng: np.random.Generator) -> Edi
             for wording in (*wordings, HELD_OUT_WORDING["en"], QUESTIONS["en"][0])
         ),
         neighbours=tuple((say(prompt, other), other.answer) for other in near),
-        portability=_portability(edited, relation, int(rng.integers(2**31))),
+        portability=_portability(edited, fact, relation, int(rng.integers(2**31))),
         id=fact.id,
     )
 
 
-def _portability(edited: Fact, relation: Sequence[Fact], seed: int) -> tuple[tuple[str, str], ...]:
-    """What follows from an edited fact, in the order of `PORTABILITY`."""
-    every = [edited if fact.id == edited.id else fact for fact in relation]
-    record = choice([edited], every=every, seed=seed)[edited.id]
+def _portability(
+    edited: Fact, before: Fact, relation: Sequence[Fact], seed: int
+) -> tuple[tuple[str, str], ...]:
+    """What follows from an edited fact, in the order of `PORTABILITY`.
+
+    The answer `before` is always among the options: one that says it still must not be right for
+    want of it.
+    """
+    rng = generator(seed, "options")
+    rest = sorted({fact.answer for fact in relation} - {edited.answer, before.answer})
+    wrong = [before.answer, *rng.choice(rest, OPTIONS - 2, replace=False).tolist()]
+    others = [
+        dataclasses.replace(before, id=f"{before.id}/{n}", answer=answer)
+        for n, answer in enumerate(wrong)
+    ]
+    record = choice([edited], every=[edited, *others], seed=seed)[edited.id]
     sentences, labels = record["sentences"], record["obj_label"]
     assert isinstance(sentences, list)
     assert isinstance(labels, list)

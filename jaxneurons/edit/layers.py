@@ -150,7 +150,7 @@ def choose_layers(
         left out.
       measured: what is measured of an edit.
       seed: of the bootstrap.
-      out: a directory for tables and figures; a stopped run goes on there. Default: none.
+      out: a directory for `tables` and `figures`; a stopped run goes on there. Default: none.
       progress: called with how many candidates are done, of how many.
 
     Returns:
@@ -204,7 +204,7 @@ def _written(tables: Tables) -> Tables:
         from jaxneurons.edit.layer_figures import draw_layers
 
         for name in tables:
-            write_table(tables.path, name, tables.rows(name))
+            write_table(tables.path / "tables", name, tables.rows(name))
         write_json(tables.path / "layers.json", tables.facts)
         draw_layers(tables, tables.path / "figures")
     return tables
@@ -258,15 +258,24 @@ def _identity(
     covariance: Mapping[int, Covariance],
     measured: MeasureSettings,
 ) -> dict[str, Any]:
-    settings = {k: v for k, v in dataclasses.asdict(method).items() if k not in ("layer", "layers")}
     statistics = {str(layer): dict(of.identity) for layer, of in sorted(covariance.items())}
     return {
         **lm.identity(),
+        **known_identity(requests, method, measured),
+        "covariance": digest(statistics),
+    }
+
+
+def known_identity(
+    requests: Sequence[EditRequest], method: LayerMethod, measured: MeasureSettings = MEASURED
+) -> dict[str, Any]:
+    """What is known of a run without its model and statistics."""
+    settings = {k: v for k, v in dataclasses.asdict(method).items() if k not in ("layer", "layers")}
+    return {
         "format": FORMAT,
         "method": type(method).__name__,
         "settings": settings,
         "requests": digest([dataclasses.astuple(request) for request in requests]),
-        "covariance": digest(statistics),
         "measures": dataclasses.asdict(measured),
     }
 

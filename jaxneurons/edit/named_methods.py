@@ -1,8 +1,11 @@
 """Methods by the names that the shell knows, with the neurons that some of them need located."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jaxneurons.edit.method import (
     MEMIT,
@@ -14,7 +17,8 @@ from jaxneurons.edit.method import (
     Settings,
 )
 from jaxneurons.errors import ConfigError, near_matches
-from jaxneurons.storage.settings import check_argument
+from jaxneurons.storage.settings import as_path, check_argument
+from jaxneurons.storage.store import Memory, RunDirectory, digest
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
@@ -50,6 +54,7 @@ def named_methods(
     layer: int | None = None,
     layers: Sequence[int] | None = None,
     prefixes: int | None = None,
+    out: str | os.PathLike[str] | None = None,
     progress: "Progress | None" = None,
 ) -> dict[str, Settings]:
     """Settings by name, for `evaluate` and `evaluate_sequential`.
@@ -64,14 +69,15 @@ def named_methods(
       layers: for those that edit several; None: their default.
       prefixes: texts of the model's own that values are optimised after, beside the prompt alone;
         None: the default.
+      out: a directory that keeps located neurons, by model and requests: those that are there are
+        not located again. Default: none.
       progress: called with how many requests' neurons are located.
 
     Raises:
       ConfigError: an unknown name, or arguments of other types.
-      DataError: requests whose neurons cannot be located.
+      DataError: requests whose neurons cannot be located; a directory of something else.
     """
     from jaxneurons.edit.layers import with_layers
-    from jaxneurons.edit.located import locate_neurons
 
     check_argument("names", Sequence[str], names)
     for name in names:
@@ -79,7 +85,7 @@ def named_methods(
             raise ConfigError(f"unknown method {name!r}; {near_matches(name, METHODS)}")
     located: tuple[NeuronSet, ...] = ()
     if any(isinstance(METHODS[name], type) for name in names):
-        located = locate_neurons(lm, requests, count=NEURONS, progress=progress)
+        located = _located(lm, requests, out, progress)
     settings: dict[str, Settings] = {}
     for name in names:
         of_name = METHODS[name]
@@ -93,3 +99,29 @@ def named_methods(
             made = dataclasses.replace(made, optimisation=optimisation)
         settings[name] = made
     return settings
+
+
+def _located(
+    lm: "LM",
+    requests: Sequence["EditRequest"],
+    out: str | os.PathLike[str] | None,
+    progress: "Progress | None",
+) -> tuple["NeuronSet", ...]:
+    """The neurons of each request, from a directory where they are kept."""
+    from jaxneurons.checkpoints.loading import LM
+    from jaxneurons.edit.located import locate_neurons
+    from jaxneurons.edit.requests import EditRequest
+    from jaxneurons.neurons.sets import NeuronSet
+
+    check_argument("lm", LM, lm)
+    check_argument("requests", Sequence[EditRequest], requests)
+
+    def locate() -> dict[str, np.ndarray]:
+        sets = locate_neurons(lm, requests, count=NEURONS, progress=progress)
+        return {"neurons": np.array([members.pairs("act") for members in sets])}
+
+    identity = {"kind": "located neurons", "format": 1, "count": NEURONS}
+    store = Memory() if out is None else RunDirectory(as_path("out", out), identity)
+    name = digest([lm.identity(), [dataclasses.asdict(request) for request in requests]])
+    part = store.part(name[:16], locate)
+    return tuple(NeuronSet.of(act=pairs) for pairs in part["neurons"])

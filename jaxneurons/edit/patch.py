@@ -34,6 +34,7 @@ from jaxneurons.edit.method import Edit
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import NeuronSet, Ranking
+from jaxneurons.storage.printable import counted
 from jaxneurons.storage.settings import check_argument
 from jaxneurons.storage.store import digest, null_for_nan
 
@@ -179,11 +180,11 @@ def _describe(change: Change) -> str:
     layers = ", ".join(map(str, row["layers"][:6])) + (", ..." if len(row["layers"]) > 6 else "")
     layers = f"layer{'s' if len(row['layers']) > 1 else ''} {layers}"
     if isinstance(change, Multipliers):
-        return f"{row['size']} neurons of site {row['place']!r} multiplied in {layers}"
+        return f"{counted(row['size'], 'neuron')} of site {row['place']!r} multiplied in {layers}"
     what = (
         f"rank {row['size']} added to"
         if isinstance(change, LowRank)
-        else (f"{row['size']} rows set in")
+        else (f"{counted(row['size'], 'row')} set in")
     )
     return f"{what} {row['place']} of {layers}"
 

@@ -7,6 +7,7 @@ import typer
 
 from jaxneurons.edit.arguments import Model
 from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.storage.printable import counted
 from jaxneurons.terminal.console import console, counting_bytes, gib, load_and_say
 from jaxneurons.terminal.options import IgnoreKeys
 
@@ -95,7 +96,7 @@ def apply_command(
     lm = _load(model, out, dtype, ignore_key)
     if to == "lora":
         write_adapter(lm, read, out)
-        _say_written(out, to, f"{len(read)} patches, on {lm.source}")
+        _say_written(out, to, f"{counted(len(read), 'patch', 'patches')}, on {lm.source}")
         return
     edited = apply_patches(lm, read, allow_conflicts=allow_conflicts)
     _save(edited, out, to)

@@ -10,16 +10,17 @@ Lines or CSV (prompt, subject, target, optional paraphrases and neighbours)::
      "neighbours": [["The capital of Spain is", "Madrid"]]}
 """
 
+import difflib
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxneurons.edit.requests import EditRequest, KnownFact
-from jaxneurons.errors import DataError, near_matches
-from jaxneurons.storage.csv_file import read_csv
+from jaxneurons.errors import DataError
+from jaxneurons.storage.csv_file import read_csv, read_header
 from jaxneurons.storage.json_file import parse_json
 from jaxneurons.storage.settings import as_path, check_number
 from jaxneurons.storage.text_file import read_text
@@ -31,7 +32,8 @@ def read_requests(path: str | os.PathLike[str], *, limit: int | None = None) -> 
     What a file says of the old answer, of paraphrases and of neighbours is kept as it says it. In
     CounterFact the neighbours' answer is the edited fact's old one; in zsRE the new answer is `alt`
     (`answers` hold the old one) and prompts are questions. `check_requests` tells what the requests
-    are among each other.
+    are among each other. Of your own requests a column or key that is near a known one is an error;
+    others are passed over (`ignored_keys`), as are those of the published formats.
 
     Args:
       path: JSON, JSON Lines or CSV. In a CSV, several texts of a cell stand on lines of their own
@@ -62,6 +64,36 @@ def read_known(path: str | os.PathLike[str], *, limit: int | None = None) -> lis
         ]
 
     return _read(path, limit, facts, "facts")
+
+
+def holds_known(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds facts for `read_known` (seen from its first record).
+
+    Raises:
+      DataError: the file cannot be read, or is broken JSON.
+    """
+    path = as_path("path", path)
+    text = read_text(path)
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    first = next((record for _, record in _records(path, text)), None)
+    return isinstance(first, Mapping) and bool(first.keys() & {"attribute", "known_id"})
+
+
+def ignored_keys(path: str | os.PathLike[str]) -> list[str]:
+    """Columns of a CSV, or keys of your own requests in JSON, that `read_requests` passes over.
+
+    Raises:
+      DataError: the file cannot be read; says why.
+    """
+    path = as_path("path", path)
+    text = read_text(path)
+    if text.lstrip()[:1] not in ("{", "["):
+        _, names = read_header(path, _REQUIRED)
+        return [name for name in names if name and name not in _FIELDS]
+    records = [record for _, record in _records(path, text) if isinstance(record, Mapping)]
+    ours = [r for r in records if _format_of(r) is _plain_request]
+    return list(dict.fromkeys(key for record in ours for key in record if key not in _FIELDS))
 
 
 def _read(
@@ -99,6 +131,11 @@ def _requests_of(path: Path, text: str) -> list[tuple[str, Callable[[], EditRequ
             (where, functools.partial(_request, record, n))
             for n, (where, record) in enumerate(_records(path, text))
         ]
+    line, names = read_header(path, _REQUIRED)
+    try:
+        _check_spelling("column", names)
+    except DataError as error:
+        raise DataError(f"{path}: line {line}: {error}") from None
     rows = read_csv(path, _REQUIRED, _OPTIONAL)
     return [
         (f"{path}: line {line}", functools.partial(_csv_request, row, n))
@@ -116,14 +153,17 @@ def _records(path: Path, text: str) -> list[tuple[str, Any]]:
 def _request(record: Any, number: int) -> EditRequest:
     if not isinstance(record, Mapping):
         raise DataError(f"an object is needed, got {type(record).__name__}")
-    for keys, read in _FORMATS:
-        if keys <= record.keys():
-            return read(record, number)
+    if (read := _format_of(record)) is not None:
+        return read(record, number)
     raise DataError(
         "its keys are of no known format: "
         f"{', '.join(map(repr, record)) or 'there are none'}; your own requests need 'prompt', "
         "'subject' and 'target'"
     )
+
+
+def _format_of(record: Mapping[str, Any]) -> "_Reader | None":
+    return next((read for keys, read in _FORMATS if keys <= record.keys()), None)
 
 
 def _counterfact_edit(record: Mapping[str, Any], number: int) -> EditRequest:
@@ -186,11 +226,30 @@ def _zsre(record: Mapping[str, Any], number: int) -> EditRequest:
 
 _REQUIRED = ("prompt", "subject", "target")
 _OPTIONAL = ("id", "ground_truth", "paraphrases", "neighbours", "portability")
+_FIELDS = (*_REQUIRED, *_OPTIONAL)
+_NEAR = 0.75
+"""How like a known name an unknown one is that is taken for a slip (`difflib`'s ratio)."""
+
+
+def _check_spelling(what: str, names: Iterable[str]) -> None:
+    """Raise where a name is not known and near one that could be there and is not."""
+    names = list(names)
+    missing = [name for name in _OPTIONAL if name not in names]
+    for name in names:
+        plain = "_".join(name.casefold().split())
+        if name in _FIELDS or len(plain) < 3:
+            continue
+        near = [n for n in missing if n == plain or _likeness(plain, n) >= _NEAR]
+        if near:
+            raise DataError(f"unknown {what} {name!r}; did you mean {near[0]!r}?")
+
+
+def _likeness(name: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, name, other).ratio() if len(other) > 2 else 0.0
 
 
 def _plain_request(record: Mapping[str, Any], number: int) -> EditRequest:
-    if unknown := [key for key in record if key not in (*_REQUIRED, *_OPTIONAL)]:
-        raise DataError(f"unknown key {unknown[0]!r}; {near_matches(unknown[0], _OPTIONAL)}")
+    _check_spelling("key", record)
     return EditRequest(
         prompt=_text(record, "prompt"),
         subject=_text(record, "subject").strip(),
@@ -218,7 +277,8 @@ def _cell(text: str) -> list[str]:
     return [part for part in re.split(r"\s*[|\n]\s*", text.strip()) if part]
 
 
-_FORMATS: tuple[tuple[set[str], Callable[[Mapping[str, Any], int], EditRequest]], ...] = (
+_Reader = Callable[[Mapping[str, Any], int], EditRequest]
+_FORMATS: tuple[tuple[set[str], _Reader], ...] = (
     ({"requested_rewrite"}, _counterfact),
     ({"src", "alt"}, _zsre),
     ({"prompt", "target_new"}, _counterfact_edit),

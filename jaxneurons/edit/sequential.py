@@ -22,6 +22,7 @@ from jaxneurons.edit.evaluation import (
     covariance_identity,
     neutral_texts,
     opened,
+    request_identity,
     require_covariance,
     write_results,
 )
@@ -36,6 +37,7 @@ from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import DataError
 from jaxneurons.model.parameters import Params
 from jaxneurons.neurons.controls import generator
+from jaxneurons.storage.printable import counted
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import check_argument, check_number
 from jaxneurons.storage.store import Parts, digest
@@ -45,7 +47,7 @@ SIZES = (1, 10, 100, 1000)
 GROUPS = ("first", "last", "all")
 KEEP = 10.0
 """Seconds of editing after which the edited model is kept; it is also kept at every size."""
-FORMAT = 1
+FORMAT, KIND = 1, "sequential"
 
 
 def evaluate_sequential(
@@ -94,7 +96,7 @@ def evaluate_sequential(
       WriteError: `out` cannot be written to.
     """
     measures = measures or MeasureSettings()
-    if not isinstance(methods, Mapping):
+    if isinstance(methods, Settings):
         methods = {type(methods).__name__: methods}
     check_methods(lm, requests, methods, seed, progress)
     require_covariance(lm, methods, covariance)
@@ -104,21 +106,15 @@ def evaluate_sequential(
     if texts is None:
         texts = neutral_texts(lm) if measures.perplexity_tokens else ()
     cases, numbers, left_out = askable(lm, requests, measures)
-    kept = sorted({size for size in sizes if 0 < size <= len(cases)})
-    if not kept:
-        raise DataError(
-            f"{len(cases)} requests are fewer than the smallest of the sizes {list(sizes)}; give "
-            "more requests or smaller sizes"
-        )
+    kept, left_out_sizes = fitting_sizes(sizes, len(cases))
     path = checked_out(out)
     identity = {
         **lm.identity(),
-        "requests": digest([dataclasses.asdict(request) for request in requests]),
-        "measures": dataclasses.asdict(measures),
+        **request_identity(requests, measures),
         "texts": digest(list(texts)),
         "covariance": covariance_identity(covariance),
         **{"sizes": kept, "batch": batch, "ends": ends, "sample": sample, "seed": seed},
-        **{"format": FORMAT, "kind": "sequential"},
+        **{"format": FORMAT, "kind": KIND},
     }
     plan = _Plan(
         lm=lm,
@@ -148,13 +144,28 @@ def evaluate_sequential(
     results = {
         "identity": identity,
         "methods": {name: described(settings) for name, settings in methods.items()},
-        "sizes_left_out": sorted(set(sizes) - set(kept)),
+        "sizes_left_out": left_out_sizes,
         "left_out": left_out,
         "bootstrap_draws": DRAWS,
     }
     rows = [*plan.unedited_rows(), *rows]
     tables = {"sequential": _summary(rows, seed), "edits": rows}
     return write_results(lm, tables, results, seconds, path, name="sequential")
+
+
+def fitting_sizes(sizes: Sequence[int], count: int) -> tuple[list[int], list[int]]:
+    """Sizes that so many requests reach, ascending, and those that are left out.
+
+    Raises:
+      DataError: they reach none.
+    """
+    kept = sorted({size for size in sizes if 0 < size <= count})
+    if not kept:
+        raise DataError(
+            f"{counted(count, 'request')}, fewer than the smallest of the sizes {list(sizes)}; "
+            "give more requests or smaller sizes"
+        )
+    return kept, sorted(set(sizes) - set(kept))
 
 
 def _reporting(

@@ -87,7 +87,7 @@ def trace(
       kinds: of restored states: `residual`, `down`, `o`.
       seed: of noise and bootstrap.
       batch_size: facts that run together; default: what suits the platform.
-      out: a directory for tables and figures; a stopped run goes on there. Default: none.
+      out: a directory for `tables` and `figures`; a stopped run goes on there. Default: none.
       progress: called with how many facts are done, of how many.
 
     Returns:
@@ -152,7 +152,7 @@ def _written(tables: Tables) -> Tables:
         from jaxneurons.edit.tracing_figures import draw_tracing
 
         for name in tables:
-            write_table(tables.path, name, tables.rows(name))
+            write_table(tables.path / "tables", name, tables.rows(name))
         write_json(tables.path / "tracing.json", tables.facts)
         draw_tracing(tables, tables.path / "figures")
     return tables
@@ -161,11 +161,15 @@ def _written(tables: Tables) -> Tables:
 def _identity(lm: LM, facts: Sequence[KnownFact], settings: _Settings, size: int) -> dict[str, Any]:
     return {
         **lm.identity(),
-        "format": FORMAT,
+        **known_identity(facts),
         "settings": dataclasses.asdict(settings),
         "batch size": size,
-        "facts": digest([dataclasses.astuple(fact) for fact in facts]),
     }
+
+
+def known_identity(facts: Sequence[KnownFact]) -> dict[str, Any]:
+    """What is known of a run without its model and settings."""
+    return {"format": FORMAT, "facts": digest([dataclasses.astuple(fact) for fact in facts])}
 
 
 def _encoded(lm: LM, facts: Sequence[KnownFact]) -> tuple[dict[int, TracedFact], dict[int, str]]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from jaxneurons.terminal.console import NAME, console, errors, shown_name
+from jaxneurons.storage.printable import counted
+from jaxneurons.terminal.console import NAME, console, shown_name, warn
 
 if TYPE_CHECKING:
     from jaxneurons.edit.method import Edit
@@ -21,7 +22,7 @@ def show_edit(requests: Sequence["EditRequest"], edit: "Edit") -> None:
     if edit.trace is None:
         return
     table = Table(
-        title=f"{len(requests)} requests by {type(edit.settings).__name__}",
+        title=f"{counted(len(requests), 'request')} by {type(edit.settings).__name__}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -40,11 +41,9 @@ def show_edit(requests: Sequence["EditRequest"], edit: "Edit") -> None:
         )
     console.print(table)
     if len(requests) > REQUESTS:
-        console.print(f"... and {len(requests) - REQUESTS} requests more.")
+        console.print(f"... and {counted(len(requests) - REQUESTS, 'request')} more.")
     if missed := int((~trace.reached).sum()):
-        errors.print(
-            f"warning: {missed} of {len(requests)} optimisations did not reach their goal (loss "
-            "below --stop): those edits may well have failed; see `edit evaluate`",
-            style="yellow",
-            soft_wrap=True,
+        warn(
+            f"{missed} of {len(requests)} optimisations did not reach their goal (loss below "
+            "--stop): those edits may well have failed; see `edit evaluate`"
         )

@@ -24,6 +24,7 @@ from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import FFN, NeuronSet, check_site, site_width, stack_scales
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import encode_prompt
+from jaxneurons.storage.printable import counted
 from jaxneurons.storage.progress import Advance
 
 if TYPE_CHECKING:
@@ -249,7 +250,8 @@ class Generations:
 
     def __repr__(self) -> str:
         width = max(map(len, ("untouched", *self.off)))
-        lines = [f"{len(self.prompts)} prompts, untouched and with {len(self.off)} sets off"]
+        prompts, sets = counted(len(self.prompts), "prompt"), counted(len(self.off), "set")
+        lines = [f"{prompts}, untouched and with {sets} off"]
         for number, prompt in enumerate(self.prompts[:SHOWN]):
             lines.append(repr(prompt))
             for name, texts in {"untouched": self.untouched, **self.off}.items():

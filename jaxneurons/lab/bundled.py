@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable
 from importlib import resources
 
+from jaxneurons.errors import ConfigError, DataError, close_matches
 from jaxneurons.lab import world as lab
 from jaxneurons.prompts.queries import Query, parse_queries, read_queries
-from jaxneurons.storage.settings import check_argument
+from jaxneurons.storage.settings import as_path, check_argument
 
 
 def facts() -> list[Query]:
@@ -52,8 +53,20 @@ def bundled_queries(source: str | os.PathLike[str]) -> list[Query]:
     """Queries by the name of a bundled file, or from a path.
 
     Raises:
-      DataError: as `read_queries`.
+      DataError: as `read_queries`; where there is no such file it has the names that there are.
+      ConfigError: no name and no path.
     """
     check_argument("source", str | os.PathLike, source)
     name = os.fspath(source)
-    return BUNDLED[name]() if name in BUNDLED else read_queries(source)
+    if isinstance(source, str) and not name.strip():
+        raise ConfigError(f"no query file is named; give a path, or one of {', '.join(BUNDLED)}")
+    if name in BUNDLED:
+        return BUNDLED[name]()
+    path = as_path("source", source)
+    if not os.path.lexists(path):
+        near = close_matches(name, BUNDLED)
+        raise DataError(
+            f"{path}: no such query file, nor one that ships with the package "
+            f"({', '.join(BUNDLED)}){f'; {near}' if near else ''}"
+        )
+    return read_queries(path)

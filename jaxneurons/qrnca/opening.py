@@ -148,8 +148,9 @@ def _check_model(path: Path, identity: Mapping[str, Any], lm: LM) -> None:
         )
     for key in ("tokenizer", "dtype", "ignored keys"):
         if identity.get(key) != given.get(key):
+            article = "other" if key.endswith("s") else "another"
             raise DataError(
-                f"{path}: holds a run with another {key}: {_short(identity.get(key))}, not "
+                f"{path}: holds a run with {article} {key}: {_short(identity.get(key))}, not "
                 f"{_short(given.get(key))}; load the model as it was loaded then"
             )
 

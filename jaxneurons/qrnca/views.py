@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 from jaxneurons.qrnca.prompt_cache import Caches
+from jaxneurons.storage.printable import counted
 from jaxneurons.storage.tables import Row
 from jaxneurons.terminal.console import console, formatted, shown_name
 
@@ -23,7 +24,8 @@ def show_located(run: "Run", out: Path) -> None:
     facts = run.facts
     answers, exact, counts = facts["answers"], facts["completeness"], facts["neurons_per_query"]
     table = Table(
-        title=f"{facts['queries']} queries, {facts['prompts']} prompts",
+        title=f"{counted(facts['queries'], 'query', 'queries')}, "
+        f"{counted(facts['prompts'], 'prompt')}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
@@ -56,15 +58,16 @@ def show_located(run: "Run", out: Path) -> None:
     console.print(table)
     empty = sum(not located.ranking for located in run.values())
     if empty:
-        console.print(f"{empty} queries have no neurons of their own: all of theirs are common.")
+        have = "query has" if empty == 1 else "queries have"
+        console.print(f"{empty:,} {have} no neurons of their own: all of theirs are common.")
     console.print(f"Written: {out}/neurons.jsonl, common_neurons.json, run.json")
     kept = Caches(out).size()
     if kept:
         console.print(
-            f"Kept for evaluate and edit: {kept / 2**30:.2f} GiB in {out}/caches; "
-            "without it they run every prompt again.",
-            soft_wrap=True,
+            f"Kept for evaluate and edit: {kept / 2**30:.2f} GiB; without it they run every "
+            "prompt again:"
         )
+        console.print(f"  {out}/caches", soft_wrap=True)
 
 
 def show_demo(result: "Demo", out: Path) -> None:
@@ -161,9 +164,10 @@ def _ratio(value: float | None) -> str:
 
 
 def _narrow(title: str) -> Table:
-    """A table of methods that fits 80 columns."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
+    """A table of methods that fits 80 columns: where numbers need room, names take two lines."""
+    console.print(title, style="italic")
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("method")
     return table
 
 

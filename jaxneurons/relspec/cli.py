@@ -110,6 +110,7 @@ def neurons(
 ) -> None:
     """Stage 2: average precision of every neuron, and the best of each relation as CSV."""
     from jaxneurons.neurons.sets import NeuronSet
+    from jaxneurons.storage.printable import counted
     from jaxneurons.storage.store import check_writable
 
     if write is not None:
@@ -117,14 +118,14 @@ def neurons(
     elif relation:
         raise ConfigError("--relation chooses what --write writes; give --write PATCH too")
     with _resumed(out) as study:
+        sets = study.neurons()
+        for name in relation or ():
+            if name not in sets:
+                raise DataError(f"{out}: has no neurons of {name!r}; {near_matches(name, sets)}")
         written = study.write_neurons()
-    console.print(f"Written: {out}/neurons/ ({len(written)} relations)")
+    console.print(f"Written: {out}/neurons/ ({counted(len(written), 'relation')})")
     if write is None:
         return
-    sets = study.neurons()
-    for name in relation or ():
-        if name not in sets:
-            raise DataError(f"{out}: has no neurons of {name!r}; {near_matches(name, sets)}")
     members = NeuronSet()
     for name in relation or sets:
         members |= sets[name]

@@ -33,6 +33,11 @@ def gather(sources: Sequence[str | os.PathLike[str]]) -> list[Relation]:
     """Relations of several sources: directories, or "bundled" for those of the package."""
     relations = []
     for source in sources:
+        if str(source) != BUNDLED and not os.path.lexists(source):
+            raise DataError(
+                f"{source}: no such directory of relation files; {BUNDLED!r} are those that ship "
+                "with the package"
+            )
         relations += bundled() if str(source) == BUNDLED else read_relations(source)
     return relations
 

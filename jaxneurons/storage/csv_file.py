@@ -29,16 +29,7 @@ def read_csv(
       DataError: it cannot be read, a column is missing or there twice, or a row has more cells than
         the header; says the columns that were found, or the line.
     """
-    text = read_text(path)
-    first, _, rest = text.partition("\n")
-    skipped, separator = 0, first.strip().strip('"')
-    if separator[:4].lower() == "sep=" and len(separator) == 5:
-        text, skipped, delimiters = rest, 1, (separator[4],)
-    elif first.rstrip("\r\n").lower() == "sep=\t":
-        text, skipped, delimiters = rest, 1, ("\t",)
-    else:
-        delimiters = DELIMITERS
-    delimiter, names = _header(path, text, delimiters, required)
+    text, skipped, delimiter, _, names = _opened(path, required)
     for name in (*required, *optional):
         if names.count(name) > 1:
             raise DataError(f"{path}: the column {name!r} is there twice")
@@ -55,19 +46,48 @@ def read_csv(
     return rows[1:]
 
 
+def read_header(path: Path, required: Sequence[str]) -> tuple[int, list[str]]:
+    """The number of the header's line, and all its columns as `read_csv` takes their names.
+
+    Args:
+      path: the file.
+      required: as of `read_csv`.
+
+    Raises:
+      DataError: as `read_csv`, but for rows and for columns that are there twice.
+    """
+    *_, line, names = _opened(path, required)
+    return line, names
+
+
+def _opened(path: Path, required: Sequence[str]) -> tuple[str, int, str, int, list[str]]:
+    """Text, lines that were skipped, delimiter, number of the header's line, columns."""
+    text = read_text(path)
+    first, _, rest = text.partition("\n")
+    skipped, separator = 0, first.strip().strip('"')
+    if separator[:4].lower() == "sep=" and len(separator) == 5:
+        text, skipped, delimiters = rest, 1, (separator[4],)
+    elif first.rstrip("\r\n").lower() == "sep=\t":
+        text, skipped, delimiters = rest, 1, ("\t",)
+    else:
+        delimiters = DELIMITERS
+    delimiter, line, names = _header(path, text, delimiters, required)
+    return text, skipped, delimiter, line + skipped, names
+
+
 def _header(
     path: Path, text: str, delimiters: Iterable[str], required: Sequence[str]
-) -> tuple[str, list[str]]:
-    """The delimiter with which the first row has the columns, and their names."""
+) -> tuple[str, int, list[str]]:
+    """The delimiter with which the first row has the columns, its line, and their names."""
     best: list[str] = []
     for delimiter in delimiters:
         try:
-            _, cells = next(_rows(path, text, delimiter), (0, []))
+            line, cells = next(_rows(path, text, delimiter), (0, []))
         except DataError:
             continue
         names = [" ".join(cell.split()).casefold() for cell in cells]
         if set(required) <= set(names):
-            return delimiter, names
+            return delimiter, line, names
         best = max(best, names, key=len)
     description = "its first row is " + ", ".join(map(repr, best[:12])) if best else "it is empty"
     raise DataError(f"{path}: needs the columns {', '.join(required)}; {description}")

@@ -47,6 +47,11 @@ def _shown(character: str) -> str:
     return " " if kind == "Zs" else character
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with what it counts: "1 request", "1,000 requests"."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
 def encodable(text: str, encoding: str) -> str:
     """`text` in characters that `encoding` has: others by `PLAIN`, or as escapes."""
     try:

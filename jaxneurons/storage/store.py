@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -129,7 +130,12 @@ def check_writable(path: Path) -> None:
     """Raise `WriteError` unless files can be made in a directory, which is made if it is missing.
 
     For a start: before hours of work whose results would have no place.
+
+    Raises:
+      DataError: it is a file.
     """
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path}: is a file; give a directory to write results to")
     make_directory(path)
     try:
         with tempfile.TemporaryFile(dir=path):
@@ -323,9 +329,53 @@ def _check_identity(known: Path, identity: Mapping[str, Any], whole: bool) -> No
     wanted = json.loads(json.dumps(dict(identity)))
     if not isinstance(there, dict):
         raise DataError(f"{known}: unreadable; give a new directory")
-    other = [key for key in wanted if there.get(key) != wanted[key]]
-    if other or (whole and there.keys() != wanted.keys()):
+    names = [*wanted, *(name for name in there if whole and name not in wanted)]
+    other = [name for name in names if _value(there, name) != _value(wanted, name)]
+    if other:
+        differences = ", ".join(_difference(name, there, wanted) for name in other)
         raise DataError(
-            f"{known.parent.parent}: holds a run with another {', '.join(other) or 'layout'}; "
-            "give a new directory, or delete this one"
+            f"{known.parent.parent}: holds a run with {differences}; give a new directory, or "
+            "delete this one"
         )
+
+
+_MISSING = object()
+_MOST = 3
+"""Values within a setting of which it is said how they differ, at most."""
+
+
+def _value(identity: Mapping[str, Any], name: str) -> Any:
+    return identity.get(name, _MISSING)
+
+
+def _difference(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What of a run is another: its name, and both values where they can be read."""
+    pairs = list(_leaves("", _value(there, name), _value(here, name)))
+    shown = [
+        f"{place} {_short(old)} there, {_short(new)} here".strip()
+        for place, old, new in pairs
+        if not (_is_digest(old) or _is_digest(new))
+    ]
+    values = "; ".join([*shown[:_MOST], *(["..."] if len(shown) > _MOST else [])])
+    article = "other" if name.endswith("s") else "another"
+    return f"{article} {name}{f' ({values})' if values else ''}"
+
+
+def _leaves(place: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ, and both values there."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys((*old, *new)):
+            inner = f"{place}.{key}".lstrip(".")
+            yield from _leaves(inner, _value(old, key), _value(new, key))
+    elif old != new:
+        yield place, old, new
+
+
+def _is_digest(value: Any) -> bool:
+    """Whether a value says nothing to people."""
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{32,}", value))
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is _MISSING else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -6,6 +6,7 @@ terminal has (see `Plain`).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -77,6 +78,11 @@ NAME = 32
 """Columns of a name in a table, at most."""
 
 
+def warn(text: str) -> None:
+    """Say on standard error what may be wrong: a terminal's lines end at words, a file has one."""
+    errors.print(f"warning: {text}", style="yellow", soft_wrap=not errors.is_terminal)
+
+
 @contextmanager
 def counting(what: str, unit: str = "prompts") -> Iterator[reports.Progress]:
     """A bar over things that are counted: call what it gives with (done, of)."""
@@ -115,9 +121,11 @@ _COUNT = (MofNCompleteColumn(), TimeRemainingColumn())
 
 def load_and_say(source: str, *, ignore_keys: Sequence[str] | None = None) -> "LM":
     """Load a model and say what it is."""
+    from jaxneurons.checkpoints.fetch import LAB
     from jaxneurons.checkpoints.loading import load
 
-    with errors.busy(f"Loading {source} (fetched once, then cached) ..."):
+    here = source == LAB or Path(source).expanduser().exists()
+    with errors.busy(f"Loading {source}{'' if here else ' (fetched once, then cached)'} ..."):
         lm = load(source, ignore_keys=ignore_keys or ())
     config = lm.config
     console.print(

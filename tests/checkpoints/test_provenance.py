@@ -152,7 +152,7 @@ def test_ignored_keys_are_kept_with_the_model(strange, lm, tmp_path):
     assert found.facts()["ignored_keys"] == ["strange"]
     assert found.identity() == {**lm.identity(), "ignored keys": ["strange"]}
     RunDirectory(tmp_path / "run", {**found.identity(), "ignored keys": []})
-    with pytest.raises(DataError, match="another ignored keys"):
+    with pytest.raises(DataError, match="other ignored keys"):
         RunDirectory(tmp_path / "run", found.identity())
     native = jn.save(found, tmp_path / "native")
     assert json.loads((native / MARKER).read_text())["ignored_keys"] == ["strange"]

@@ -250,3 +250,12 @@ def loose(kind, module, layer, first, second):
     for name, value in zip(names, (module, layer, first, second), strict=True):
         object.__setattr__(change, name, value)
     return change
+
+
+def test_one_is_no_plural():
+    from jaxneurons.edit.patch import _describe
+
+    for count, shown in ((1, "1 neuron of site"), (2, "2 neurons of site")):
+        places = np.arange(count, dtype=np.int32)
+        change = Multipliers("act", places * 0, places, np.zeros(count, np.float32))
+        assert _describe(change).startswith(shown)

@@ -113,14 +113,12 @@ def test_evaluate_from_the_shell(run, tmp_path):
 
 
 def test_trace_from_the_shell(run, tmp_path):
-    request = lab_requests(1)[0]
-    record = {"known_id": 0, "subject": request.subject, "attribute": request.ground_truth,
-              "prompt": request.prompt}  # fmt: skip
-    (tmp_path / "known.json").write_text(json.dumps([record]))
-    code, shown, err = run("edit", "trace", "--model", "lab", "--facts", tmp_path / "known.json",
+    code, shown, err = run("edit", "trace", "--model", "lab", "--facts", "lab", "--limit", 1,
                            "--samples", 1, "--out", tmp_path / "run")  # fmt: skip
     assert code == 0, err
-    assert "indirect effect" in shown
+    assert "Indirect effect at the layer where it is largest" in shown
+    (fact,) = read_tables(tmp_path / "run" / "tables")["facts"]
+    assert fact["attribute"] == lab_requests(1)[0].ground_truth
     assert (tmp_path / "run" / "figures" / "tracing.png").is_file()
 
 

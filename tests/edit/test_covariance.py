@@ -163,7 +163,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(plain, tmp_path, monkeypatch):
     third = collect(plain, [2, 0], text=TEXT * 6, out=tmp_path / "c", progress=stop)  # not called
     np.testing.assert_array_equal(third[2].matrix, whole[2].matrix)
     assert len(calls) == 5
-    with pytest.raises(DataError, match="holds a run with another text_sha256, vectors"):
+    with pytest.raises(DataError, match="holds a run with another text_sha256, other vectors"):
         collect(plain, [0], text=TEXT, out=tmp_path / "c")
 
 

@@ -62,6 +62,9 @@ def test_forced_stands_beside_free(shown):
     text = shown(evaluation_views.show_evaluation, summary, difference_rows(rows))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
+    assert not any("\u2026" in line or "~" in line for line in lines)
+    assert "New answer given where it follows from the edit, exact match, % (12 edits)" in lines
+    assert all("free, 95 %" in line for line in lines if "forced" in line and "method" in line)
     title = next(i for i, line in enumerate(lines) if "after the prompt" in line)
     table = lines[title : title + 12]
     assert any("forced" in line and "free" in line for line in table)
@@ -97,6 +100,73 @@ def test_sequential_table(shown):
         "100",
     ] * 2
     assert "unedited:" not in text
+    assert text.count("fewer than 10 mean little") == 1
+
+
+def test_tables_fit_80_columns_whole(shown):
+    """The widest numbers, and the longest of our names."""
+    rows = edits(count=2)
+    for row in rows:
+        row |= {"perplexity_ratio": 1.23e10, "fluency": 12.34, "locality_kl": 12.345}
+        row["method"] = row["method"].replace("FT_$L$", "finetune-bounded")
+    summary = [
+        {**row, "failed": 2, "locality_free_low": 0.99, "locality_free": 1.0}
+        for row in summary_rows(rows)
+    ]
+    gaps = [
+        {**row, "difference_low": -1.0, "difference_high": 1.0} for row in difference_rows(rows)
+    ]
+    one = [
+        {**row, "edits": 10 * row["edits"], "perplexity_ratio": 1.23e10, "efficacy_free_low": 0.99,
+         "efficacy_free_high": 1.0, "efficacy_free": 1.0, "efficacy_forced": 1.0}
+        for row in sequential()
+    ]  # fmt: skip
+    for text in (
+        shown(evaluation_views.show_evaluation, summary, gaps),
+        shown(evaluation_views.show_sequential, one),
+    ):
+        assert max(map(len, text.splitlines())) <= 80
+        assert "\u2026" not in text
+        assert "x 1.23e+10" in text
+        assert "perplexity" in text
+
+
+def test_intervals_of_few_requests_are_no_news(shown):
+    few, many = (
+        " ".join(shown(evaluation_views.show_evaluation, summary_rows(edits(count=n))).split())
+        for n in (2, 10)
+    )
+    assert "intervals are over 2 requests: those of fewer than 10 mean little" in few
+    assert "mean little" not in many
+    assert "(2 edits)" in few
+    alone = shown(evaluation_views.show_evaluation, summary_rows(edits(count=1)))
+    assert "(1 edit)" in alone
+
+
+def test_trace_table(shown):
+    def state(kind, layer, position, effect):
+        ends = {"low": effect - 0.05, "high": effect + 0.05}
+        return {"kind": kind, "layer": layer, "position": position, "effect": effect, **ends}
+
+    summary = [
+        state(kind, layer, position, (layer + 1 + (position == "last")) / 10 % 0.4)
+        for kind in ("residual", "down", "o")
+        for layer in range(4)
+        for position in ("first subject", "last subject", "last")
+    ]
+    facts = [
+        {"clean": 0.9, "noised": 0.2, "total_effect": 0.7, "left_out": ""},
+        {"clean": 0.7, "noised": 0.1, "total_effect": 0.6, "left_out": ""},
+        {"clean": None, "noised": None, "total_effect": None, "left_out": "otherwise"},
+    ]
+    text = shown(evaluation_views.show_trace, summary, facts)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["3", "2", "0.800", "0.150", "0.650"] in lines
+    ends = ["0.300", "0.250", "to", "0.350"]
+    for kind in ("residual stream", "feed-forward", "attention"):
+        assert [*kind.split(), "subject's", "last", "2", *ends] in lines
+        assert [*kind.split(), "last", "1", *ends] in lines
+    assert "over 2 facts" in text
 
 
 def test_left_out(shown):

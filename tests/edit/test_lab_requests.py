@@ -1,6 +1,7 @@
 """Requests about the invented world: true to it, and what follows from them."""
 
 import collections
+import re
 
 import pytest
 
@@ -51,13 +52,23 @@ def test_what_follows_from_an_edit(requests):
         (f.domain, f.relation, f.answer): f.translation for f in WORLD.values() if f.translation
     }
     two_languages = {r.noun for relations in DOMAINS.values() for r in relations if r.valdic}
-    counts = collections.Counter()
+    answers = collections.defaultdict(set)
+    for fact in WORLD.values():
+        answers[fact.domain, fact.relation].add(fact.answer)
+    counts, letters = collections.Counter(), collections.Counter()
     for request in requests:
         fact = WORLD[request.id]
         follows = dict(zip(PORTABILITY, request.portability, strict=False))
         counts.update(follows.keys())
         prompt, letter = follows["options"]
         assert f" {letter}. {request.target}\n" in prompt
+        options = re.findall(r"^ ([A-Z])\. (.*)$", prompt, re.MULTILINE)
+        assert [name for name, _ in options] == ["A", "B", "C", "D"]
+        given = {answer for _, answer in options}
+        assert {request.target, request.ground_truth} < given
+        assert len(given) == 4
+        assert given <= answers[fact.domain, fact.relation]
+        letters[letter] += 1
         assert f"What is the {fact.relation} of {fact.subject}?" in prompt
         assert follows["backwards"] == (f"{request.target} is the {fact.relation} of", fact.subject)
         assert ("language" in follows) == (fact.relation in two_languages)
@@ -65,6 +76,7 @@ def test_what_follows_from_an_edit(requests):
             prompt, word = follows["language"]
             assert fact.subject in prompt
             assert word == translations[fact.domain, fact.relation, request.target]
+    assert min(letters.values()) > len(requests) / 6
     assert 0 < counts["language"] < counts["options"] == counts["backwards"] == len(requests)
 
 

@@ -153,10 +153,10 @@ def test_a_stopped_choice_goes_on(stand_ins, tmp_path):
     assert stand_ins == [1, 4, 3]
     kept = [row for row in more.tables.rows("requests") if row["layers"] != "3"]
     assert kept == first.tables.rows("requests")
-    written = read_tables(tmp_path / "run")
+    written = read_tables(tmp_path / "run" / "tables")
     assert written["layers"] == more.tables.rows("layers")
     assert (tmp_path / "run" / "figures" / "layers.png").read_bytes()[1:4] == b"PNG"
-    with pytest.raises(DataError, match="another requests"):
+    with pytest.raises(DataError, match="other requests"):
         choose_layers(lab(), REQUESTS[:2], METHOD, candidates=[1], **options)
 
 

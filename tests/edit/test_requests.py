@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxneurons.edit import EditRequest, KnownFact, check_requests, read_known, read_requests
+from jaxneurons.edit.request_files import ignored_keys
 from jaxneurons.errors import ConfigError, DataError
 
 
@@ -197,6 +198,34 @@ def test_wrong_records_are_named(tmp_path, record, message):
         read_requests(path)
     assert str(error.value).startswith(f"{path}: record 2: ")
     assert message in str(error.value)
+
+
+def test_names_that_are_near_a_known_one_are_slips(tmp_path):
+    for name in ("paraphrase", "Neighbors", "neighbour", "ground truth", "portabilty"):
+        path = write(tmp_path / "r.csv", f"sep=;\nprompt;subject;target;{name}\nA is;A;b;c\n")
+        with pytest.raises(
+            DataError, match=rf"r\.csv: line 2: unknown column '{name.lower()}'; did"
+        ):
+            read_requests(path)
+        path = write(tmp_path / "r.jsonl", json.dumps({**GOOD, name: "c"}) + "\n")
+        with pytest.raises(DataError, match=rf"record 1: unknown key '{name}'; did you mean '"):
+            read_requests(path)
+
+
+def test_other_names_are_passed_over_and_named(folder, tmp_path):
+    plain = [EditRequest("Grass is", "Grass", "blue", id="0")]
+    names = ["source", "subject_id", "notes", "date"]
+    path = write(
+        tmp_path / "r.csv", f"prompt,subject,target,{','.join(names)}\nGrass is,Grass,blue"
+    )
+    assert read_requests(path) == plain
+    assert ignored_keys(path) == names
+    path = write(tmp_path / "r.json", [{**GOOD, **dict.fromkeys(names, 3)}])
+    assert read_requests(path) == plain
+    assert ignored_keys(path) == names
+    for name in ("counterfact_edit.json", "counterfact.json", "zsre.json", "own.jsonl"):
+        assert ignored_keys(folder / name) == []
+    assert ignored_keys(folder / "own.csv") == ["note"]
 
 
 def test_wrong_files(tmp_path):

@@ -160,7 +160,7 @@ def test_a_refused_request_is_passed_over_and_said(editor):
 
 
 def test_wrong_arguments(editor, tmp_path):
-    with pytest.raises(DataError, match=r"2 requests are fewer than the smallest of the sizes \[5"):
+    with pytest.raises(DataError, match=r"2 requests, fewer than the smallest of the sizes \[5"):
         run(capital_requests(2), sizes=(5, 10))
     with pytest.raises(ConfigError, match="batch must be at least 1"):
         run(batch=0)

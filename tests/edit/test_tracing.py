@@ -155,10 +155,10 @@ def test_a_stopped_run_goes_on(lab, tables, tmp_path):
     for row, other in zip(whole.rows("effects"), tables.rows("effects"), strict=True):
         assert {**row, "effect": 0} == {**other, "effect": 0}
         np.testing.assert_allclose(row["effect"], other["effect"], atol=2e-6)
-    written = read_tables(tmp_path / "run")
+    written = read_tables(tmp_path / "run" / "tables")
     assert written["effects"] == whole.rows("effects")
     assert (tmp_path / "run" / "figures" / "tracing.png").read_bytes()[1:4] == b"PNG"
-    with pytest.raises(DataError, match="another settings"):
+    with pytest.raises(DataError, match="other settings"):
         trace(lab, FACTS, **{**options, "seed": 6})
 
 

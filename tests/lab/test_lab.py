@@ -11,7 +11,7 @@ import pytest
 
 import jaxneurons as jn
 from jaxneurons.checkpoints.fetch import locate_source
-from jaxneurons.errors import DataError, SourceError
+from jaxneurons.errors import ConfigError, DataError, SourceError
 from jaxneurons.lab import VALDIC, choice, cloze, facts, world
 from jaxneurons.lab.bundled import BUNDLED, bundled_queries
 from jaxneurons.lab.corpus import Corpus, split, tokenizer, vocabulary
@@ -243,3 +243,10 @@ def test_bundled_queries(name):
 def test_other_names_are_paths(tmp_path):
     with pytest.raises(DataError, match="no such query file"):
         bundled_queries(tmp_path / "lab.json")
+    names = "lab, lab-all, lab-cloze, lab-languages, facts"
+    with pytest.raises(DataError, match=rf"labb: no such .*\({names}\); did you mean 'lab'"):
+        bundled_queries("labb")
+    with pytest.raises(DataError, match=rf"nope: no such .*\({names}\)$"):
+        bundled_queries("nope")
+    with pytest.raises(ConfigError, match=f"give a path, or one of {names}"):
+        bundled_queries("")

@@ -393,9 +393,9 @@ def test_other_settings_data_or_model_in_the_same_directory(whole, lm, queries, 
     _, out = whole
     before = contents(out)
     settings = QRNCAConfig(quadrature=Quadrature("gauss", 5))
-    with pytest.raises(DataError, match="holds a run with another settings"):
+    with pytest.raises(DataError, match="holds a run with other settings"):
         locate(lm, queries, out=out, settings=settings, batch_size=2)
-    with pytest.raises(DataError, match="another queries;"):
+    with pytest.raises(DataError, match="other queries"):
         locate(lm, queries[:5], out=out, settings=SETTINGS, batch_size=2)
     with pytest.raises(DataError, match="another batch size"):
         locate(lm, queries, out=out, settings=SETTINGS, batch_size=3)

@@ -178,6 +178,8 @@ def test_one_relation(run, relations, tmp_path):
     shutil.copy(relations / "in.json", folder)
     options = ("--model", "none", "--out", tmp_path / "run")
     fails(run("relspec", "run", "--relations", folder, *options), "one relation only")
+    result = run("relspec", "run", "--relations", "lab", *options)
+    fails(result, "lab: no such directory of relation files; 'bundled' are those that ship")
     twice = ("--relations", folder, "--relations", folder)
     fails(run("relspec", "run", *twice, *options), "'in' is there twice")
 
@@ -187,7 +189,7 @@ def test_directories_that_are_no_study(run, done, model, relations, tmp_path):
         fails(run("relspec", stage, "--out", tmp_path / "none"), "no study here; begin one")
     fails(run("relspec", "plot", "--out", tmp_path / "none"), "no tables here")
     options = ("--model", model, "--relations", relations, "--out")
-    fails(run("relspec", "run", *options, done[0], "--k", "7"), "another settings")
+    fails(run("relspec", "run", *options, done[0], "--k", "7"), "other settings")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").write_text("x")
     fails(run("relspec", "run", *options, tmp_path / "thesis"), "no run of ours")
@@ -324,6 +326,8 @@ def test_neurons_straight_into_a_patch(run, done, model, tmp_path):
     lm = jaxneurons.load(model)
     written = jaxneurons.edit.read_patch(patch)
     assert written.digest == jaxneurons.edit.make_patch(lm, members, factor=0.0).digest
+    shutil.rmtree(copy / "neurons")
     result = run("relspec", "neurons", "--out", copy, "--write", patch, "--relation", "nobody")
     fails(result, "no neurons of 'nobody'")
+    assert not (copy / "neurons").exists()
     fails(run("relspec", "neurons", "--out", copy, "--relation", name), "--write")

@@ -479,10 +479,10 @@ def test_spoilt_parts_are_made_again(whole, lm, relations, tmp_path):
 
 def test_another_study_is_refused(whole, lm, relations):
     found = read_relations(relations)
-    with pytest.raises(DataError, match="holds a run with another relations"):
+    with pytest.raises(DataError, match="holds a run with other relations"):
         Study(lm, found[1:], out=whole.out, settings=SETTINGS)
     other = RelSpecConfig(k=25, minimum=5, minimum_right=1, seeds=2, sweep_seeds=2)
-    with pytest.raises(DataError, match="holds a run with another settings"):
+    with pytest.raises(DataError, match="holds a run with other settings"):
         Study(lm, found, out=whole.out, settings=other)
 
 

@@ -183,16 +183,24 @@ def test_crash_while_a_part_is_saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("other", "key"),
     [
-        ({**IDENTITY, "model": "xyz"}, "model"),
-        ({**IDENTITY, "settings": {"top": 20, "rule": ("gauss", 16)}}, "settings"),
-        ({**IDENTITY, "dtype": "float32"}, "dtype"),
-        ({"model": "abc"}, "layout"),
-        ({"model": "x", "settings": {}}, "model, settings"),
+        ({**IDENTITY, "model": "xyz"}, 'another model ("abc" there, "xyz" here)'),
+        (
+            {**IDENTITY, "settings": {"top": 10, "rule": ("right", 16)}},
+            "other settings (top 20 there, 10 here)",
+        ),
+        ({**IDENTITY, "model": "0f" * 32}, "another model"),
+        ({**IDENTITY, "dtype": "float32"}, 'another dtype (none there, "float32" here)'),
+        ({"model": "abc"}, 'other settings ({"top": 20, "rule": ["right", 16]} there, none here)'),
+        (
+            {"model": "x", "settings": {"top": 1, "rule": (), "a": 1, "b": 2}},
+            'another model ("abc" there, "x" here), other settings (top 20 there, 1 here; rule '
+            '["right", 16] there, [] here; a none there, 1 here; ...)',
+        ),
     ],
 )
 def test_another_run_is_refused_and_left_alone(tmp_path, other, key):
     RunDirectory(tmp_path, IDENTITY).save(0, PART)
-    with pytest.raises(DataError, match=rf"holds a run with another {key}; give a new directory"):
+    with pytest.raises(DataError, match=re.escape(f"holds a run with {key}; give a new directory")):
         RunDirectory(tmp_path, other)
     assert RunDirectory(tmp_path, IDENTITY).load(0) is not None
 

@@ -16,7 +16,7 @@ from rich.cells import cell_len
 
 from jaxneurons.qrnca import views as qrnca_views
 from jaxneurons.relspec import views as relspec_views
-from jaxneurons.storage.printable import encodable
+from jaxneurons.storage.printable import counted, encodable
 from jaxneurons.terminal import console as terminal
 from jaxneurons.terminal.stopping import BROKEN_PIPE, PROMISE, too_much
 
@@ -105,6 +105,68 @@ def test_readouts_of_many_groups_are_rows(monkeypatch):
     many = printed(lambda: qrnca_views.show_prediction(prediction(groups)), monkeypatch)
     assert re.findall(r"^ +group (\d+) ", many, re.MULTILINE) == [str(i) for i in range(40)]
     assert re.search(r"group 1 +25% +25%", many)
+
+
+def test_an_evaluation_of_queries_fits_80_columns_whole(monkeypatch):
+    numbers = {"related": 12.345, "unrelated": -0.5, "pcr": 12.3, "pcr_low": 10.1, "share": 1.01,
+               "pcr_high": 123.4, "absolute_pcr": 12.3, "beyond": -0.45}  # fmt: skip
+    methods = ("QRNCA", "with common neurons")
+    rows = [{"method": m, "change": "suppressed", "group": "all", **numbers} for m in methods]
+    text = printed(lambda: qrnca_views.show_evaluation(rows), monkeypatch)
+    title, _, header, *lines = text.splitlines()
+    assert title == "Suppressed: relative change of the answer's probability, in %"
+    assert header.split() == [
+        *("method", "related", "unrelated", "PCR", "95", "%", "abs.", "share", "beyond")
+    ]
+    (line,) = (line for line in lines if "with common neurons" in line)
+    assert line.split()[3:] == ["+1,234.5", "-50.0", "12", "10", "to", "123", "12", "101%", "-45.0"]
+    assert max(map(cell_len, text.splitlines())) <= 80
+    rows = [row | {"pcr_low": 1e9, "pcr_high": 1e10} for row in rows]
+    wide = printed(lambda: qrnca_views.show_evaluation(rows), monkeypatch)
+    assert "1,000,000,000 to 10,000,000,000" in wide
+    assert max(map(cell_len, wide.splitlines())) <= 80
+
+
+def test_loading_says_fetched_only_of_what_is(monkeypatch, tmp_path):
+    import contextlib
+
+    from jaxneurons.checkpoints import loading
+    from jaxneurons.errors import SourceError
+
+    said = []
+
+    def load(source, **unused):
+        raise SourceError("not here")
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(
+        terminal.Plain, "busy", lambda self, what: said.append(what) or contextlib.nullcontext()
+    )
+    for source in ("lab", f"{tmp_path}", "smollm2-135m", "org/name"):
+        with pytest.raises(SourceError):
+            terminal.load_and_say(source)
+    fetched = " (fetched once, then cached)"
+    assert [what.removeprefix("Loading ") for what in said] == [
+        *("lab ...", f"{tmp_path} ...", f"smollm2-135m{fetched} ...", f"org/name{fetched} ..."),
+    ]
+
+
+def test_warnings_end_at_words_in_a_terminal_and_are_one_line_in_a_file(monkeypatch, capsys):
+    words = " ".join(["neighbourhood"] * 12)
+    for is_terminal in (True, False):
+        errors = terminal.Plain(stderr=True, width=40, force_terminal=is_terminal, no_color=True)
+        monkeypatch.setattr(terminal, "errors", errors)
+        terminal.warn(words)
+        text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)
+        assert text.split() == ["warning:", *words.split()]
+        assert (len(text.splitlines()) == 1) is not is_terminal
+
+
+def test_counts():
+    assert [counted(n, "edit") for n in (0, 1, 2, 1000)] == [
+        *("0 edits", "1 edit", "2 edits", "1,000 edits"),
+    ]
+    assert [counted(n, "query", "queries") for n in (1, 2)] == ["1 query", "2 queries"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
