@@ -81,6 +81,14 @@ class LM:
 
     @property
     def edited(self) -> bool:
+        """Whether anything was done to it: patches that its files record, or changes since.
+
+        Changes made without patches are not known any more once they were saved.
+        """
+        return self.changed or bool(self.recorded_patches)
+
+    @property
+    def changed(self) -> bool:
         """Whether configuration or parameters are others than were loaded.
 
         Parameters that were copied or moved count as others: their values are not compared.
@@ -91,13 +99,14 @@ class LM:
     def hash(self) -> str:
         """SHA-256 of the weight file, or of the list of the weight files' names and hashes.
 
-        Of an edited model: of its configuration and parameters, see `provenance.hash_params`.
+        Of one that was changed since: of its configuration and parameters, see
+        `provenance.hash_params`.
 
         Raises:
           SourceError: the files have changed since the model was loaded, or edited parameters are
             spread over several processes.
         """
-        return self._hash_once(hash_params) if self.edited else self._files_hash
+        return self._hash_once(hash_params) if self.changed else self._files_hash
 
     @property
     def values_hash(self) -> str:
@@ -125,13 +134,13 @@ class LM:
 
         If the parameters have been changed again since, `facts()` says so.
         """
-        return self.patched.patches if self.patched is not None and self.edited else ()
+        return self.patched.patches if self.patched is not None and self.changed else ()
 
     def patch_facts(self) -> dict[str, Any]:
         """What files say of the patches in the parameters; empty where there are none."""
         patches = [*self.recorded_patches, *(patch.summary() for patch in self.patches)]
         changed = (
-            self.edited
+            self.changed
             and bool(patches)
             and not (self.patched and self.patched.result.is_model(self.config, self.params))
         )

@@ -129,14 +129,14 @@ class Patched:
     Attributes:
       patches: in the order in which they were applied.
       base: `hash_values` of the parameters before the first.
-      base_edited: whether those were others than had been loaded.
+      base_changed: whether those were others than had been loaded.
       base_dtype: of those.
       result: what the patches made, to tell whether the parameters still are that.
     """
 
     patches: tuple[AnyPatch, ...]
     base: str
-    base_edited: bool
+    base_changed: bool
     base_dtype: str
     result: Loaded
 

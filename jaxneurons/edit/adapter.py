@@ -61,7 +61,7 @@ def write_adapter(
     check_argument("base_model", str | None, base_model)
     target = as_path("directory", directory)
     patches = [patches] if isinstance(patches, Patch) else list(patches)
-    if lm.edited:
+    if lm.changed:
         raise DataError(
             f"{lm.source} is edited in memory, an adapter goes on the base's files: give the model "
             "as it was loaded, or export the edited one with save(..., to='hf')"

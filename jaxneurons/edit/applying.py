@@ -117,7 +117,7 @@ def apply_patches(lm: LM, patches: Sequence[Patch] | Patch, *, allow_conflicts: 
     patched = Patched(
         patches=(*earlier, *patches),
         base=base,
-        base_edited=before.base_edited if before else lm.edited,
+        base_changed=before.base_changed if before else lm.changed,
         base_dtype=before.base_dtype if before else lm.dtype.name,
         result=Loaded(lm.config, params),
     )

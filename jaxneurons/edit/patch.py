@@ -154,6 +154,11 @@ class Patch(AnyPatch):
         )
 
 
+def recorded_name(record: Mapping[str, Any]) -> str:
+    """For messages: the name of a patch of which there is a summary only."""
+    return f"patch {str(record.get('digest', '?'))[:12]} ({record.get('method', 'changes')})"
+
+
 def _row(change: Change) -> dict[str, Any]:
     if isinstance(change, Multipliers):
         return {

@@ -103,7 +103,8 @@ def test_native_directories_keep_the_record(lm, tmp_path):
     edited = apply_patches(lm, patch)
     native = jn.load(jn.save(edited, tmp_path / "native"))
     assert native.facts()["patches"] == [patch.summary()]
-    assert not native.edited
+    assert native.edited
+    assert not native.changed
     second = apply_patches(native, make_patch(native, term(2)))
     back = jn.load(jn.save(second, tmp_path / "hf", to="hf"))
     assert [record["digest"] for record in back.facts()["patches"]] == [

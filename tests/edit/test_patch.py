@@ -277,7 +277,9 @@ def test_which_patches_carry_the_base(lm):
     lean = make_patch(lm, rank_one())
     assert not lean.revertible
     edited = apply_patches(lm, lean)
-    with pytest.raises(DataError, match=r"give the base, or make the patch with keep_base"):
+    with pytest.raises(
+        DataError, match=r"give the base \(base=, --base SRC\).* made with keep_base"
+    ):
         revert(edited, lean)
     assert revert(edited, lean, base=lm) is lm
 
@@ -295,7 +297,9 @@ def test_reverting_one_of_several(lm):
     assert bits(back.params) == bits(apply_patches(lm, [row, neurons]).params)
     with pytest.raises(DataError, match="is not in this model"):
         revert(edited, make_patch(lm, rank_one(0)), base=lm)
-    with pytest.raises(DataError, match="is not all that differs from its base"):
+    with pytest.raises(
+        DataError, match=r"is not in this model: .* holds patch .*\(changes\), patch"
+    ):
         revert(edited, make_patch(lm, rows(0)))
     with pytest.raises(DataError, match="the base has the parameters"):
         revert(edited, low, base=edited)
@@ -563,3 +567,103 @@ def test_metadata_that_are_no_json(file):
         save_file(arrays, file, {**texts, "patch": text})
         with pytest.raises(DataError, match=str(file)):
             read_patch(file)
+
+
+# --- stacks of patches on disk --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def stacked(request, directory, tmp_path_factory):
+    """A base, three patches of it of which two meet in a kernel, and the directory of them all."""
+    lm = jn.load(directory, dtype=request.param)
+    patches = [make_patch(lm, rank_one(1)), make_patch(lm, rank_one(1, seed=1, rank=2)),
+               make_patch(lm, rows(2))]  # fmt: skip
+    out = tmp_path_factory.mktemp("stacked") / "all"
+    return lm, patches, jn.save(apply_patches(lm, patches), out, to="hf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", None])
+def test_a_stack_that_was_saved_is_reverted(stacked, dtype):
+    base, patches, out = stacked
+    saved = jn.load(out, dtype=dtype)
+    assert revert(saved, patches[::-1], base=base) is base  # in any order
+    for gone in range(3):
+        stay = [patch for number, patch in enumerate(patches) if number != gone]
+        back = revert(saved, patches[gone], base=base, others=stay)
+        want = apply_patches(base, stay)
+        assert list(back.patches) == stay
+        assert bits(back.params) == bits(want.params)
+    with pytest.raises(DataError) as caught:
+        revert(saved, patches[0], base=base)
+    for needed in patches[1:]:
+        assert f"{needed.name}, digest {needed.digest}" in str(caught.value)
+    assert patches[0].digest not in str(caught.value)
+    assert "others=, --keep PATCH" in str(caught.value)
+    with pytest.raises(DataError, match=r"does not carry the base's entries: give the base"):
+        revert(saved, patches)
+
+
+def test_a_stack_in_bfloat16_from_a_base_in_float32(directory, tmp_path):
+    narrow = jn.load(directory, dtype="bfloat16")
+    base = jn.load(jn.save(narrow, tmp_path / "narrow", to="hf"))
+    assert base.dtype == jnp.float32
+    patches = [make_patch(base, rank_one(1)), make_patch(base, rows(2))]
+    edited = apply_patches(narrow, patches)
+    saved = jn.load(jn.save(edited, tmp_path / "edited", to="hf"))
+    assert revert(saved, patches, base=base) is base
+    back = revert(saved, patches[1], base=base, others=patches[0])
+    assert back.dtype == jnp.float32
+    assert back.values_hash == apply_patches(narrow, patches[0]).values_hash
+    assert back.facts()["patches"] == [patches[0].summary()]
+    assert "changed_after_patches" not in back.facts()
+
+
+def test_a_stack_that_carries_its_entries(lm, tmp_path):
+    one = make_patch(lm, rows(1))
+    first = apply_patches(lm, one)
+    top = make_patch(first, rank_one(1), keep_base=True)  # on top of the first, the same kernel
+    aside = make_patch(lm, rows(2))
+    out = jn.save(apply_patches(first, [top, aside]), tmp_path / "all")
+    saved = jn.load(out)
+    back = revert(saved, [aside, one, top])
+    assert bits(back.params) == bits(lm.params)
+    assert "patches" not in back.facts()
+    back = revert(saved, aside, others=[one, top])
+    assert bits(back.params) == bits(apply_patches(lm, [one, top]).params)
+    with pytest.raises(DataError, match="was made on top of"):
+        revert(saved, one, others=[top, aside])
+    with pytest.raises(DataError, match=r"is not in this model: .*all holds patch .*, patch"):
+        revert(saved, make_patch(lm, rows(0)), base=lm)
+    # The last one alone, of a model that had been saved with those before it.
+    part = jn.load(jn.save(first, tmp_path / "part"))
+    both = jn.load(jn.save(apply_patches(part, top), tmp_path / "both"))
+    back = revert(both, top)
+    assert back.values_hash == first.values_hash
+    assert back.facts()["patches"] == [one.summary()]
+    assert revert(both, top, base=part) is part
+    with pytest.raises(DataError, match=r"is in the base .* too"):
+        revert(both, one, base=part, others=top)
+
+
+def test_several_at_once_in_memory(lm):
+    one, two = make_patch(lm, rows(1)), make_patch(lm, rows(1, (7, 9), 6))  # both set row 7
+    three = make_patch(lm, rows(2))
+    edited = apply_patches(lm, [one, two, three], allow_conflicts=True)
+    assert bits(revert(edited, [one, two, three]).params) == bits(lm.params)
+    back = revert(edited, [one, two])
+    assert bits(back.params) == bits(apply_patches(lm, three).params)
+    assert back.patches == (three,)
+    assert revert(edited, []) is edited
+
+
+def test_what_differs_otherwise_is_not_reverted(lm, tmp_path):
+    """One value that no patch accounts for: nothing is reverted."""
+    patches = [make_patch(lm, rows(1)), make_patch(lm, rows(2))]
+    edited = apply_patches(lm, patches)
+    params = jax.tree.map(lambda x: x, edited.params)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].add(1)
+    saved = jn.load(jn.save(dataclasses.replace(edited, params=params), tmp_path / "all", to="hf"))
+    with pytest.raises(DataError, match="what they make of the base is not in this model"):
+        revert(saved, patches, base=lm)
+    with pytest.raises(DataError, match="are not all that differs from the base"):
+        revert(saved, patches)

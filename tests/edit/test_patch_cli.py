@@ -61,7 +61,8 @@ def test_neurons_into_a_patch_applied_and_reverted(run, lm, model, neurons, tmp_
     assert read_patch(patch).digest == make_patch(lm, expected, factor=0.5).digest
     code, out, _ = run("edit", "apply", patch, "--model", model, "--out", edited)
     assert code == 0
-    assert "Applied: <Patch" in out
+    name = f"Applied: {read_patch(patch).name}, for tiny ("
+    assert name in out
     by_hand = weights(model)
     by_hand["model.layers.0.mlp.up_proj.weight"][3] *= 0.5
     by_hand["model.layers.2.mlp.up_proj.weight"][7] *= 0.5
@@ -97,10 +98,30 @@ def test_a_low_rank_patch_takes_its_base(run, lm, model, low_rank, neurons, tmp_
     revert = ("edit", "revert", low_rank, "--model", tmp_path / "low-only", "--out")
     code, _, err = run(*revert, tmp_path / "back")
     assert code == 1
-    assert "give the base, or make the patch with keep_base" in err
+    assert "give the base (base=, --base SRC)" in err
     code, _, err = run(*revert, tmp_path / "back", "--base", model)
     assert code == 0, err
     assert same(weights(tmp_path / "back"), weights(model))
+
+
+def test_a_stack_that_was_saved(run, model, low_rank, neurons, tmp_path):
+    other, edited = tmp_path / "other", tmp_path / "edited"
+    run("edit", "neurons", "--model", model, "--neurons", neurons, "--out", other)
+    code, _, err = run("edit", "apply", low_rank, other, "--model", model, "--allow-conflicts",
+                       "--out", edited)  # fmt: skip
+    assert code == 0, err
+    revert = ("edit", "revert", low_rank, "--model", edited, "--base", model, "--out")
+    code, _, err = run(*revert, tmp_path / "part")
+    assert code == 1
+    assert read_patch(other).digest in err.replace("\n", "")
+    code, out, err = run(*revert, tmp_path / "back", other)
+    assert code == 0, err
+    assert out.count("Reverted: patch ") == 2
+    assert same(weights(tmp_path / "back"), weights(model))
+    code, _, err = run(*revert, tmp_path / "part", "--keep", other)
+    assert code == 0, err
+    run("edit", "apply", other, "--model", model, "--out", tmp_path / "other-only")
+    assert same(weights(tmp_path / "part"), weights(tmp_path / "other-only"))
 
 
 def test_an_adapter(run, model, low_rank, neurons, tmp_path):
