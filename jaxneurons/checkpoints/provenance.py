@@ -226,10 +226,16 @@ def read_recorded_patches(directory: Path, facts: Mapping[str, Any]) -> tuple[di
 
 def _value_line(array: tuple[str, Any, int | None]) -> str:
     name, leaf, layer = array
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    return f"{name} {layer} {shape} {hash_array(leaf, layer)}\n"
+
+
+def hash_array(leaf: Any, layer: int | None) -> str:
+    """SHA-256 of the values, as float32, of one layer of an array, or of one without layers."""
     values = np.asarray(leaf) if layer is None else layer_values(leaf, layer)
     values = values.astype("<f4", copy=False)
     digest = hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-    return f"{name} {layer} {values.shape} {digest.hexdigest()}\n"
+    return digest.hexdigest()
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -1,7 +1,7 @@
 """The command line of patches: made of neurons, applied, reverted, looked at."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,26 +45,31 @@ def neurons_command(
 ) -> None:
     """Multiply neurons of a list, as `qrnca` and `relspec` write it: a patch."""
     from jaxneurons.neurons.sets import read_neurons
-    from jaxneurons.storage.store import check_not_input, check_writable
+    from jaxneurons.storage.store import check_new_file
 
-    check_not_input(out, neurons)
-    check_writable(out.absolute().parent)
+    check_new_file(out, neurons)
     located = read_neurons(neurons)
     if not len(located):
         raise DataError(f"{neurons}: holds no neurons")
     lm = load_and_say(model, ignore_keys=ignore_key)
-    write_neurons(lm, located, factor, out, keep_base=keep_base)
+    write_neurons(lm, located, factor, out, keep_base=keep_base, facts={"neurons": str(neurons)})
 
 
 def write_neurons(
-    lm: "LM", neurons: "NeuronSet", factor: float, out: Path, *, keep_base: bool = True
+    lm: "LM",
+    neurons: "NeuronSet",
+    factor: float,
+    out: Path,
+    *,
+    keep_base: bool = True,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Write a patch that multiplies neurons, and show it."""
+    """Write a patch that multiplies neurons, and show it; `facts` say where they come from."""
     from jaxneurons.edit.patch import make_patch
     from jaxneurons.edit.patch_file import write_patch
     from jaxneurons.edit.patch_views import show_patch
 
-    patch = make_patch(lm, neurons, factor=factor, keep_base=keep_base)
+    patch = make_patch(lm, neurons, factor=factor, keep_base=keep_base, facts=facts)
     write_patch(patch, out)
     show_patch(patch)
     console.print(f"Written: {out} ({gib(out.stat().st_size)})", soft_wrap=True)

@@ -110,10 +110,10 @@ def neurons(
 ) -> None:
     """Stage 2: average precision of every neuron, and the best of each relation as CSV."""
     from jaxneurons.neurons.sets import NeuronSet
-    from jaxneurons.storage.store import check_writable
+    from jaxneurons.storage.store import check_new_file
 
     if write is not None:
-        check_writable(write.absolute().parent)
+        check_new_file(write)
     elif relation:
         raise ConfigError("--relation chooses what --write writes; give --write PATCH too")
     with _resumed(out) as study:
@@ -128,7 +128,8 @@ def neurons(
     members = NeuronSet()
     for name in relation or sets:
         members |= sets[name]
-    services().write_neurons(study.lm, members, factor, write)
+    facts = {"run": str(out), "relations": relation or "all"}
+    services().write_neurons(study.lm, members, factor, write, facts=facts)
 
 
 @app.command()

@@ -46,7 +46,8 @@ def test_rome_writes_a_patch_that_edits(run, tmp_path):
     facts = read_patch(patch).facts
     assert facts["method"] == "ROME"
     assert facts["settings"]["optimisation"]["prefixes"] == 2
-    assert facts["targets"] == [[request.id, request.prompt, request.target]]
+    names = ("id", "subject", "prompt", "target", "ground_truth")
+    assert facts["requests"] == [{name: getattr(request, name) for name in names}]
 
 
 def test_an_optimisation_that_stops_early_is_no_success(run, tmp_path):

@@ -340,6 +340,17 @@ def test_a_patch_is_applied_once(lm, tmp_path):
         apply_patches(lm, [patch, patch])
 
 
+@pytest.mark.parametrize("to", ["native", "hf"])
+def test_a_patch_of_the_base_of_an_edited_model(lm, tmp_path, to):
+    one, two = make_patch(lm, rank_one()), make_patch(lm, rows(2))
+    saved = jn.load(jn.save(apply_patches(lm, one), tmp_path / "edited", to=to), dtype="bfloat16")
+    with pytest.raises(DataError) as caught:
+        apply_patches(saved, two)
+    assert f"is edited already: it holds {one.name}" in str(caught.value)
+    assert "apply all patches together to that model" in str(caught.value)
+    assert "in that dtype" not in str(caught.value)
+
+
 CONFLICTS = {
     "rows": ([rows(1, (3, 7)), rows(1, (7, 9), 1)], 1),
     "other rows": ([rows(1, (3, 7)), rows(1, (8, 9), 1)], 0),
@@ -364,7 +375,9 @@ def test_conflicts(lm, name):
         assert apply_patches(lm, patches).patches == tuple(patches)
         return
     assert (meeting[0].first, meeting[0].second) == (0, 1)
-    said = r"patches 1 and 2 both touch 1 .*the order given"
+    said = (
+        r"patches 1 and 2 both touch 1 .*the order given.*allow_conflicts=True, --allow-conflicts"
+    )
     if name == "term and rows":
         said = r"patches 1 and 2 both touch 2 rows.*ffn\.down\.kernel of layer 1 \(add, set\)"
     with pytest.raises(DataError, match=said):
@@ -379,9 +392,9 @@ def test_conflicts(lm, name):
 
 
 BAD = {
-    "layer": ([rank_one(3)], "layer 3 is not in this model, which has 3"),
+    "layer": ([rank_one(3)], "layer 3 is not in this model, which has 3: layers go from 0 to 2"),
     "module": ([rank_one(module="ffn.dwn")], r"no module 'ffn\.dwn' in a layer.*'ffn\.down'"),
-    "neuron": ([rows(1, (3, 64))], "neuron 64 is not in this model, which has 64"),
+    "neuron": ([rows(1, (3, 64))], "neuron 64 is not .* which has 64: indices go from 0 to 63"),
     "negative": ([rows(1, (-1,))], "neuron -1 is not in this model"),
     "twice": ([rows(1, (3, 3))], "a neuron is there twice"),
     "shape": ([rank_one(module="ffn.up")], "left has the shape .*, not 32 x any"),

@@ -58,7 +58,8 @@ def test_neurons_into_a_patch_applied_and_reverted(run, lm, model, neurons, tmp_
     assert code == 0
     assert f"Written: {patch}" in out
     expected = NeuronSet.of(up=[(0, 3), (2, 7)], act=[(1, 5)])
-    assert read_patch(patch).digest == make_patch(lm, expected, factor=0.5).digest
+    facts = {"neurons": str(neurons)}
+    assert read_patch(patch).digest == make_patch(lm, expected, factor=0.5, facts=facts).digest
     code, out, _ = run("edit", "apply", patch, "--model", model, "--out", edited)
     assert code == 0
     name = f"Applied: {read_patch(patch).name}, for tiny ("
@@ -75,6 +76,12 @@ def test_neurons_into_a_patch_applied_and_reverted(run, lm, model, neurons, tmp_
     assert code == 0
     assert same(weights(back), weights(model))
     assert not (back / "jaxneurons_patches.json").exists()
+    code, shown, _ = run("inspect", edited)
+    assert code == 0
+    held = read_patch(patch)
+    assert f"1 in the parameters, on tiny (parameters {held.base[:12]})" in " ".join(shown.split())
+    assert f"multipliers {held.digest[:12]}" in " ".join(shown.split())
+    assert "in the parameters" not in run("inspect", back)[1]
     code, _, err = run("edit", "apply", patch, "--model", edited, "--out", tmp_path / "twice")
     assert code == 1
     assert "is in the model already" in err
@@ -135,7 +142,33 @@ def test_an_adapter(run, model, low_rank, neurons, tmp_path):
     code, _, err = run("edit", "apply", other, "--model", model, "--to", "lora", "--out",
                        tmp_path / "no")  # fmt: skip
     assert code == 1
-    assert "an adapter holds low-rank terms only" in err
+    assert "an adapter holds low-rank terms only" in " ".join(err.split())
+    assert "--to hf" in err
+
+
+def test_a_patch_takes_no_file_s_place(run, model, neurons, tmp_path, monkeypatch):
+    """Refused before anything is loaded; a directory that is missing is made."""
+    monkeypatch.setattr("jaxneurons.checkpoints.loading.load", None)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("important")
+    for out, said in ((notes, "exists already; delete it or give another name"),
+                      (tmp_path, "is a directory; give the name of a file")):  # fmt: skip
+        for command in (
+            ("edit", "neurons", "--model", model, "--neurons", neurons, "--out", out),
+            ("edit", "rome", "--model", model, "--requests", "lab", "--out", out),
+            ("edit", "finetune", "--model", model, "--requests", "lab", "--out", out),
+            ("edit", "learn", "--model", model, "--requests", "lab", "--out", out),
+            ("edit", "surgery", "--model", model, "--requests", "lab", "--out", out),
+            ("qrnca", "edit", "--run", tmp_path, "--write", out),
+            ("relspec", "neurons", "--out", tmp_path, "--write", out),
+        ):
+            code, _, err = run(*command)
+            assert (code, said in " ".join(err.split())) == (1, True), (command, err)
+    assert notes.read_text() == "important"
+    monkeypatch.undo()
+    out = tmp_path / "new" / "patch"
+    assert run("edit", "neurons", "--model", model, "--neurons", neurons, "--out", out)[0] == 0
+    assert out.is_file()
 
 
 def test_what_inspect_shows(run, low_rank):
