@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """A loaded language model: everything that the methods of this library need.
 
@@ -78,6 +79,20 @@ class LM:
     _hashed: dict[str, tuple[Loaded, str]] = dataclasses.field(
         default_factory=dict, repr=False, init=False
     )
+
+    def __repr__(self) -> str:
+        config, count = self.config, sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        patches = self.patch_facts().get("patches", ())
+        parts = [
+            f"{config.family}, {config.num_layers} layers, hidden size {config.hidden_size}",
+            f"{config.intermediate_size} FFN neurons each, {self.dtype.name}",
+            f"{count:,} parameters",
+        ]
+        if patches:
+            parts.append(f"{len(patches)} patch{'es' if len(patches) > 1 else ''}")
+        elif self.changed:
+            parts.append("changed since it was loaded")
+        return f"<LM {self.source}: {', '.join(parts)}>"
 
     @property
     def edited(self) -> bool:

@@ -22,6 +22,7 @@ from jaxneurons.edit.method import (
     MEMIT,
     ROME,
     AlphaEdit,
+    Edit,
     FineTune,
     KnowledgeNeurons,
     LearnedNeurons,
@@ -213,8 +214,28 @@ def _edit(
             progress=progress,
         )
     write_patch(make_patch(lm, result), out)
-    show_edit(requests, result)
+    if isinstance(settings, KnowledgeNeurons):
+        _show_surgery(lm, requests, result, settings)
+    else:
+        show_edit(requests, result)
     console.print(f"Written: {out} ({out.stat().st_size / 2**20:.2f} MiB)", soft_wrap=True)
+
+
+def _show_surgery(
+    lm: "LM", requests: list["EditRequest"], edit: Edit, settings: KnowledgeNeurons
+) -> None:
+    from jaxneurons.edit.answer_probabilities import answer_probabilities
+    from jaxneurons.edit.output_rows import set_for_each
+    from jaxneurons.edit.views import show_surgery
+
+    before, after = (
+        answer_probabilities(
+            lm.params, requests, changes, config=lm.config, tokenizer=lm.tokenizer
+        ).tolist()
+        for changes in ((), edit.changes)
+    )
+    neurons = [len(of_request) for of_request in set_for_each(settings.neurons, len(requests))]
+    show_surgery(requests, edit, neurons=neurons, before=before, after=after)
 
 
 patch_cli.add_commands(app)

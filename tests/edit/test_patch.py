@@ -197,6 +197,20 @@ def test_a_model_knows_that_it_is_edited(lm):
     assert "patches" not in back.facts()
 
 
+def test_a_model_in_one_line(lm, directory, tmp_path):
+    count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+    said = f"<LM {directory}: qwen2, 3 layers, hidden size 32, 64 FFN neurons each, float32"
+    assert repr(lm) == f"{said}, {count:,} parameters>"
+    edited = apply_patches(lm, [make_patch(lm, rank_one()), make_patch(lm, rows(2))])
+    assert repr(edited) == f"{said}, {count:,} parameters, 2 patches>"
+    saved = jn.load(jn.save(edited, tmp_path / "saved"))
+    assert repr(saved).endswith("parameters, 2 patches>")
+    assert saved.edited
+    assert not saved.changed
+    moved = dataclasses.replace(lm, params=jax.tree.map(lambda x: x + 0, lm.params))
+    assert repr(moved).endswith("changed since it was loaded>")
+
+
 def test_two_patches_in_either_order_and_alone(lm):
     one, two = make_patch(lm, rank_one(1)), make_patch(lm, rank_one(1, seed=1))
     three = make_patch(lm, rows(2))

@@ -177,9 +177,59 @@ def test_what_inspect_shows(run, low_rank):
     text = " ".join(out.split())
     assert "patch " in text
     assert "(ROME)" in text
-    assert "reached their goal 1 of 2" in text
+    assert "below stop loss 1 of 2" in text
+    assert "request a request b" in text
     assert "reverted by its base" in text
     assert "low-rank ffn.down 1 1" in text
+
+
+def test_inspect_names_facts_settings_and_texts(run, lm, tmp_path):
+    from support.tiny_edits import REQUESTS
+
+    from jaxneurons.edit import MEMIT, Edit
+
+    left, right = (jnp.ones(shape, "float32") for shape in ((64, 1), (1, 32)))
+    layer = {"model": "a" * 64, "tokenizer": "b" * 64, "text": "neutral", "text_sha256": "c" * 64,
+             "vectors": 4096, "dtype": "float32", "format": 1, "weight": 697.6744186}  # fmt: skip
+    facts = {"covariance": {"1": layer, "2": layer}, "prefixes": ["one two"] * 10}
+    edit = Edit((LowRank("ffn.down", 1, left, right),), MEMIT(layers=(1, 2)), None, {}, facts,
+                requests=(*REQUESTS[:2], *REQUESTS[:2], *REQUESTS[:2], REQUESTS[0]))  # fmt: skip
+    write_patch(make_patch(lm, edit), tmp_path / "p")
+    code, out, _ = run("edit", "inspect", tmp_path / "p")
+    assert code == 0
+    text = " ".join(out.split())
+    assert text.count("Italy: 'The capital of Italy is' -> 'Paris'") == 3
+    assert text.count("'People who live in France speak' -> 'Greek'") == 2
+    assert "request ... and 2 more" in text
+    covariance = f"layer 2: 4096 keys of text 'neutral' ({'c' * 12}), model {'a' * 12}"
+    for said in (covariance, "layers 1, 2", "optimisation.kl_factor 0.0625", "prefixes 10",
+                 "weight not set"):  # fmt: skip
+        assert said in text
+    assert "a" * 13 not in text
+    assert "one two" not in text
+    # Patches of before had targets.
+    old = {"method": "ROME", "targets": [["id", "The capital of Italy is", "Paris"]]}
+    write_patch(make_patch(lm, edit.changes, facts=old), tmp_path / "old")
+    text = " ".join(run("edit", "inspect", tmp_path / "old")[1].split())
+    assert "request 'The capital of Italy is' -> 'Paris'" in text
+
+
+def test_inspect_counts_neurons_and_names_where_they_come_from(run, lm, tmp_path):
+    from jaxneurons.edit import KnowledgeNeurons
+    from jaxneurons.edit.patch_cli import write_neurons
+
+    members = NeuronSet.of(up=[(0, 3), (2, 7)])
+    facts = {"run": "runs/first", "queries": [f"q{n}" for n in range(11)]}
+    write_neurons(lm, members, 0.5, tmp_path / "p", facts=facts)
+    text = " ".join(run("edit", "inspect", tmp_path / "p")[1].split())
+    assert "run runs/first" in text
+    assert "queries q0, q1, q2, q3, q4, q5, q6, q7 and 3 more" in text
+    assert "factor 0.5" in text
+    settings = KnowledgeNeurons((members, NeuronSet.of(act=[(1, 1)])))
+    facts = {"settings": settings}
+    write_patch(make_patch(lm, members, facts=facts), tmp_path / "s")
+    text = " ".join(run("edit", "inspect", tmp_path / "s")[1].split())
+    assert "neurons 3 in 2 sets" in text
 
 
 def test_wrong_commands(run, model, low_rank, neurons, tmp_path):
