@@ -96,6 +96,8 @@ def test_a_face_says_what_it_holds(package):
     for name in module.__all__:
         assert getattr(module, name) is not None
         assert name in dir(module)
+    if package:  # or whoever imports the module of that name first gets it from the face
+        assert {path.stem for path in (PACKAGE / package).glob("*.py")} & names_of(package) == set()
     with pytest.raises(AttributeError, match="nothing_of_ours"):
         module.nothing_of_ours  # noqa: B018
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxneurons.checkpoints.fetch import locate_source
 from jaxneurons.checkpoints.loading import check_keys, read_tokenizer
+from jaxneurons.checkpoints.provenance import read_recorded_patches
 from jaxneurons.convert.fill import match
 from jaxneurons.convert.gguf import config_of, open_gguf, tensors_of
 from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors
@@ -32,6 +33,7 @@ class Description:
       neurons: by site, how many a layer has.
       memory: bytes of its parameters in memory by dtype.
       tokenizer: facts about it.
+      patches: what its files record of patches that are in its parameters, in their order.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Description:
     neurons: dict[str, int]
     memory: dict[str, int]
     tokenizer: dict[str, Any]
+    patches: tuple[dict[str, Any], ...] = ()
 
 
 def describe(
@@ -72,6 +75,7 @@ def describe(
         neurons=site_widths(config),
         memory={name: count * width for name, width in BYTES.items()},
         tokenizer=_tokenizer_facts(path),
+        patches=_patches(path),
     )
 
 
@@ -108,6 +112,12 @@ def _headers(path: Path, ignored: Sequence[str]) -> tuple[str, ModelConfig, dict
             add(entry.dtype.name, entry.nbytes)
     match(config, stored_tensors(files), naming="hf", where=str(path))
     return "Hugging Face", config, stored
+
+
+def _patches(path: Path) -> tuple[dict[str, Any], ...]:
+    if not path.is_dir():
+        return ()
+    return read_recorded_patches(path, read_marker(path)[1] if (path / MARKER).is_file() else {})
 
 
 def _tokenizer_facts(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LM:
     """A loaded language model: everything that the methods of this library need.
 
@@ -79,8 +80,30 @@ class LM:
         default_factory=dict, repr=False, init=False
     )
 
+    def __repr__(self) -> str:
+        config, count = self.config, sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        patches = self.patch_facts().get("patches", ())
+        parts = [
+            f"{config.family}, {config.num_layers} layers, hidden size {config.hidden_size}",
+            f"{config.intermediate_size} FFN neurons each, {self.dtype.name}",
+            f"{count:,} parameters",
+        ]
+        if patches:
+            parts.append(f"{len(patches)} patch{'es' if len(patches) > 1 else ''}")
+        elif self.changed:
+            parts.append("changed since it was loaded")
+        return f"<LM {self.source}: {', '.join(parts)}>"
+
     @property
     def edited(self) -> bool:
+        """Whether anything was done to it: patches that its files record, or changes since.
+
+        Changes made without patches are not known any more once they were saved.
+        """
+        return self.changed or bool(self.recorded_patches)
+
+    @property
+    def changed(self) -> bool:
         """Whether configuration or parameters are others than were loaded.
 
         Parameters that were copied or moved count as others: their values are not compared.
@@ -91,13 +114,14 @@ class LM:
     def hash(self) -> str:
         """SHA-256 of the weight file, or of the list of the weight files' names and hashes.
 
-        Of an edited model: of its configuration and parameters, see `provenance.hash_params`.
+        Of one that was changed since: of its configuration and parameters, see
+        `provenance.hash_params`.
 
         Raises:
           SourceError: the files have changed since the model was loaded, or edited parameters are
             spread over several processes.
         """
-        return self._hash_once(hash_params) if self.edited else self._files_hash
+        return self._hash_once(hash_params) if self.changed else self._files_hash
 
     @property
     def values_hash(self) -> str:
@@ -125,13 +149,13 @@ class LM:
 
         If the parameters have been changed again since, `facts()` says so.
         """
-        return self.patched.patches if self.patched is not None and self.edited else ()
+        return self.patched.patches if self.patched is not None and self.changed else ()
 
     def patch_facts(self) -> dict[str, Any]:
         """What files say of the patches in the parameters; empty where there are none."""
         patches = [*self.recorded_patches, *(patch.summary() for patch in self.patches)]
         changed = (
-            self.edited
+            self.changed
             and bool(patches)
             and not (self.patched and self.patched.result.is_model(self.config, self.params))
         )

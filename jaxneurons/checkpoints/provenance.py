@@ -129,14 +129,14 @@ class Patched:
     Attributes:
       patches: in the order in which they were applied.
       base: `hash_values` of the parameters before the first.
-      base_edited: whether those were others than had been loaded.
+      base_changed: whether those were others than had been loaded.
       base_dtype: of those.
       result: what the patches made, to tell whether the parameters still are that.
     """
 
     patches: tuple[AnyPatch, ...]
     base: str
-    base_edited: bool
+    base_changed: bool
     base_dtype: str
     result: Loaded
 
@@ -226,10 +226,16 @@ def read_recorded_patches(directory: Path, facts: Mapping[str, Any]) -> tuple[di
 
 def _value_line(array: tuple[str, Any, int | None]) -> str:
     name, leaf, layer = array
+    shape = leaf.shape if layer is None else leaf.shape[1:]
+    return f"{name} {layer} {shape} {hash_array(leaf, layer)}\n"
+
+
+def hash_array(leaf: Any, layer: int | None) -> str:
+    """SHA-256 of the values, as float32, of one layer of an array, or of one without layers."""
     values = np.asarray(leaf) if layer is None else layer_values(leaf, layer)
     values = values.astype("<f4", copy=False)
     digest = hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-    return f"{name} {layer} {values.shape} {digest.hexdigest()}\n"
+    return digest.hexdigest()
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

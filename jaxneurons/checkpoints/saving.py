@@ -89,7 +89,7 @@ def save(
                 "source": {
                     "name": lm.source,
                     "sha256": source.result(),
-                    **({"edited": True} if lm.edited else {}),
+                    **({"edited": True} if lm.changed else {}),
                 },
                 **lm.patch_facts(),
                 **({"ignored_keys": list(lm.ignored_keys)} if lm.ignored_keys else {}),

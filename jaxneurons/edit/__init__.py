@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         regularise,
         write_covariances,
     )
-    from jaxneurons.edit.diff import (
+    from jaxneurons.edit.differences import (
         diff,
     )
     from jaxneurons.edit.editing import (
@@ -64,9 +64,6 @@ if TYPE_CHECKING:
         sparse_scales,
         swap,
     )
-    from jaxneurons.edit.lab_requests import (
-        lab_requests,
-    )
     from jaxneurons.edit.layers import (
         LayerChoice,
         choose_layers,
@@ -86,7 +83,7 @@ if TYPE_CHECKING:
         Optimisation,
         Trace,
     )
-    from jaxneurons.edit.named_methods import named_methods
+    from jaxneurons.edit.method_names import named_methods
     from jaxneurons.edit.patch import (
         Patch,
         make_patch,
@@ -128,6 +125,9 @@ if TYPE_CHECKING:
     )
     from jaxneurons.edit.values import (
         Values,
+    )
+    from jaxneurons.edit.world_requests import (
+        lab_requests,
     )
 
 __getattr__, __dir__ = face(__name__, __file__)

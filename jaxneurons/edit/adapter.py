@@ -18,13 +18,14 @@ from jaxneurons.checkpoints.saving import check_free, published
 from jaxneurons.convert.rules import tensor_name
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.edit.applying import apply_patches
-from jaxneurons.edit.changes import LowRank, kernel_path
+from jaxneurons.edit.changes import LowRank, Multipliers, Rows, kernel_path
 from jaxneurons.edit.patch import Patch
 from jaxneurons.errors import DataError
 from jaxneurons.storage.settings import as_path, check_argument
 from jaxneurons.storage.store import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KINDS = {Rows: "rows that are set", Multipliers: "neurons that are multiplied"}
 _PREFIX = "base_model.model."
 """Before the names of a wrapped model's modules."""
 _HUB = re.compile(r"[\w.-]+/[\w.-]+@\w+")
@@ -61,10 +62,10 @@ def write_adapter(
     check_argument("base_model", str | None, base_model)
     target = as_path("directory", directory)
     patches = [patches] if isinstance(patches, Patch) else list(patches)
-    if lm.edited:
+    if lm.changed:
         raise DataError(
             f"{lm.source} is edited in memory, an adapter goes on the base's files: give the model "
-            "as it was loaded, or export the edited one with save(..., to='hf')"
+            "as it was loaded, or export the edited one as a model (save(..., to='hf'), --to hf)"
         )
     edited = apply_patches(lm, patches)  # which refuses what is not for this model
     terms = _terms(patches)
@@ -89,8 +90,9 @@ def _terms(patches: Sequence[Patch]) -> dict[tuple[str, int], list[LowRank]]:
         for change in patch.changes:
             if not isinstance(change, LowRank):
                 raise DataError(
-                    f"{patch.name} holds {type(change).__name__}, an adapter holds low-rank terms "
-                    "only: export the edited model with save(..., to='hf')"
+                    f"{patch.name} holds {_KINDS[type(change)]}, and an adapter holds low-rank "
+                    "terms only, as ROME, MEMIT and AlphaEdit make them: export the edited "
+                    "model (save(..., to='hf'), --to hf)"
                 )
             terms.setdefault((change.module, change.layer), []).append(change)
     if not terms:

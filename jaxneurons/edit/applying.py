@@ -13,7 +13,7 @@ from jaxneurons.checkpoints.loading import LM
 from jaxneurons.checkpoints.provenance import Loaded, Patched, hash_values
 from jaxneurons.edit.changes import Change, apply
 from jaxneurons.edit.entries import Region, regions
-from jaxneurons.edit.patch import Patch, plain
+from jaxneurons.edit.patch import Patch, plain, recorded_name
 from jaxneurons.errors import DataError
 from jaxneurons.model.parameters import LAYERS, Params, get
 from jaxneurons.storage.settings import check_argument
@@ -117,7 +117,7 @@ def apply_patches(lm: LM, patches: Sequence[Patch] | Patch, *, allow_conflicts: 
     patched = Patched(
         patches=(*earlier, *patches),
         base=base,
-        base_edited=before.base_edited if before else lm.edited,
+        base_changed=before.base_changed if before else lm.changed,
         base_dtype=before.base_dtype if before else lm.dtype.name,
         result=Loaded(lm.config, params),
     )
@@ -154,7 +154,7 @@ def _check_repeated(lm: LM, earlier: Sequence[Patch], patches: Sequence[Patch]) 
     known |= {str(record.get("digest")) for record in lm.recorded_patches}
     for patch in patches:
         if patch.digest in known:
-            raise DataError(f"{patch.name} is in the model already; apply it once")
+            raise DataError(f"{patch.name} is in the model already ({lm.source}); apply it once")
         known.add(patch.digest)
 
 
@@ -164,8 +164,8 @@ def _check_conflicts(earlier: Sequence[Patch], patches: Sequence[Patch]) -> None
         more = f", and {len(meeting) - 1} more such places" if len(meeting) > 1 else ""
         raise DataError(
             f"{meeting[0]}{more}: what comes out depends on their order; leave one out, make the "
-            "later one on the model with the earlier, or allow conflicts to apply them in the "
-            "order given"
+            "later one on the model with the earlier, or apply them in the order given "
+            "(allow_conflicts=True, --allow-conflicts)"
         )
 
 
@@ -179,6 +179,15 @@ def _check_finite(params: Params, changes: Sequence[Change], lm: LM) -> None:
 
 
 def _wrong_base(lm: LM, patch: Patch) -> DataError:
+    records = lm.patch_facts().get("patches", ())
+    of_base = [record for record in records if record.get("base") == patch.base]
+    if of_base:
+        names = ", ".join(recorded_name(record) for record in records)
+        return DataError(
+            f"{lm.source} is edited already: it holds {names}. {patch.name} is for the model "
+            f"before that ({patch.facts.get('base_name', 'a model')}, {patch.base[:16]}): apply "
+            "all patches together to that model"
+        )
     name = patch.facts.get("base_name", "a model")
     return DataError(
         f"{patch.name} is for the parameters {patch.base[:16]} ({name}, "

@@ -55,7 +55,7 @@ def _read(requests: str, limit: int | None) -> list["EditRequest"]:
     from jaxneurons.edit.request_files import ignored_keys, read_requests
 
     if requests == "lab":
-        from jaxneurons.edit.lab_requests import lab_requests
+        from jaxneurons.edit.world_requests import lab_requests
 
         return lab_requests(limit)
     chosen = read_requests(requests, limit=limit)

@@ -246,7 +246,8 @@ def check_changes(
             inputs, outputs = _kernel_shape(at, change.module, config)
             if not 0 <= change.layer < config.num_layers:
                 raise DataError(
-                    f"{at}layer {change.layer} is not in this model, which has {config.num_layers}"
+                    f"{at}layer {change.layer} is not in this model, which has "
+                    f"{config.num_layers}: layers go from 0 to {config.num_layers - 1}"
                 )
             if isinstance(change, LowRank):
                 rank = change.left.shape[-1]
@@ -307,10 +308,10 @@ def _check_indices(at: str, change: Change, sizes: Mapping[str, int]) -> None:
     for (name, size), values in zip(sizes.items(), columns, strict=True):
         if values.size and not 0 <= values.min() <= values.max() < size:
             wrong = int(values.min() if values.min() < 0 else values.max())
-            what = "layer" if name == "layer" else "neuron"
+            what, which = ("layer", "layers") if name == "layer" else ("neuron", "indices")
             raise DataError(
-                f"{at}{what} {wrong} is not in this model, which has {size}: "
-                "the change belongs to another one"
+                f"{at}{what} {wrong} is not in this model, which has {size}: {which} go from 0 to "
+                f"{size - 1}; the change belongs to another model"
             )
     if len(np.unique(np.stack(columns), axis=1).T) < len(columns[0]):
         raise DataError(f"{at}a neuron is there twice; give each of them once")

@@ -22,6 +22,7 @@ from jaxneurons.edit.method import (
     MEMIT,
     ROME,
     AlphaEdit,
+    Edit,
     FineTune,
     KnowledgeNeurons,
     LearnedNeurons,
@@ -147,7 +148,8 @@ def _of_neurons(settings: type, *, name: str, help: str) -> None:
         located: Any = None if neurons is None else read_neurons(neurons)
         if located is not None and not len(located):
             raise DataError(f"{neurons}: holds no neurons")
-        lm, chosen = _prepared(model, requests, limit, out, ignore_key)
+        inputs = () if neurons is None else (neurons,)
+        lm, chosen = _prepared(model, requests, limit, out, ignore_key, *inputs)
         if located is None:
             from jaxneurons.edit.located import locate_neurons
 
@@ -175,12 +177,16 @@ _of_neurons(
 
 
 def _prepared(
-    model: str, requests: str, limit: int | None, out: Path, ignore_keys: list[str] | None
+    model: str,
+    requests: str,
+    limit: int | None,
+    out: Path,
+    ignore_keys: list[str] | None,
+    *inputs: Path,
 ) -> tuple["LM", list["EditRequest"]]:
-    from jaxneurons.storage.store import check_not_input, check_writable
+    from jaxneurons.storage.store import check_new_file
 
-    check_not_input(out, Path(requests))
-    check_writable(out.absolute().parent)
+    check_new_file(out, Path(requests), *inputs)
     chosen = read(requests, limit)
     return load_and_say(model, ignore_keys=ignore_keys), chosen
 
@@ -207,10 +213,29 @@ def _edit(
             covariance=covariance,
             progress=progress,
         )
-    targets = [[r.id, r.prompt, r.target] for r in requests]
-    write_patch(make_patch(lm, result, facts={"targets": targets}), out)
-    show_edit(requests, result)
+    write_patch(make_patch(lm, result), out)
+    if isinstance(settings, KnowledgeNeurons):
+        _show_surgery(lm, requests, result, settings)
+    else:
+        show_edit(requests, result)
     console.print(f"Written: {out} ({out.stat().st_size / 2**20:.2f} MiB)", soft_wrap=True)
+
+
+def _show_surgery(
+    lm: "LM", requests: list["EditRequest"], edit: Edit, settings: KnowledgeNeurons
+) -> None:
+    from jaxneurons.edit.answer_probabilities import answer_probabilities
+    from jaxneurons.edit.output_rows import set_for_each
+    from jaxneurons.edit.views import show_surgery
+
+    before, after = (
+        answer_probabilities(
+            lm.params, requests, changes, config=lm.config, tokenizer=lm.tokenizer
+        ).tolist()
+        for changes in ((), edit.changes)
+    )
+    neurons = [len(of_request) for of_request in set_for_each(settings.neurons, len(requests))]
+    show_surgery(requests, edit, neurons=neurons, before=before, after=after)
 
 
 patch_cli.add_commands(app)

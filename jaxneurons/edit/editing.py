@@ -5,6 +5,7 @@ each of the parameters as they are. What a method is called with is decided by t
 settings: a row of `METHODS`.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxneurons.edit import layered, rank_one
 from jaxneurons.edit.covariance import Covariance
+from jaxneurons.edit.fingerprint import fingerprint, places
 from jaxneurons.edit.method import (
     MEMIT,
     ROME,
@@ -109,7 +111,7 @@ def edit(
     """
     method = _method(requests, config, settings)
     given = method.taken(covariance=covariance, earlier=earlier, values=values, prefixes=prefixes)
-    return method.function(method.edit)(
+    made = method.function(method.edit)(
         params,
         list(requests),
         config=config,
@@ -118,6 +120,7 @@ def edit(
         progress=progress,
         **given,
     )
+    return _signed(params, [made], [requests], config)[0]
 
 
 def edit_each(
@@ -151,7 +154,7 @@ def edit_each(
     """
     method = _method(requests, config, settings)
     given = method.taken(covariance=covariance, values=values, prefixes=prefixes)
-    return method.function(method.edit_each)(
+    made = method.function(method.edit_each)(
         params,
         list(requests),
         config=config,
@@ -160,6 +163,26 @@ def edit_each(
         progress=progress,
         **given,
     )
+    return _signed(params, made, [[request] for request in requests], config)
+
+
+def _signed(
+    params: Params,
+    edits: Sequence[Edit],
+    requests: Sequence[Sequence[EditRequest]],
+    config: ModelConfig,
+) -> list[Edit]:
+    """Edits that know their requests and what they were computed on; each array is hashed once."""
+    touched = [places(edit.changes, config=config) for edit in edits]
+    known = fingerprint(params, sorted(set().union(*touched)))
+    return [
+        dataclasses.replace(
+            edit,
+            requests=tuple(of_edit),
+            computed_on={place: known[place] for place in where if place in known},
+        )
+        for edit, of_edit, where in zip(edits, requests, touched, strict=True)
+    ]
 
 
 def values_of(

@@ -18,7 +18,7 @@ from jaxneurons.edit.arguments import (
 )
 from jaxneurons.edit.cases import MeasureSettings
 from jaxneurons.edit.method import Settings
-from jaxneurons.edit.named_methods import METHODS, SEQUENTIAL, SINGLE
+from jaxneurons.edit.method_names import METHODS, SEQUENTIAL, SINGLE
 from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.terminal.console import console, counting, load_and_say, warn
 from jaxneurons.terminal.options import IgnoreKeys, names_of, settings_options
@@ -286,7 +286,7 @@ def _settings(
     prefixes: int | None,
     out: Path,
 ) -> dict[str, Settings]:
-    from jaxneurons.edit.named_methods import named_methods
+    from jaxneurons.edit.method_names import named_methods
 
     with counting("Locating neurons", "requests") as progress:
         return named_methods(

@@ -11,8 +11,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,9 @@ from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.storage.settings import check_fields
+
+if TYPE_CHECKING:
+    from jaxneurons.edit.requests import EditRequest
 
 
 def _check_ranges(settings: Any, **least: float | int) -> None:
@@ -275,7 +278,7 @@ class Trace(NamedTuple):
     reached: Bool[np.ndarray, " request"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """What an edit changes, and how it was found.
 
@@ -286,6 +289,10 @@ class Edit:
       keys: by layer, sum of the outer products of all keys edited so far, float32 [width, width];
         what `earlier` of the next sequential edit takes. Empty where the method keeps none.
       facts: what a patch records beside: covariance's identity, seed, layers.
+      requests: what was edited; what a patch shows of itself.
+      computed_on: by array that the changes touch ("ffn.down.kernel") and layer, a hash of its
+        values as they were (`fingerprint`): `make_patch` refuses an edit of other parameters.
+        Empty where it is not known.
     """
 
     changes: tuple[Change, ...]
@@ -293,3 +300,15 @@ class Edit:
     trace: Trace | None
     keys: Mapping[int, Float[np.ndarray, "width width"]]
     facts: Mapping[str, Any]
+    requests: Sequence["EditRequest"] = ()
+    computed_on: Mapping[tuple[str, int], str] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        of = f"of {len(self.requests)} request(s) " if self.requests else ""
+        parts = [f"{len(self.changes)} change(s)"]
+        if isinstance(layers := self.facts.get("layers"), list | tuple) and layers:
+            parts.append(f"layers {', '.join(map(str, layers))}")
+        if self.trace is not None:
+            reached = self.trace.reached
+            parts.append(f"{int(reached.sum())} of {len(reached)} below the stop loss")
+        return f"<Edit {of}by {type(self.settings).__name__}: {'; '.join(parts)}>"

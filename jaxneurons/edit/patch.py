@@ -30,6 +30,7 @@ from jaxneurons.edit.changes import (
     multipliers,
 )
 from jaxneurons.edit.entries import Entries, check_entries, regions, take
+from jaxneurons.edit.fingerprint import differing
 from jaxneurons.edit.method import Edit
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
@@ -40,7 +41,17 @@ from jaxneurons.storage.store import digest, null_for_nan
 
 FORMAT = 1
 """Of patch files."""
-_SUMMARY = ("method", "settings", "seed", "layers", "covariance", "jaxneurons")
+_SUMMARY = (
+    "method",
+    "settings",
+    "seed",
+    "layers",
+    "covariance",
+    "base_name",
+    "base_dtype",
+    "jaxneurons",
+)
+_OF_REQUESTS = ("id", "subject", "prompt", "target", "ground_truth")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Editable = Edit | Change | Sequence[Change] | NeuronSet | Ranking | Mapping[str, Any]
@@ -155,6 +166,11 @@ class Patch(AnyPatch):
         )
 
 
+def recorded_name(record: Mapping[str, Any]) -> str:
+    """For messages: the name of a patch of which there is a summary only."""
+    return f"patch {str(record.get('digest', '?'))[:12]} ({record.get('method', 'changes')})"
+
+
 def _row(change: Change) -> dict[str, Any]:
     if isinstance(change, Multipliers):
         return {
@@ -209,14 +225,16 @@ def make_patch(
         kernels, not: reverting these takes the base.
 
     Raises:
-      DataError: nothing is changed, the model has not what is changed, numbers are not finite, or
-        facts that have no place in JSON.
+      DataError: nothing is changed, the model has not what is changed, numbers are not finite, an
+        edit was computed on other parameters, or facts that have no place in JSON.
       SourceError: the parameters are spread over several processes.
     """
     check_argument("lm", LM, lm)
     changes, known = _changes(lm, edit, factor)
     changes = tuple(_on_host(change) for change in changes)
     check_changes(changes, config=lm.config, finite=True)
+    if isinstance(edit, Edit):
+        _check_computed_on(lm, edit)
     if keep_base is None:
         keep_base = not any(isinstance(change, LowRank) for change in changes)
     kept = take(lm.params, regions(changes, lm.config)) if keep_base and changes else ()
@@ -237,6 +255,15 @@ def make_patch(
     )
 
 
+def _check_computed_on(lm: LM, edit: Edit) -> None:
+    if other := differing(lm.params, edit.computed_on):
+        array, layer = other[0]
+        raise DataError(
+            f"the edit was computed on other parameters than {lm.source} has now: {array} of layer "
+            f"{layer} differs; give the model as it was then, or edit this one"
+        )
+
+
 def _changes(lm: LM, edit: Editable, factor: float) -> tuple[tuple[Change, ...], dict[str, Any]]:
     """The changes of an edit, and what it says of itself."""
     if isinstance(edit, NeuronSet | Ranking | Mapping):
@@ -249,6 +276,10 @@ def _changes(lm: LM, edit: Editable, factor: float) -> tuple[tuple[Change, ...],
             **_seed(edit.settings),
             **edit.facts,
         }
+        if edit.requests:
+            known["requests"] = [
+                {name: getattr(request, name) for name in _OF_REQUESTS} for request in edit.requests
+            ]
         if (trace := edit.trace) is not None:
             known["optimisation"] = {
                 "probability": trace.probability,

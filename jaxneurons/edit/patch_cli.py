@@ -1,7 +1,7 @@
 """The command line of patches: made of neurons, applied, reverted, looked at."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from jaxneurons.terminal.options import IgnoreKeys
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
+    from jaxneurons.edit.patch import Patch
     from jaxneurons.neurons.sets import NeuronSet
 
 TO = ("hf", "native", "lora")
@@ -45,26 +46,31 @@ def neurons_command(
 ) -> None:
     """Multiply neurons of a list, as `qrnca` and `relspec` write it: a patch."""
     from jaxneurons.neurons.sets import read_neurons
-    from jaxneurons.storage.store import check_not_input, check_writable
+    from jaxneurons.storage.store import check_new_file
 
-    check_not_input(out, neurons)
-    check_writable(out.absolute().parent)
+    check_new_file(out, neurons)
     located = read_neurons(neurons)
     if not len(located):
         raise DataError(f"{neurons}: holds no neurons")
     lm = load_and_say(model, ignore_keys=ignore_key)
-    write_neurons(lm, located, factor, out, keep_base=keep_base)
+    write_neurons(lm, located, factor, out, keep_base=keep_base, facts={"neurons": str(neurons)})
 
 
 def write_neurons(
-    lm: "LM", neurons: "NeuronSet", factor: float, out: Path, *, keep_base: bool = True
+    lm: "LM",
+    neurons: "NeuronSet",
+    factor: float,
+    out: Path,
+    *,
+    keep_base: bool = True,
+    facts: dict[str, Any] | None = None,
 ) -> None:
-    """Write a patch that multiplies neurons, and show it."""
+    """Write a patch that multiplies neurons, and show it; `facts` say where they come from."""
     from jaxneurons.edit.patch import make_patch
     from jaxneurons.edit.patch_file import write_patch
     from jaxneurons.edit.patch_views import show_patch
 
-    patch = make_patch(lm, neurons, factor=factor, keep_base=keep_base)
+    patch = make_patch(lm, neurons, factor=factor, keep_base=keep_base, facts=facts)
     write_patch(patch, out)
     show_patch(patch)
     console.print(f"Written: {out} ({gib(out.stat().st_size)})", soft_wrap=True)
@@ -100,36 +106,46 @@ def apply_command(
         return
     edited = apply_patches(lm, read, allow_conflicts=allow_conflicts)
     _save(edited, out, to)
-    for patch in read:
-        console.print(f"Applied: {patch!r}", soft_wrap=True)
+    _say_patches("Applied", read)
 
 
 def revert_command(
-    patch: Annotated[Path, typer.Argument(help="The patch to take out.", show_default=False)],
+    patches: Annotated[
+        list[Path], typer.Argument(help="The patches to take out.", show_default=False)
+    ],
     model: Annotated[str, typer.Option(help="The edited model.")],
     out: Directory,
     base: Annotated[
         str | None,
-        typer.Option(help="The model before; needed if the patch does not carry its entries."),
+        typer.Option(help="The model before; needed if a patch does not carry its entries."),
+    ] = None,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A patch of the edited model that stays, may be repeated; all that are in it are "
+            "needed.",
+            show_default=False,
+        ),
     ] = None,
     to: Annotated[str, typer.Option(help="hf (safetensors) or native (Orbax).")] = "hf",
     dtype: Dtype = None,
     ignore_key: IgnoreKeys = None,
 ) -> None:
-    """Take a patch out of an edited model again, bit for bit, and write the model before it."""
+    """Take patches out of an edited model again, bit for bit, and write the model without them."""
     from jaxneurons.checkpoints.loading import load
     from jaxneurons.edit.patch_file import read_patch
     from jaxneurons.edit.reverting import revert
 
     _check_to(to, TO[:2])
-    read = read_patch(patch)
+    read = [read_patch(path) for path in patches]
+    others = [read_patch(path) for path in keep or ()]
     lm = _load(model, out, dtype, ignore_key)
     before = None
     if base is not None:
         with counting_bytes("Reading the base") as progress:
             before = load(base, dtype=lm.dtype, progress=progress, ignore_keys=ignore_key or ())
-    _save(revert(lm, read, base=before), out, to)
-    console.print(f"Reverted: {read!r}", soft_wrap=True)
+    _save(revert(lm, read, base=before, others=others), out, to)
+    _say_patches("Reverted", read)
 
 
 def inspect_command(
@@ -163,6 +179,18 @@ def _save(lm: "LM", out: Path, to: str) -> None:
     with counting_bytes("Writing") as progress:
         save(lm, out, to=check_format(to), progress=progress)
     _say_written(out, to, f"{lm.dtype}, from {lm.source}")
+
+
+def _say_patches(what: str, patches: "list[Patch]") -> None:
+    from jaxneurons.edit.patch_file import contents
+
+    for patch in patches:
+        base = patch.facts.get("base_name", "a model")
+        arrays = len(contents(patch)[1])
+        console.print(
+            f"{what}: {patch.name}, for {base} ({patch.base[:12]}), {arrays} arrays",
+            soft_wrap=True,
+        )
 
 
 def _say_written(out: Path, to: str, what: str) -> None:

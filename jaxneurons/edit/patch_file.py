@@ -76,7 +76,7 @@ def write_patch(patch: Patch, path: str | os.PathLike[str]) -> None:
 
     Args:
       patch: the patch.
-      path: of the file; one that is there is replaced.
+      path: of the file; one that is there is replaced, atomically (the commands refuse it).
 
     Raises:
       WriteError: no room, no permission, no such directory.

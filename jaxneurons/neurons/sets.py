@@ -192,9 +192,12 @@ class NeuronSet:
                 ("neuron", indices, width),
             ):
                 if values.min() < 0 or values.max() >= size:
+                    wrong = int(values.min() if values.min() < 0 else values.max())
+                    which = "indices" if name == "neuron" else "layers"
                     raise DataError(
-                        f"site {site!r}: {name} {int(values.max())} is not in this model, "
-                        f"which has {size}: these neurons belong to another one"
+                        f"site {site!r}: {name} {wrong} is not in this model, which has {size}: "
+                        f"{which} go from 0 to {size - 1}; these neurons belong to another model, "
+                        "or were counted from 1"
                     )
 
     def scales(

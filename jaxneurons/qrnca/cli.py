@@ -210,9 +210,17 @@ def edit(
     """
     _check_own(neurons)
     if write is not None:
+        from jaxneurons.storage.store import check_new_file
+
+        check_new_file(write, *([] if neurons is None else [neurons]))
         opened = _opened(run, write.absolute().parent, model, ignore_key)
         members = _members(opened, neurons, query or [])
-        services().write_neurons(opened.lm, members, factor, write)
+        facts = {
+            "run": str(run),
+            **({"neurons": str(neurons)} if neurons is not None else {}),
+            **({"queries": query or "all"} if query or neurons is None else {}),
+        }
+        services().write_neurons(opened.lm, members, factor, write, facts=facts)
         return
     if query:
         raise ConfigError("--query chooses what --write writes; give --write PATCH too")

@@ -111,10 +111,10 @@ def neurons(
     """Stage 2: average precision of every neuron, and the best of each relation as CSV."""
     from jaxneurons.neurons.sets import NeuronSet
     from jaxneurons.storage.printable import counted
-    from jaxneurons.storage.store import check_writable
+    from jaxneurons.storage.store import check_new_file
 
     if write is not None:
-        check_writable(write.absolute().parent)
+        check_new_file(write)
     elif relation:
         raise ConfigError("--relation chooses what --write writes; give --write PATCH too")
     with _resumed(out) as study:
@@ -129,7 +129,8 @@ def neurons(
     members = NeuronSet()
     for name in relation or sets:
         members |= sets[name]
-    services().write_neurons(study.lm, members, factor, write)
+    facts = {"run": str(out), "relations": relation or "all"}
+    services().write_neurons(study.lm, members, factor, write, facts=facts)
 
 
 @app.command()

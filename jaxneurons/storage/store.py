@@ -155,6 +155,27 @@ def check_not_input(output: Path, *inputs: Path) -> None:
             raise DataError(f"{output}: is what is read ({source}); give another file to write to")
 
 
+def check_new_file(output: Path, *inputs: Path) -> None:
+    """Raise unless a file can be made: before anything is read for it, or computed.
+
+    What is no file of its own, a pipe or a device, can be written into.
+
+    Args:
+      output: the file; its directory is made if it is missing.
+      inputs: what is read.
+
+    Raises:
+      DataError: it is an input, or is there already, as a file or a directory.
+      WriteError: its directory cannot be written.
+    """
+    check_not_input(output, *inputs)
+    if output.is_dir():
+        raise DataError(f"{output} is a directory; give the name of a file to write")
+    if output.is_file():
+        raise DataError(f"{output} exists already; delete it or give another name")
+    check_writable(output.absolute().parent)
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

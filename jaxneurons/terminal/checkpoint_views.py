@@ -1,6 +1,6 @@
 """What people see of checkpoints: a certificate of `verify`, the description of `inspect`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -77,9 +77,20 @@ def show_description(description: "Description") -> None:
             f"EOS {tokens['eos']!r}, {'a' if tokens['chat template'] else 'no'} chat template",
         ),
     ]
+    if description.patches:
+        rows.append(("patches", _patches(description.patches)))
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def _patches(patches: Sequence[Mapping[str, Any]]) -> str:
+    """How many are in the parameters, which, and what they were made for."""
+    names = [f"{p.get('method', 'changes')} {str(p.get('digest', '?'))[:12]}" for p in patches[:5]]
+    more = f" and {len(patches) - 5} more" if len(patches) > 5 else ""
+    first = patches[0]
+    base = f"{first.get('base_name', 'a model')} (parameters {str(first.get('base', '?'))[:12]})"
+    return f"{len(patches)} in the parameters, on {base}: {', '.join(names)}{more}"
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:

@@ -12,8 +12,8 @@ class Services(NamedTuple):
     """The functions that are passed down.
 
     Attributes:
-      write_neurons: of a model, a set of neurons, a factor and a path: writes a patch that
-        multiplies them.
+      write_neurons: of a model, a set of neurons, a factor, a path and `facts`, which say where
+        the neurons come from: writes a patch that multiplies them.
     """
 
     write_neurons: Callable[..., None]

@@ -11,6 +11,7 @@ from support.fixtures import room, transformers_tokenizer, write_lm
 
 import jaxneurons as jn
 from jaxneurons import DataError, NeuronSet, SourceError
+from jaxneurons.checkpoints.description import describe
 from jaxneurons.edit import LowRank, apply_patches, make_patch, write_adapter
 
 IDS = np.random.default_rng(0).integers(0, 200, (2, 9))
@@ -103,7 +104,9 @@ def test_native_directories_keep_the_record(lm, tmp_path):
     edited = apply_patches(lm, patch)
     native = jn.load(jn.save(edited, tmp_path / "native"))
     assert native.facts()["patches"] == [patch.summary()]
-    assert not native.edited
+    assert native.edited
+    assert not native.changed
+    assert describe(native.source).patches == (patch.summary(),)
     second = apply_patches(native, make_patch(native, term(2)))
     back = jn.load(jn.save(second, tmp_path / "hf", to="hf"))
     assert [record["digest"] for record in back.facts()["patches"]] == [
@@ -145,7 +148,9 @@ def test_an_adapter_says_what_it_is_for(lm, tmp_path):
 def test_what_is_no_adapter(lm, tmp_path):
     low = make_patch(lm, term(1))
     neurons = make_patch(lm, NeuronSet.of(up=[(0, 1)]))
-    with pytest.raises(DataError, match=r"holds Multipliers.*export the edited model with save"):
+    with pytest.raises(
+        DataError, match=r"neurons that are multiplied.*export the edited model .*--to hf"
+    ):
         write_adapter(lm, [low, neurons], tmp_path / "a")
     with pytest.raises(DataError, match=r"is edited in memory.*give the model as it was loaded"):
         write_adapter(apply_patches(lm, low), [low], tmp_path / "a")

@@ -21,7 +21,7 @@ from jaxneurons.edit import (
     read_patch,
 )
 from jaxneurons.edit.evaluation_cli import chosen
-from jaxneurons.edit.named_methods import METHODS, SINGLE
+from jaxneurons.edit.method_names import METHODS, SINGLE
 from jaxneurons.storage.tables import read_tables
 
 QUICK = ("--prefixes", 2)
@@ -46,7 +46,8 @@ def test_rome_writes_a_patch_that_edits(run, tmp_path):
     facts = read_patch(patch).facts
     assert facts["method"] == "ROME"
     assert facts["settings"]["optimisation"]["prefixes"] == 2
-    assert facts["targets"] == [[request.id, request.prompt, request.target]]
+    names = ("id", "subject", "prompt", "target", "ground_truth")
+    assert facts["requests"] == [{name: getattr(request, name) for name in names}]
 
 
 def test_an_optimisation_that_stops_early_is_no_success(run, tmp_path):
@@ -56,8 +57,9 @@ def test_an_optimisation_that_stops_early_is_no_success(run, tmp_path):
         "--layer", 1, "--covariance", "identity", "--steps", 0, "--prefixes", 0,
     )  # fmt: skip
     assert code == 0, err
-    assert "NO" in out
-    assert "did not reach their goal" in err
+    assert "below stop" in out
+    assert "1 of 1 optimisations ended above the stop loss of 0.05" in out
+    assert "1 of 1 new answers have a probability below 0.5" in err
     (change,) = read_patch(patch).changes
     np.testing.assert_array_equal(np.asarray(change.left) @ np.asarray(change.right), 0)
 
@@ -73,6 +75,25 @@ def test_learned_edits_change_the_located_neurons_alone(run, tmp_path):
     assert len(located) == 20
     rows = {(c.layer, int(i)) for c in read_patch(patch).changes for i in np.asarray(c.index)}
     assert rows == {tuple(pair) for pair in located.pairs("act").tolist()}
+
+
+def test_surgery_says_what_it_did(run, tmp_path):
+    patch = tmp_path / "surgery.safetensors"
+    code, out, err = run(
+        "edit", "surgery", "--model", "lab", "--requests", "lab", "--limit", 2, "--out", patch,
+    )  # fmt: skip
+    assert code == 0, err
+    requests = lab_requests(2)
+    edited = jn.edit.apply_patches(lab(), [read_patch(patch)])
+    for request in requests:
+        query = jn.prompts.encode_query(lab().tokenizer, request.prompt, request.target)
+        row = next(line for line in out.splitlines() if request.prompt in line).split()
+        assert row[-3] == "20"
+        for lm, shown in ((lab(), row[-2]), (edited, row[-1])):
+            logits = jn.forward(lm.params, jnp.array([query.prompt]), config=lm.config).logits
+            p = jax.nn.softmax(logits[0, -1])[query.answer]
+            assert float(shown) == pytest.approx(float(p), abs=6e-4)
+    assert "may well have failed" in err
 
 
 def test_located_neurons_are_those_of_the_highest_attribution():

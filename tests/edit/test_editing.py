@@ -164,3 +164,41 @@ WRONG = [
 def test_wrong_settings_are_refused_when_they_are_made(as_users_call, kind, fields, message):
     with pytest.raises(ConfigError, match=f"{kind.__name__}.{message}"):
         kind(**fields)
+
+
+def test_an_edit_belongs_to_the_parameters_it_was_computed_on(tiny_lm):
+    from jaxneurons.edit import apply_patches, make_patch
+
+    settings = FineTune(layer=1, steps=1)
+    shared = {"config": tiny_lm.config, "tokenizer": tiny_lm.tokenizer, "settings": settings}
+    made = edit(tiny_lm.params, REQUESTS[:1], **shared)
+    (each, _) = edit_each(tiny_lm.params, REQUESTS[:2], **shared)
+    assert made.computed_on.keys() == each.computed_on.keys() == {("ffn.down.kernel", 1)}
+    assert tuple(made.requests) == tuple(each.requests) == (REQUESTS[0],)
+    edited = apply_patches(tiny_lm, make_patch(tiny_lm, made))
+    for late in (made, each):
+        with pytest.raises(DataError, match=r"computed on other parameters.*down\.kernel of layer"):
+            make_patch(edited, late)
+    # Made by hand it is of no parameters; layers that it does not touch may be others.
+    by_hand = dataclasses.replace(made, computed_on={})
+    assert make_patch(edited, by_hand).base == edited.values_hash
+    elsewhere = edit(tiny_lm.params, REQUESTS[:1],
+                     **{**shared, "settings": dataclasses.replace(settings, layer=0)})  # fmt: skip
+    assert make_patch(edited, elsewhere).base == edited.values_hash
+    said = "<Edit of 1 request(s) by FineTune: 1 change(s); layers 1; 0 of 1 below the stop loss>"
+    assert repr(made) == said
+
+
+def test_each_array_is_hashed_once(tiny_lm, monkeypatch):
+    from jaxneurons.edit import fingerprint
+
+    hashed = []
+
+    def count(leaf, layer):
+        hashed.append(layer)
+        return "0" * 64
+
+    monkeypatch.setattr(fingerprint, "hash_array", count)
+    edit_each(tiny_lm.params, REQUESTS, config=tiny_lm.config, tokenizer=tiny_lm.tokenizer,
+              settings=FineTune(layer=2, steps=1))  # fmt: skip
+    assert hashed == [2]

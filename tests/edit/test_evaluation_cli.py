@@ -6,12 +6,12 @@ import pytest
 from support.edits import capital_requests, lab
 
 import jaxneurons as jn
-from jaxneurons.edit import evaluation, evaluation_cli, layers, located, named_methods, sequential
+from jaxneurons.edit import evaluation, evaluation_cli, layers, located, method_names, sequential
 from jaxneurons.edit.arguments import read_facts
 from jaxneurons.edit.cases import MeasureSettings
-from jaxneurons.edit.lab_requests import lab_requests
 from jaxneurons.edit.method import ROME, LearnedNeurons
 from jaxneurons.edit.requests import KnownFact
+from jaxneurons.edit.world_requests import lab_requests
 from jaxneurons.neurons.sets import NeuronSet
 from jaxneurons.storage.store import RunDirectory
 from jaxneurons.storage.tables import Tables
@@ -117,17 +117,17 @@ def test_located_neurons_are_kept_by_model_and_requests(monkeypatch, tmp_path):
     monkeypatch.setattr(located, "locate_neurons", locate)
     requests = lab_requests(3)
     first, again = (
-        named_methods.named_methods(lab(), requests, ["learn"], out=tmp_path / "run-neurons")
+        method_names.named_methods(lab(), requests, ["learn"], out=tmp_path / "run-neurons")
         for _ in range(2)
     )
     assert calls == [3]
     assert isinstance(first["learn"], LearnedNeurons)
     assert first["learn"].neurons == again["learn"].neurons == locate(None, requests, count=0,
                                                                      progress=None)  # fmt: skip
-    named_methods.named_methods(lab(), requests[:2], ["surgery"], out=tmp_path / "run-neurons")
-    named_methods.named_methods(lab(), requests, ["learn"])
+    method_names.named_methods(lab(), requests[:2], ["surgery"], out=tmp_path / "run-neurons")
+    method_names.named_methods(lab(), requests, ["learn"])
     assert calls == [3, 3, 2, 3]
-    named_methods.named_methods(lab(), requests, ["rome"], out=tmp_path / "none")
+    method_names.named_methods(lab(), requests, ["rome"], out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

@@ -197,6 +197,20 @@ def test_a_model_knows_that_it_is_edited(lm):
     assert "patches" not in back.facts()
 
 
+def test_a_model_in_one_line(lm, directory, tmp_path):
+    count = sum(leaf.size for leaf in jax.tree.leaves(lm.params))
+    said = f"<LM {directory}: qwen2, 3 layers, hidden size 32, 64 FFN neurons each, float32"
+    assert repr(lm) == f"{said}, {count:,} parameters>"
+    edited = apply_patches(lm, [make_patch(lm, rank_one()), make_patch(lm, rows(2))])
+    assert repr(edited) == f"{said}, {count:,} parameters, 2 patches>"
+    saved = jn.load(jn.save(edited, tmp_path / "saved"))
+    assert repr(saved).endswith("parameters, 2 patches>")
+    assert saved.edited
+    assert not saved.changed
+    moved = dataclasses.replace(lm, params=jax.tree.map(lambda x: x + 0, lm.params))
+    assert repr(moved).endswith("changed since it was loaded>")
+
+
 def test_two_patches_in_either_order_and_alone(lm):
     one, two = make_patch(lm, rank_one(1)), make_patch(lm, rank_one(1, seed=1))
     three = make_patch(lm, rows(2))
@@ -277,7 +291,9 @@ def test_which_patches_carry_the_base(lm):
     lean = make_patch(lm, rank_one())
     assert not lean.revertible
     edited = apply_patches(lm, lean)
-    with pytest.raises(DataError, match=r"give the base, or make the patch with keep_base"):
+    with pytest.raises(
+        DataError, match=r"give the base \(base=, --base SRC\).* made with keep_base"
+    ):
         revert(edited, lean)
     assert revert(edited, lean, base=lm) is lm
 
@@ -295,7 +311,9 @@ def test_reverting_one_of_several(lm):
     assert bits(back.params) == bits(apply_patches(lm, [row, neurons]).params)
     with pytest.raises(DataError, match="is not in this model"):
         revert(edited, make_patch(lm, rank_one(0)), base=lm)
-    with pytest.raises(DataError, match="is not all that differs from its base"):
+    with pytest.raises(
+        DataError, match=r"is not in this model: .* holds patch .*\(changes\), patch"
+    ):
         revert(edited, make_patch(lm, rows(0)))
     with pytest.raises(DataError, match="the base has the parameters"):
         revert(edited, low, base=edited)
@@ -336,6 +354,17 @@ def test_a_patch_is_applied_once(lm, tmp_path):
         apply_patches(lm, [patch, patch])
 
 
+@pytest.mark.parametrize("to", ["native", "hf"])
+def test_a_patch_of_the_base_of_an_edited_model(lm, tmp_path, to):
+    one, two = make_patch(lm, rank_one()), make_patch(lm, rows(2))
+    saved = jn.load(jn.save(apply_patches(lm, one), tmp_path / "edited", to=to), dtype="bfloat16")
+    with pytest.raises(DataError) as caught:
+        apply_patches(saved, two)
+    assert f"is edited already: it holds {one.name}" in str(caught.value)
+    assert "apply all patches together to that model" in str(caught.value)
+    assert "in that dtype" not in str(caught.value)
+
+
 CONFLICTS = {
     "rows": ([rows(1, (3, 7)), rows(1, (7, 9), 1)], 1),
     "other rows": ([rows(1, (3, 7)), rows(1, (8, 9), 1)], 0),
@@ -360,7 +389,9 @@ def test_conflicts(lm, name):
         assert apply_patches(lm, patches).patches == tuple(patches)
         return
     assert (meeting[0].first, meeting[0].second) == (0, 1)
-    said = r"patches 1 and 2 both touch 1 .*the order given"
+    said = (
+        r"patches 1 and 2 both touch 1 .*the order given.*allow_conflicts=True, --allow-conflicts"
+    )
     if name == "term and rows":
         said = r"patches 1 and 2 both touch 2 rows.*ffn\.down\.kernel of layer 1 \(add, set\)"
     with pytest.raises(DataError, match=said):
@@ -375,9 +406,9 @@ def test_conflicts(lm, name):
 
 
 BAD = {
-    "layer": ([rank_one(3)], "layer 3 is not in this model, which has 3"),
+    "layer": ([rank_one(3)], "layer 3 is not in this model, which has 3: layers go from 0 to 2"),
     "module": ([rank_one(module="ffn.dwn")], r"no module 'ffn\.dwn' in a layer.*'ffn\.down'"),
-    "neuron": ([rows(1, (3, 64))], "neuron 64 is not in this model, which has 64"),
+    "neuron": ([rows(1, (3, 64))], "neuron 64 is not .* which has 64: indices go from 0 to 63"),
     "negative": ([rows(1, (-1,))], "neuron -1 is not in this model"),
     "twice": ([rows(1, (3, 3))], "a neuron is there twice"),
     "shape": ([rank_one(module="ffn.up")], "left has the shape .*, not 32 x any"),
@@ -563,3 +594,103 @@ def test_metadata_that_are_no_json(file):
         save_file(arrays, file, {**texts, "patch": text})
         with pytest.raises(DataError, match=str(file)):
             read_patch(file)
+
+
+# --- stacks of patches on disk --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def stacked(request, directory, tmp_path_factory):
+    """A base, three patches of it of which two meet in a kernel, and the directory of them all."""
+    lm = jn.load(directory, dtype=request.param)
+    patches = [make_patch(lm, rank_one(1)), make_patch(lm, rank_one(1, seed=1, rank=2)),
+               make_patch(lm, rows(2))]  # fmt: skip
+    out = tmp_path_factory.mktemp("stacked") / "all"
+    return lm, patches, jn.save(apply_patches(lm, patches), out, to="hf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", None])
+def test_a_stack_that_was_saved_is_reverted(stacked, dtype):
+    base, patches, out = stacked
+    saved = jn.load(out, dtype=dtype)
+    assert revert(saved, patches[::-1], base=base) is base  # in any order
+    for gone in range(3):
+        stay = [patch for number, patch in enumerate(patches) if number != gone]
+        back = revert(saved, patches[gone], base=base, others=stay)
+        want = apply_patches(base, stay)
+        assert list(back.patches) == stay
+        assert bits(back.params) == bits(want.params)
+    with pytest.raises(DataError) as caught:
+        revert(saved, patches[0], base=base)
+    for needed in patches[1:]:
+        assert f"{needed.name}, digest {needed.digest}" in str(caught.value)
+    assert patches[0].digest not in str(caught.value)
+    assert "others=, --keep PATCH" in str(caught.value)
+    with pytest.raises(DataError, match=r"does not carry the base's entries: give the base"):
+        revert(saved, patches)
+
+
+def test_a_stack_in_bfloat16_from_a_base_in_float32(directory, tmp_path):
+    narrow = jn.load(directory, dtype="bfloat16")
+    base = jn.load(jn.save(narrow, tmp_path / "narrow", to="hf"))
+    assert base.dtype == jnp.float32
+    patches = [make_patch(base, rank_one(1)), make_patch(base, rows(2))]
+    edited = apply_patches(narrow, patches)
+    saved = jn.load(jn.save(edited, tmp_path / "edited", to="hf"))
+    assert revert(saved, patches, base=base) is base
+    back = revert(saved, patches[1], base=base, others=patches[0])
+    assert back.dtype == jnp.float32
+    assert back.values_hash == apply_patches(narrow, patches[0]).values_hash
+    assert back.facts()["patches"] == [patches[0].summary()]
+    assert "changed_after_patches" not in back.facts()
+
+
+def test_a_stack_that_carries_its_entries(lm, tmp_path):
+    one = make_patch(lm, rows(1))
+    first = apply_patches(lm, one)
+    top = make_patch(first, rank_one(1), keep_base=True)  # on top of the first, the same kernel
+    aside = make_patch(lm, rows(2))
+    out = jn.save(apply_patches(first, [top, aside]), tmp_path / "all")
+    saved = jn.load(out)
+    back = revert(saved, [aside, one, top])
+    assert bits(back.params) == bits(lm.params)
+    assert "patches" not in back.facts()
+    back = revert(saved, aside, others=[one, top])
+    assert bits(back.params) == bits(apply_patches(lm, [one, top]).params)
+    with pytest.raises(DataError, match="was made on top of"):
+        revert(saved, one, others=[top, aside])
+    with pytest.raises(DataError, match=r"is not in this model: .*all holds patch .*, patch"):
+        revert(saved, make_patch(lm, rows(0)), base=lm)
+    # The last one alone, of a model that had been saved with those before it.
+    part = jn.load(jn.save(first, tmp_path / "part"))
+    both = jn.load(jn.save(apply_patches(part, top), tmp_path / "both"))
+    back = revert(both, top)
+    assert back.values_hash == first.values_hash
+    assert back.facts()["patches"] == [one.summary()]
+    assert revert(both, top, base=part) is part
+    with pytest.raises(DataError, match=r"is in the base .* too"):
+        revert(both, one, base=part, others=top)
+
+
+def test_several_at_once_in_memory(lm):
+    one, two = make_patch(lm, rows(1)), make_patch(lm, rows(1, (7, 9), 6))  # both set row 7
+    three = make_patch(lm, rows(2))
+    edited = apply_patches(lm, [one, two, three], allow_conflicts=True)
+    assert bits(revert(edited, [one, two, three]).params) == bits(lm.params)
+    back = revert(edited, [one, two])
+    assert bits(back.params) == bits(apply_patches(lm, three).params)
+    assert back.patches == (three,)
+    assert revert(edited, []) is edited
+
+
+def test_what_differs_otherwise_is_not_reverted(lm, tmp_path):
+    """One value that no patch accounts for: nothing is reverted."""
+    patches = [make_patch(lm, rows(1)), make_patch(lm, rows(2))]
+    edited = apply_patches(lm, patches)
+    params = jax.tree.map(lambda x: x, edited.params)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"].at[0].add(1)
+    saved = jn.load(jn.save(dataclasses.replace(edited, params=params), tmp_path / "all", to="hf"))
+    with pytest.raises(DataError, match="what they make of the base is not in this model"):
+        revert(saved, patches, base=lm)
+    with pytest.raises(DataError, match="are not all that differs from the base"):
+        revert(saved, patches)

@@ -149,6 +149,12 @@ def test_neurons_straight_into_a_patch(run, located, tmp_path):
     patch = tmp_path / "off.safetensors"
     code, _, err = run("qrnca", "edit", "--run", located, "--write", patch, *asked)
     assert code == 0, err
+    facts = jn.edit.read_patch(patch).facts
+    assert (facts["run"], facts["queries"], facts["settings"]) == (
+        str(located),
+        names,
+        {"factor": 0},
+    )
     members = opened[names[0]].neurons | opened[names[1]].neurons
     edited = jn.edit.apply_patches(lm, [jn.edit.read_patch(patch)])
     prompts = [opened.queries[0].prompts[0]]

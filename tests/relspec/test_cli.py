@@ -325,9 +325,11 @@ def test_neurons_straight_into_a_patch(run, done, model, tmp_path):
     members = read_neurons(copy / "neurons" / f"{name}.csv")
     lm = jaxneurons.load(model)
     written = jaxneurons.edit.read_patch(patch)
-    assert written.digest == jaxneurons.edit.make_patch(lm, members, factor=0.0).digest
+    facts = {"run": str(copy), "relations": [name]}
+    assert written.digest == jaxneurons.edit.make_patch(lm, members, facts=facts).digest
     shutil.rmtree(copy / "neurons")
-    result = run("relspec", "neurons", "--out", copy, "--write", patch, "--relation", "nobody")
+    options = ("relspec", "neurons", "--out", copy, "--write")
+    result = run(*options, tmp_path / "none", "--relation", "nobody")
     fails(result, "no neurons of 'nobody'")
     assert not (copy / "neurons").exists()
     fails(run("relspec", "neurons", "--out", copy, "--relation", name), "--write")

@@ -7,7 +7,7 @@ import pytest
 
 import jaxneurons
 from jaxneurons.edit import check_requests, encode_request, lab_requests
-from jaxneurons.edit.lab_requests import PORTABILITY
+from jaxneurons.edit.world_requests import PORTABILITY
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.lab.world import DOMAINS
 
