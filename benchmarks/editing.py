@@ -165,10 +165,10 @@ def portability(rows: Sequence[Row]) -> list[str]:
                 for row in rows
                 if (row["method"], row["control"], row["number"]) == (*key, number)
             ]
-            cells.append(f"{percent(sum(free) / len(free))} of {len(free)}" if free else "")
+            cells.append(f"{sum(free)} of {len(free)}" if free else "")
         table.append((label({"method": key[0], "control": key[1]}), *cells))
     return markdown(
-        "**Is what follows from the edit right too?** Free generation, %", ("", *PORTABILITY), table
+        "**Is what follows from the edit right too?** In free generation", ("", *PORTABILITY), table
     )
 
 
