@@ -10,11 +10,12 @@ transformers (oracle extra). Without `--data`: the lab model alone.
 
 import argparse
 import json
-import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from results_page import markdown, spread
 
 import jaxneurons as jn
 
@@ -329,27 +330,12 @@ def label(row: Row) -> str:
     return f"{row['method']}, random" if row["control"] else row["method"]
 
 
-def markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"{title}\n", *(f"| {' | '.join(line)} |" for line in lines), ""]
-
-
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f}"
 
 
 def points(value: float) -> str:
     return f"{100 * value:+.0f}"
-
-
-def spread(row: Row, name: str, write: Callable[[float], str]) -> str:
-    """A value with its interval; nothing where there is none."""
-    value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
-    if value is None or math.isnan(value):
-        return ""
-    if low is None or high is None:
-        return write(value)
-    return f"{write(value)} ({write(low)} to {write(high)})"
 
 
 SECTIONS = {"evaluate": evaluated, "sequential": sequential, "layers": layers, "export": export}

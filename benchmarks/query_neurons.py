@@ -8,10 +8,11 @@ run; with `--data` also on the published domain questions (`subject_qa.json`). W
 """
 
 import argparse
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from results_page import markdown, spread
 
 import jaxneurons as jn
 
@@ -244,11 +245,6 @@ def kinds(pairs: Sequence[Row], effects: Sequence[Row]) -> list[str]:
     )
 
 
-def markdown(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return [f"{title}\n", *(f"| {' | '.join(line)} |" for line in lines), ""]
-
-
 def signed(value: float) -> str:
     digits = 2 if abs(value) < 0.01 else 1 if abs(value) < 10 else 0
     return f"{100 * value:+,.{digits}f} %"
@@ -260,16 +256,6 @@ def share(value: float | None) -> str:
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
-
-
-def spread(row: Row, name: str, write: Callable[[float], str]) -> str:
-    """A value with its interval; nothing where there is none."""
-    value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
-    if value is None or math.isnan(value):
-        return ""
-    if low is None or high is None:
-        return write(value)
-    return f"{write(value)} ({write(low)} to {write(high)})"
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params, params_dtype
 from jaxneurons.model.sharding import ShardingRules, param_shardings
 from jaxneurons.storage.hashes import hash_files
+from jaxneurons.storage.printable import counted
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.settings import check_argument
 
@@ -89,7 +90,7 @@ class LM:
             f"{count:,} parameters",
         ]
         if patches:
-            parts.append(f"{len(patches)} patch{'es' if len(patches) > 1 else ''}")
+            parts.append(counted(len(patches), "patch", "patches"))
         elif self.changed:
             parts.append("changed since it was loaded")
         return f"<LM {self.source}: {', '.join(parts)}>"
