@@ -15,7 +15,7 @@ RUN_NOT_IMPORTED = {
     "test": {"ipykernel", "pytest-xdist"},  # the kernel of the notebooks; `pytest -n`
     "oracle": {"accelerate"},  # transformers reads GGUF with it
 }
-OURS = {"jaxneurons", "support", "published", "long_prompts"}
+OURS = {"jaxneurons", "support"} | {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
 
 
 def declared(extra=""):
