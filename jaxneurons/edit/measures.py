@@ -1,7 +1,7 @@
 """What an edit did: efficacy, generalisation, locality, portability, fluency, perplexity.
 
-Several edits are measured at once: programs are vmapped over the changes, so that all parameters
-that an edit does not touch are read once for all of them.
+Several edits are measured at once: programs are vmapped over them, so that all parameters that an
+edit does not touch are read once for all of them.
 """
 
 import functools
@@ -25,6 +25,7 @@ from jaxneurons.edit.cases import (
     text_rows,
 )
 from jaxneurons.edit.changes import Change, apply
+from jaxneurons.edit.low_rank_terms import low_rank_terms, stacked_terms
 from jaxneurons.edit.outcomes import Outcome, measured_row
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.engine.ablation import continuation
@@ -32,11 +33,17 @@ from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.generation import NO_TOKEN, greedy
-from jaxneurons.model.transformer import Params, forward
+from jaxneurons.model.transformer import LowRankTerms, Params, forward
 from jaxneurons.storage.tables import Row
 
 _MOST_BYTES, _MOST_EDITS = 1 << 30, 8
 """Of edited kernels, and of edits, that are measured at once."""
+
+
+Edits = tuple[Change, ...] | LowRankTerms
+"""Several edits: changes, or their terms beside the kernels, with arrays stacked on a first axis.
+
+() for none, which is one."""
 
 
 class Scores(NamedTuple):
@@ -56,7 +63,7 @@ class Scores(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config",))
 def score_answers(
     params: Params,
-    changes: tuple[Change, ...],
+    edits: Edits,
     tokens: Int[Array, "edit row seq"],
     lengths: Int[Array, "edit row"],
     starts: Int[Array, "edit row"],
@@ -68,7 +75,7 @@ def score_answers(
 
     Args:
       params: the parameters before the edits.
-      changes: with arrays stacked on a first axis, one entry an edit; () for none.
+      edits: one entry an edit.
       tokens: prompts with their answers, right-padded.
       lengths: tokens of each row.
       starts: the position before each answer.
@@ -76,23 +83,23 @@ def score_answers(
       config: the model's shape.
     """
 
-    def of_edit(changes: Any, tokens: Any, lengths: Any, starts: Any, answers: Any) -> Scores:
-        edited = apply(params, changes, config=config)
+    def of_edit(edit: Edits, tokens: Any, lengths: Any, starts: Any, answers: Any) -> Scores:
+        edited, low_rank = _edited(params, edit, config)
         at = jnp.minimum(starts[:, None] + jnp.arange(answers.shape[1]), tokens.shape[1] - 1)
-        out = forward(edited, tokens, config=config, lengths=lengths, at=at)
+        out = forward(edited, tokens, config=config, lengths=lengths, at=at, low_rank=low_rank)
         log_p = jax.nn.log_softmax(out.logits, axis=-1)
         real = answers >= 0
         chosen = jnp.take_along_axis(log_p, jnp.where(real, answers, 0)[..., None], axis=-1)
         total = jnp.sum(jnp.where(real, chosen[..., 0], 0), axis=-1)
         return Scores(total, log_p.argmax(-1).astype(answers.dtype), log_p[:, 0])
 
-    return jax.vmap(of_edit)(changes, tokens, lengths, starts, answers)
+    return jax.vmap(of_edit)(edits, tokens, lengths, starts, answers)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps"))
 def generate_edited(
     params: Params,
-    changes: tuple[Change, ...],
+    edits: Edits,
     tokens: Int[Array, "edit row seq"],
     lengths: Int[Array, "edit row"],
     *,
@@ -101,17 +108,18 @@ def generate_edited(
 ) -> Int[Array, "edit row step"]:
     """Greedy continuations under several edits at once; arguments as `score_answers`. Pure."""
 
-    def of_edit(changes: Any, tokens: Any, lengths: Any) -> Array:
-        edited = apply(params, changes, config=config)
-        return greedy(edited, tokens, config=config, lengths=lengths, steps=steps)
+    def of_edit(edit: Edits, tokens: Any, lengths: Any) -> Array:
+        edited, low_rank = _edited(params, edit, config)
+        rows = {"lengths": lengths, "steps": steps}
+        return greedy(edited, tokens, config=config, low_rank=low_rank, **rows)
 
-    return jax.vmap(of_edit)(changes, tokens, lengths)
+    return jax.vmap(of_edit)(edits, tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def text_loss(
     params: Params,
-    changes: tuple[Change, ...],
+    edits: Edits,
     tokens: Int[Array, "text seq"],
     lengths: Int[Array, " text"],
     *,
@@ -119,12 +127,19 @@ def text_loss(
 ) -> Float[Array, " edit"]:
     """Mean -log p of a token of some texts under several edits at once; [1] without. Pure."""
 
-    def of_edit(changes: Any) -> Array:
-        edited = apply(params, changes, config=config)
-        losses = sentence_loss(edited, tokens, lengths, config=config)
+    def of_edit(edit: Edits) -> Array:
+        edited, low_rank = _edited(params, edit, config)
+        losses = sentence_loss(edited, tokens, lengths, config=config, low_rank=low_rank)
         return losses.sum() / (lengths - 1).sum().astype(losses.dtype)
 
-    return jax.vmap(of_edit)(changes) if changes else of_edit(changes)[None]
+    return jax.vmap(of_edit)(edits) if edits else of_edit(edits)[None]
+
+
+def _edited(params: Params, edit: Edits, config: ModelConfig) -> tuple[Params, LowRankTerms | None]:
+    """Parameters of one of several edits, and what stands beside their kernels."""
+    if isinstance(edit, tuple):
+        return apply(params, edit, config=config), None
+    return params, edit
 
 
 def run_cases(
@@ -154,7 +169,7 @@ def run_cases(
     loss = None
     if changes is None and neutral is not None:
         loss = float(text_loss(lm.params, (), *neutral, config=lm.config)[0])
-    for index, stacked in _stacks(len(cases), changes, most):
+    for index, stacked in _stacks(lm, len(cases), changes, most):
         some = [cases[i] for i in index]
         losses = None if loss is None else np.full(len(index), loss)
         if losses is None and neutral is not None:
@@ -171,44 +186,52 @@ def edits_at_once(config: ModelConfig) -> int:
 
 
 def _stacks(
-    count: int, changes: Sequence[Sequence[Change]] | None, most: int
-) -> Iterator[tuple[list[int], tuple[Change, ...]]]:
-    """Cases that are run together, with their changes stacked: those of equal structure."""
+    lm: LM, count: int, changes: Sequence[Sequence[Change]] | None, most: int
+) -> Iterator[tuple[list[int], Edits]]:
+    """Cases that are run together, with their edits stacked: those of equal structure."""
+    edits: list[Edits] = [()] * count
+    for i, of_case in enumerate(changes or ()):
+        edits[i] = low_rank_terms(lm.params, of_case, config=lm.config) or tuple(of_case)
     groups: dict[Any, list[int]] = {}
-    for i in range(count):
-        leaves, tree = jax.tree.flatten(() if changes is None else tuple(changes[i]))
-        groups.setdefault((tree, tuple(np.shape(leaf) for leaf in leaves)), []).append(i)
+    for i, edit in enumerate(edits):
+        leaves, tree = jax.tree.flatten(edit)
+        shapes = tuple(map(np.shape, leaves)) if isinstance(edit, tuple) else ()
+        groups.setdefault((tree, shapes), []).append(i)
     for members in groups.values():
         for start in range(0, len(members), most):
             index = members[start : start + most]
             # A last batch that is not full is filled up: no program of its own.
             filled = (index + index[:1] * most)[: most if len(members) > most else len(index)]
-            trees = [() if changes is None else tuple(changes[i]) for i in filled]
-            yield filled, jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+            terms = [edit for i in filled if not isinstance(edit := edits[i], tuple)]
+            if terms:
+                yield filled, stacked_terms(terms)
+            else:
+                trees = [edits[i] for i in filled]
+                yield filled, jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _run_batch(
     lm: LM,
     cases: Sequence[Case],
-    changes: tuple[Change, ...],
+    edits: Edits,
     settings: MeasureSettings,
     width: int,
     losses: np.ndarray | None,
 ) -> list[Outcome]:
     config, params = lm.config, lm.params
     scores = jax.device_get(
-        score_answers(params, changes, *scored_rows(cases, width=width), config=config)
+        score_answers(params, edits, *scored_rows(cases, width=width), config=config)
     )
     steps = settings.steps + width
     long = max(settings.fluency_tokens, steps)
     rows = prompt_rows([[case.questions[0].prompt] for case in cases])
-    first = np.asarray(generate_edited(params, changes, *rows, config=config, steps=long))
+    first = np.asarray(generate_edited(params, edits, *rows, config=config, steps=long))
     others = [[q.prompt for q in case.questions[1:]] for case in cases]
     rest = None
     if any(others):
         filled = [prompts or [cases[i].questions[0].prompt] for i, prompts in enumerate(others)]
         rows = prompt_rows(filled)
-        rest = np.asarray(generate_edited(params, changes, *rows, config=config, steps=steps))
+        rest = np.asarray(generate_edited(params, edits, *rows, config=config, steps=steps))
     made = []
     for number, case in enumerate(cases):
         count = len(case.questions)

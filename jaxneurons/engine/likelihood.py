@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.transformer import Params, Scales, forward
+from jaxneurons.model.transformer import LowRankTerms, Params, Scales, forward
 from jaxneurons.prompts import batches
 
 
@@ -20,6 +20,7 @@ def sentence_loss(
     *,
     config: ModelConfig,
     scales: Scales | None = None,
+    low_rank: LowRankTerms | None = None,
 ) -> Float[Array, " sentence"]:
     """Sum over a sentence's tokens, but the first, of -log p: natural logarithms.
 
@@ -31,8 +32,10 @@ def sentence_loss(
       lengths: tokens of each.
       config: the model's shape.
       scales: multipliers of neurons, as `forward` takes them: `NeuronSet.scales`.
+      low_rank: terms beside the kernels, as `forward` takes them.
     """
-    out = forward(params, tokens, config=config, lengths=lengths, at="all", scales=scales)
+    rows = {"lengths": lengths, "scales": scales, "low_rank": low_rank}
+    out = forward(params, tokens, config=config, at="all", **rows)
     real = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
     if tokens.shape[1] <= batches.LENGTH_TOKENS:
         losses = token_loss(out.logits[:, :-1], tokens[:, 1:])

@@ -24,6 +24,7 @@ def greedy(
     lengths: Int[Array, " batch"],
     steps: int,
     scales: transformer.Scales | None = None,
+    low_rank: transformer.LowRankTerms | None = None,
 ) -> Int[Array, "batch step"]:
     """The most probable continuation of each prompt, token by token.
 
@@ -38,8 +39,11 @@ def greedy(
       steps: tokens to generate.
       scales: by site, multipliers [layer, width] as `NeuronSet.scales` gives them, or
         [batch, layer, width], one set for each prompt; absent = untouched.
+      low_rank: as `forward` takes it.
     """
-    run = functools.partial(transformer.forward, params, config=config, scales=scales)
+    run = functools.partial(
+        transformer.forward, params, config=config, scales=scales, low_rank=low_rank
+    )
     cache = _room(params, tokens, config, steps)
     return _generate(run, tokens, cache, lambda x, _: x.argmax(-1), lengths=lengths, steps=steps)
 

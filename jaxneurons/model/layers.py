@@ -193,6 +193,7 @@ def block(
     rotate: Rotate,
     attend: Attend,
     scales: Mapping[str, Array] | None = None,
+    low_rank: Mapping[str, tuple[Array, Array]] | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], dict[str, Array]]:
     """One Llama block: attention and gated feed-forward, each around a residual connection.
 
@@ -203,6 +204,8 @@ def block(
       rotate: applies the rotary embedding to [batch, seq, heads, dim].
       attend: rotated q, rotated k and v to [batch, seq, heads, dim].
       scales: multipliers by site, broadcastable to [batch, seq, width]; absent = untouched.
+      low_rank: by module ("ffn.down"), factors [input, rank] and [rank, output] whose product is
+        added to its kernel, but never formed.
 
     Returns:
       The residual stream as it leaves the layer, and the activation at every site after scaling:
@@ -217,23 +220,27 @@ def block(
         activations[name] = value
         return value
 
-    attn, ffn = params["attn"], params["ffn"]
+    def linear(group: str, name: str, value: Array) -> Array:
+        return _project_by(params[group][name], value, (low_rank or {}).get(f"{group}.{name}"))
+
     h = rms_norm(x, params["attn_norm"]["scale"], config.norm_eps)
-    q = _heads(site("q", _project_by(attn["q"], h)), config.head_dim)
-    k = _heads(site("k", _project_by(attn["k"], h)), config.head_dim)
-    v = _heads(site("v", _project_by(attn["v"], h)), config.head_dim)
+    q = _heads(site("q", linear("attn", "q", h)), config.head_dim)
+    k = _heads(site("k", linear("attn", "k", h)), config.head_dim)
+    v = _heads(site("v", linear("attn", "v", h)), config.head_dim)
     mixed = attend(rotate(q), rotate(k), v)
-    x = x + site("o", _project_by(attn["o"], mixed.reshape(*x.shape[:-1], -1)))
+    x = x + site("o", linear("attn", "o", mixed.reshape(*x.shape[:-1], -1)))
 
     h = rms_norm(x, params["ffn_norm"]["scale"], config.norm_eps)
-    up = site("up", _project_by(ffn["up"], h))
-    gate = site("gate", _project_by(ffn["gate"], h))
+    up = site("up", linear("ffn", "up", h))
+    gate = site("gate", linear("ffn", "gate", h))
     act = site("act", up * jax.nn.silu(gate))
-    return x + site("down", _project_by(ffn["down"], act)), activations
+    return x + site("down", linear("ffn", "down", act)), activations
 
 
-def _project_by(params: Params, x: Array) -> Array:
+def _project_by(params: Params, x: Array, term: tuple[Array, Array] | None) -> Array:
     y = x @ params["kernel"]
+    if term is not None:
+        y = y + (x @ term[0].astype(x.dtype)) @ term[1].astype(x.dtype)
     return y + params["bias"] if "bias" in params else y
 
 

@@ -31,6 +31,8 @@ from jaxneurons.model.token_ids import check_ids
 Scales = Mapping[str, Array | np.ndarray]
 """By site, multipliers: [layer, width], as `NeuronSet.scales` gives them; [batch, layer, width],
 one set for each row; or [layer, batch, seq, width], where batch and seq may be 1."""
+LowRankTerms = Mapping[str, tuple[Array, Array]]
+"""By module below `layers` ("ffn.down"), factors [layer, input, rank] and [layer, rank, output]."""
 
 
 class Cache(NamedTuple):
@@ -103,7 +105,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, per_layer: Any, shared: Any) -> tuple[Array, Any]:
         """Carry the residual through; emit the layer's new keys, values and activations."""
-        scales, cached, window = per_layer
+        scales, low_rank, cached, window = per_layer
         cos, sin, positions, at, real = shared
         store: tuple[Array, Array] | None = None
 
@@ -126,6 +128,7 @@ class Block(nn.Module):
             rotate=lambda heads: layers.rotate(heads, cos, sin),
             attend=attend,
             scales=scales,
+            low_rank=low_rank,
         )
         activations["residual"] = x
         captured = {
@@ -199,6 +202,7 @@ class Transformer(nn.Module):
         lengths: Int[Array, " batch"] | None = None,
         at: Int[Array, "batch at"] | Literal["last", "all"] = "last",
         scales: Scales | None = None,
+        low_rank: LowRankTerms | None = None,
         cache: Cache | None = None,
         capture: tuple[str, ...] = (),
         reduce: Literal["at", "mean"] = "at",
@@ -234,6 +238,7 @@ class Transformer(nn.Module):
             params["embed"]["embedding"][tokens],
             (
                 _by_layer(scales) if scales else None,
+                dict(low_rank) if low_rank else None,
                 None if cache is None else (cache.k, cache.v),
                 None if windows is None else jnp.asarray(windows, jnp.int32),
             ),
@@ -253,6 +258,7 @@ def forward(
     lengths: Int[Array, " batch"] | None = None,
     at: Int[Array, "batch at"] | Literal["last", "all"] = "last",
     scales: Scales | None = None,
+    low_rank: LowRankTerms | None = None,
     cache: Cache | None = None,
     capture: tuple[str, ...] = (),
     reduce: Literal["at", "mean"] = "at",
@@ -267,6 +273,9 @@ def forward(
       at: positions (of `tokens`) to return logits for: indices, "last" real one, or "all".
       scales: multipliers by site: [layer, width], or [batch, layer, width] for one set a row, or
         [layer, batch, seq, width]; a site or the whole argument absent = untouched.
+      low_rank: by module below `layers` ("ffn.down"), factors [layer, input, rank] and
+        [layer, rank, output]: their product is added to the module's kernel and never formed, so
+        that `vmap` over factors reads the kernels once for all of them; absent = untouched.
       cache: what came before, from `init_cache` or an earlier pass; tokens are appended to it.
         Its capacity must hold them: nothing checks that inside jit.
       capture: sites whose activations (after scaling) to return; also "residual", the stream as
@@ -290,6 +299,7 @@ def forward(
         lengths=lengths,
         at=at,
         scales=scales,
+        low_rank=low_rank,
         cache=cache,
         capture=capture,
         reduce=reduce,
