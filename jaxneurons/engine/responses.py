@@ -56,6 +56,7 @@ def mean_responses(
     return out.activations
 
 
+@any_axes
 class ResponseStore:
     """Responses of prompts, written batch by batch, read layer by layer.
 

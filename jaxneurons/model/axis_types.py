@@ -8,7 +8,8 @@ could be split in several ways is an error. What this library computes leaves th
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -19,24 +20,29 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def any_axes(function: Function) -> Function:
-    """A function for arrays whose meshes have `Auto` or `Explicit` axes.
+    """A function for arrays whose meshes have `Auto` or `Explicit` axes, or a class of such.
 
     Outside of `jit` no array is copied or moved: the same buffers are looked at with the other kind
     of axes, and results keep the sharding that XLA gave them. Inside of a caller's `jit` with
     `Explicit` axes, parameters that come out keep the shardings of those that went in; any other
     result is whole on every device.
     """
+    if isinstance(function, type):
+        for name, method in list(vars(function).items()):
+            if inspect.isfunction(method) and not name.startswith("_"):
+                setattr(function, name, any_axes(method))
+        return cast(Function, function)
+    call = _concrete_steps if inspect.isgeneratorfunction(inspect.unwrap(function)) else _concrete
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        context = jax.sharding.get_abstract_mesh()
-        inside = _is_explicit(context)
+        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_text_or_ids)
         traced = [leaf for leaf in leaves if isinstance(leaf, Tracer)]
         if any(_is_explicit(jax.typeof(leaf).sharding.mesh) for leaf in traced):
             return _traced(function, leaves, tree)
+        inside = _is_explicit(jax.sharding.get_abstract_mesh())
         if not traced and (inside or any(map(_explicit_mesh, leaves))):
-            return _concrete(function, leaves, tree)
+            return call(function, leaves, tree)
         return function(*args, **kwargs)
 
     for name in ("lower", "trace", "eval_shape", "clear_cache", "_cache_size"):  # of what jit made
@@ -47,26 +53,51 @@ def any_axes(function: Function) -> Function:
 
 def _concrete(function: Callable[..., Any], leaves: list[Any], tree: Any) -> Any:
     """Call with `Auto` axes in place of `Explicit` ones, outside of any trace."""
-    meshes = [mesh for leaf in leaves if (mesh := _explicit_mesh(leaf)) is not None]
-    outer = jax.sharding.get_mesh() if hasattr(jax.sharding, "get_mesh") else Mesh((), ())
-    if _is_explicit(outer):
-        back, switch = outer, jax.set_mesh(_auto(outer))
-    else:
-        # Of both kinds, `Auto` is what comes out.
-        split = [leaf for leaf in leaves if _mesh(leaf) is not None]
-        back = meshes[0] if meshes and len(meshes) == len(split) else None
-        switch = contextlib.nullcontext()
-    with switch:
-        auto = [
-            leaf if (mesh := _explicit_mesh(leaf)) is None else _seen_with(leaf, _auto(mesh))
-            for leaf in leaves
-        ]
+    back = _mesh_of_results(leaves)
+    with _auto_context():
+        auto = [_seen_with_auto(leaf) for leaf in leaves]
         args, kwargs = jax.tree.unflatten(tree, auto)
         out = function(*args, **kwargs)
     if back is None:
         return out
     same = {id(new): old for new, old in zip(auto, leaves, strict=True) if new is not old}
     return jax.tree.map(lambda leaf: same.get(id(leaf), _explicit(leaf, back)), out)
+
+
+def _concrete_steps(
+    function: Callable[..., Iterator[Any]], leaves: list[Any], tree: Any
+) -> Iterator[Any]:
+    """`_concrete` of a generator, whose caller has its own context between two results."""
+    back = _mesh_of_results(leaves)
+    args, kwargs = jax.tree.unflatten(tree, [_seen_with_auto(leaf) for leaf in leaves])
+    results = function(*args, **kwargs)
+    while True:
+        with _auto_context():
+            try:
+                out = next(results)
+            except StopIteration:
+                return
+        yield out if back is None else jax.tree.map(lambda leaf: _explicit(leaf, back), out)
+
+
+def _outer_mesh() -> Mesh | None:
+    """The mesh of `jax.set_mesh`, if it has `Explicit` axes."""
+    mesh = jax.sharding.get_mesh() if hasattr(jax.sharding, "get_mesh") else None
+    return mesh if _is_explicit(mesh) else None
+
+
+def _auto_context() -> contextlib.AbstractContextManager[Any]:
+    """The mesh of `jax.set_mesh` with `Auto` axes for a while, if it has `Explicit` ones."""
+    outer = _outer_mesh()
+    return contextlib.nullcontext() if outer is None else jax.set_mesh(_auto(outer))
+
+
+def _mesh_of_results(leaves: list[Any]) -> Mesh | None:
+    """The mesh with `Explicit` axes that results are to lie on; None: `Auto` is what comes out."""
+    outer = _outer_mesh()
+    meshes = [mesh for leaf in leaves if (mesh := _mesh(leaf)) is not None]
+    explicit = bool(meshes) and all(map(_is_explicit, meshes))
+    return outer if outer is not None else meshes[0] if explicit else None
 
 
 def _traced(function: Callable[..., Any], leaves: list[Any], tree: Any) -> Any:
@@ -107,6 +138,15 @@ def _alike(params: Any, shapes: Any) -> bool:
     return all(leaf.shape == shape.shape for leaf, shape in pairs)
 
 
+def _is_text_or_ids(value: Any) -> bool:
+    """Whether this is a sequence of plain values, or of such sequences: a batch of prompts, say."""
+    if not isinstance(value, list | tuple):
+        return False
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, int | float | str)
+
+
 def _is_explicit(mesh: Any) -> bool:
     return mesh is not None and AxisType.Explicit in (mesh.axis_types or ())
 
@@ -127,6 +167,12 @@ def _explicit_mesh(leaf: Any) -> Mesh | None:
 
 def _auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _seen_with_auto(leaf: Any) -> Any:
+    """The same buffers with `Auto` axes; whatever is no array with `Explicit` ones as it is."""
+    mesh = _explicit_mesh(leaf)
+    return leaf if mesh is None else _seen_with(leaf, _auto(mesh))
 
 
 def _seen_with(array: jax.Array, mesh: Mesh) -> jax.Array:

@@ -127,8 +127,8 @@ def test_a_mesh_and_its_rules_in_words(hf_directory):
 
 
 def test_meshes_that_cannot_be(hf_directory):
-    with pytest.raises(ConfigError, match=r"4x2 needs 8 devices, but there are 2 devices"):
-        load(hf_directory, mesh="4x2")
+    with pytest.raises(ConfigError, match=r"4x4 needs 16 devices, but there are 8 devices"):
+        load(hf_directory, mesh="4x4")
     with pytest.raises(ConfigError, match=r"written DATAxMODEL"):
         load(hf_directory, mesh="2,1")
     with pytest.raises(ConfigError, match=r"unknown sharding 'tensr'; did you mean 'tensor'"):
