@@ -2,18 +2,25 @@
 
 import dataclasses
 import functools
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxneurons.convert.blocks import (
+    Block,
+    Form,
+    Reading,
+    blocks_of,
+    put_into,
+    readings,
+    to_devices,
+)
 from jaxneurons.convert.rules import (
     DROPPABLE,
     EMBEDDING,
@@ -30,8 +37,6 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import get, put
 from jaxneurons.storage.progress import Advance
 
-_ALIGNMENT = 64  # bytes
-_CHUNK = 1 << 20  # values read at a time
 _STRIP = 16  # rows transposed at a time: three times as fast as a thousand
 THREADS = min(4, os.cpu_count() or 1)
 """That read and transpose; numpy and the file system leave each other room."""
@@ -44,17 +49,16 @@ class Stored:
     Attributes:
       name: its name in the file.
       shape: as stored, slowest axis first.
-      read: returns some of its rows (a slice of axis 0).
+      read: returns some of its rows (a slice of axis 0); with a second slice, which is left out
+        where all are needed, some of their columns (of axis 1).
     """
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[slice], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 Plan = dict[str, tuple[Stored, TensorRule, int | None]]
-Piece = tuple[Stored, int | None, slice]
-"""Some rows of a stored tensor, and its layer."""
 
 
 def match(
@@ -123,7 +127,7 @@ def fill(
 
     Shapes are checked before anything is read; every parameter is filled exactly once; every
     stored tensor is used or known to carry nothing. A stored unembedding of a tied model must
-    equal the embedding.
+    equal the embedding. Of sharded parameters a process reads what its devices hold.
 
     Args:
       config: the model's shape.
@@ -140,57 +144,68 @@ def fill(
     """
     target_dtype = parameter_dtype(dtype)
     plan, duplicate = match(config, tensors, naming=naming, where=where)
-    sources: dict[tuple[str, ...], list[tuple[Stored, int | None]]] = {}
+    sources: dict[tuple[str, ...], dict[int | None, Stored]] = {}
     for tensor, rule, layer in plan.values():
-        sources.setdefault(rule.path, []).append((tensor, layer))
+        sources.setdefault(rule.path, {})[layer] = tensor
     # Only the architecture "llama" stores the rows of each head interleaved.
     interleaved = naming == "gguf" and config.family == "llama"
     # One parameter at a time: beside what is on the devices, the host holds the largest of them.
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for rule in rules_for(config):
-            host = _aligned(rule.parameter.shape, target_dtype)
+            shape = rule.parameter.shape
+            sharding = None if shardings is None else get(shardings, rule.path)
+            blocks = blocks_of(shape, target_dtype, sharding)
             heads = rule.rotary_heads if interleaved else None
-            copy = functools.partial(_copy, host, rule, heads=heads, where=where)
-            for nbytes in pool.map(copy, _pieces(sources[rule.path], whole=heads is not None)):
+            unit = 1 if heads is None else rule.stored_shape[0] // heads
+            form = Form(rule.parameter.per_layer, rule.transposed, unit)
+            copy = functools.partial(_copy, blocks, form, sources[rule.path], where=where)
+            for nbytes in pool.map(copy, readings(blocks, form, rule.stored_shape)):
                 if progress is not None:
                     progress(nbytes)
             if rule.path == EMBEDDING and duplicate is not None:
-                _check_duplicate(duplicate, host, where)
-            sharding = None if shardings is None else get(shardings, rule.path)
-            put(params, rule.path, jax.device_put(host, sharding))
+                _check_duplicate(duplicate, blocks, shape, where)
+            put(params, rule.path, to_devices(blocks, shape, sharding))
     return params
 
 
-def _pieces(sources: list[tuple[Stored, int | None]], *, whole: bool) -> Iterator[Piece]:
-    for tensor, layer in sources:
-        for rows in _slices(tensor.shape, whole=whole):
-            yield tensor, layer, rows
-
-
 def _copy(
-    host: np.ndarray, rule: TensorRule, piece: Piece, *, heads: int | None, where: str
+    blocks: Sequence[Block],
+    form: Form,
+    tensors: dict[int | None, Stored],
+    reading: Reading,
+    *,
+    where: str,
 ) -> int:
-    """Read a piece of a parameter into its place in `host`; returns the bytes read.
+    """Read a piece of a stored tensor into its places in blocks; returns the bytes read.
 
-    `heads` are those whose rows are stored interleaved, if any; their tensors are read whole.
+    Where rows are read in units of more than one, they are heads, whose rows are interleaved.
     """
-    tensor, layer, rows = piece
-    values = _read(tensor, rows, where)
-    if heads is not None:
-        values = unpermute(values, heads)
-    target = host if layer is None else host[layer]
-    place = target[:, rows] if rule.transposed else target[rows]
-    _assign(place, values, tensor.name, where, transposed=rule.transposed)
+    tensor = tensors[reading.layer]
+    values = _read(tensor, reading, where)
+    if form.whole_rows > 1:
+        values = unpermute(values, len(values) // form.whole_rows)
+    assign = functools.partial(_assign, name=tensor.name, where=where, transposed=form.transposed)
+    put_into(blocks, form, reading, values, assign)
     return values.nbytes
 
 
-def _check_duplicate(duplicate: Stored, embedding: np.ndarray, where: str) -> None:
+def _check_duplicate(
+    duplicate: Stored, blocks: Sequence[Block], shape: tuple[int, ...], where: str
+) -> None:
     """A stored unembedding of a tied model must be the embedding."""
-    if duplicate.shape != embedding.shape or not all(
-        np.array_equal(_read(duplicate, rows, where).astype(embedding.dtype), embedding[rows])
-        for rows in _slices(duplicate.shape)
-    ):
+    form = Form(stacked=False, transposed=False)
+    differ = duplicate.shape != shape
+
+    def compare(place: np.ndarray, values: np.ndarray) -> None:
+        nonlocal differ
+        differ = differ or not np.array_equal(values.astype(place.dtype), place)
+
+    for reading in () if differ else readings(blocks, form, shape):
+        put_into(blocks, form, reading, _read(duplicate, reading, where), compare)
+        if differ:
+            break
+    if differ:
         raise SourceError(
             f"{where}: the configuration ties the unembedding to the embedding, but "
             f"{duplicate.name} differs from it; set tie_word_embeddings to false if the "
@@ -198,24 +213,13 @@ def _check_duplicate(duplicate: Stored, embedding: np.ndarray, where: str) -> No
         )
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that a CPU device can adopt as it is: XLA copies what is not aligned."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _slices(shape: tuple[int, ...], *, whole: bool = False) -> Iterator[slice]:
-    """Rows to read at a time: bounded, so that no temporary array is large."""
-    step = shape[0] if whole else max(1, _CHUNK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
-
-
-def _read(tensor: Stored, rows: slice, where: str) -> np.ndarray:
-    """Read rows of a tensor and refuse what is not finite."""
-    values = tensor.read(rows)
+def _read(tensor: Stored, reading: Reading, where: str) -> np.ndarray:
+    """Read part of a tensor and refuse what is not finite."""
+    columns = reading.columns
+    if columns is None or (columns.start, columns.stop) == (0, tensor.shape[1]):
+        values = tensor.read(reading.rows)
+    else:
+        values = tensor.read(reading.rows, columns)
     if values.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
         raise SourceError(
             f"{where}: tensor {tensor.name} has dtype {values.dtype.name}; only floating-point "

@@ -221,13 +221,17 @@ def _byte_count(shape: tuple[int, ...], kind: int, name: str, where: str) -> int
     return math.prod(shape) // block * nbytes
 
 
-def read_tensor(file: GGUFFile, name: str, rows: slice = slice(None)) -> np.ndarray:
-    """De-quantise a tensor, or some of its rows, to float32 (float64 stays).
+def read_tensor(
+    file: GGUFFile, name: str, rows: slice = slice(None), columns: slice = slice(None)
+) -> np.ndarray:
+    """De-quantise a tensor, or some of its rows and columns, to float32 (float64 stays).
 
     Args:
       file: the header.
       name: of the tensor.
       rows: which of axis 0 (the slowest) to read; without a step.
+      columns: which of axis 1, of a tensor of two axes; without a step. The quantisation blocks
+        that hold them are read.
 
     Raises:
       SourceError: a ggml type that the `gguf` package cannot de-quantise.
@@ -237,33 +241,63 @@ def read_tensor(file: GGUFFile, name: str, rows: slice = slice(None)) -> np.ndar
 
     info = file.tensors[name]
     kind = GGMLQuantizationType(info.kind)
+    size, width = GGML_QUANT_SIZES[kind]
     first, last, _ = rows.indices(info.shape[0])
-    row_bytes = info.nbytes // info.shape[0]
-    nbytes = (last - first) * row_bytes
-    with file.path.open("rb") as handle:
-        handle.seek(info.offset + first * row_bytes)
-        raw = np.fromfile(handle, dtype=np.uint8, count=nbytes)
-    if raw.size != nbytes:
-        raise SourceError(f"{file.path}: truncated GGUF file: tensor {name} is cut off")
-    shape = (last - first, *info.shape[1:])
+    begin, end = 0, info.nbytes // info.shape[0]
+    inner, cut = info.shape[1:], slice(None)
+    if len(inner) == 1:
+        start, stop, _ = columns.indices(inner[0])
+        begin, end = start // size * width, -(-stop // size) * width
+        skipped = start // size * size
+        inner, cut = ((end - begin) // width * size,), slice(start - skipped, stop - skipped)
+    raw = _raw(file, info, (first, last), (begin, end))
     if kind == GGMLQuantizationType.F64:
-        return raw.view(np.float64).reshape(shape)
-    # `dequantize` works on sixteen rows at a time: with 256 blocks to a row its temporaries fill
-    # the cache just about (measured: three times as fast as on the tensor's own rows).
-    width = GGML_QUANT_SIZES[kind][1]
-    try:
-        return dequantize(raw.reshape(-1, width * math.gcd(nbytes // width, 256)), kind).reshape(
-            shape
-        )
-    except NotImplementedError:
-        raise SourceError(
-            f"{file.path}: tensor {name} has the ggml type {kind.name}, which the gguf package "
-            "cannot de-quantise"
-        ) from None
+        values = raw.view(np.float64)
+    else:
+        # `dequantize` works on sixteen rows at a time: with 256 blocks to a row its temporaries
+        # fill the cache just about (measured: three times as fast as on the tensor's own rows).
+        blocks = raw.reshape(-1, width * math.gcd(raw.size // width, 256))
+        try:
+            values = dequantize(blocks, kind)
+        except NotImplementedError:
+            raise SourceError(
+                f"{file.path}: tensor {name} has the ggml type {kind.name}, which the gguf "
+                "package cannot de-quantise"
+            ) from None
+    values = values.reshape(last - first, *inner)
+    return values[:, cut] if len(inner) == 1 else values
 
 
-def _reader(file: GGUFFile, name: str) -> Callable[[slice], np.ndarray]:
-    return lambda rows: read_tensor(file, name, rows)
+def _raw(
+    file: GGUFFile, info: GGUFTensor, rows: tuple[int, int], part: tuple[int, int]
+) -> np.ndarray:
+    """Bytes of a tensor's rows from `rows[0]` to `rows[1]`: of each those from part[0] to part[1].
+
+    No other bytes of the file are read.
+    """
+    row_bytes = info.nbytes // info.shape[0]
+    (first, last), (begin, end) = rows, part
+    pieces = [(first * row_bytes, (last - first) * row_bytes)]
+    if end - begin < row_bytes:
+        pieces = [(row * row_bytes + begin, end - begin) for row in range(first, last)]
+    with file.path.open("rb", buffering=0) as handle:
+        raw = np.empty(sum(nbytes for _, nbytes in pieces), np.uint8)
+        view = memoryview(raw.data)
+        for start, nbytes in pieces:
+            handle.seek(info.offset + start)
+            into, view = view[:nbytes], view[nbytes:]
+            while into:
+                count = handle.readinto(into)
+                if not count:
+                    raise SourceError(
+                        f"{file.path}: truncated GGUF file: tensor {info.name} is cut off"
+                    )
+                into = into[count:]
+    return raw
+
+
+def _reader(file: GGUFFile, name: str) -> Callable[..., np.ndarray]:
+    return lambda *parts: read_tensor(file, name, *parts)
 
 
 def config_of(file: GGUFFile, *, ignore_keys: Sequence[str] = ()) -> ModelConfig:

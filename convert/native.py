@@ -26,9 +26,10 @@ from jax.typing import DTypeLike
 from jaxneurons.convert.fill import parameter_dtype
 from jaxneurons.convert.hf import read_json
 from jaxneurons.convert.rules import Place
+from jaxneurons.convert.zarr_chunks import open_array, read_array
 from jaxneurons.errors import ConfigError, SourceError, WriteError
 from jaxneurons.model.config import ModelConfig, RopeConfig
-from jaxneurons.model.parameters import Params, param_shapes
+from jaxneurons.model.parameters import Params, get, list_parameters, param_shapes, put
 from jaxneurons.storage.hashes import hash_each
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.settings import as_path
@@ -122,10 +123,7 @@ def check_params(directory: Path) -> dict[Path, str]:
     Raises:
       SourceError: a file is missing or has changed.
     """
-    files = read_marker(directory)[1].get("sha256", {})
-    if not isinstance(files, dict) or any(".." in name.split("/") for name in files):
-        raise SourceError(f"{directory / MARKER}: sha256 is malformed; convert the model again")
-    recorded = {directory / name: digest for name, digest in files.items()}
+    recorded = recorded_digests(directory)
     for path in recorded:
         if not path.is_file():
             raise SourceError(f"{path}: no such file, but {MARKER} lists it; convert again")
@@ -139,6 +137,18 @@ def check_params(directory: Path) -> dict[Path, str]:
                 f"{path}: damaged: its SHA-256 is not the one in {MARKER}; convert the model again"
             )
     return digests
+
+
+def recorded_digests(directory: Path) -> dict[Path, str]:
+    """The SHA-256 that the marker records of each file of parameters; none by an early version.
+
+    Raises:
+      SourceError: no marker, or it is malformed.
+    """
+    files = read_marker(directory)[1].get("sha256", {})
+    if not isinstance(files, dict) or any(".." in name.split("/") for name in files):
+        raise SourceError(f"{directory / MARKER}: sha256 is malformed; convert the model again")
+    return {directory / name: digest for name, digest in files.items()}
 
 
 def recorded_keys(directory: Path, ignored: Sequence[str] = ()) -> tuple[str, ...]:
@@ -213,13 +223,13 @@ def read_native(
     place: Place | None = None,
     progress: Advance | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """Restore a native directory, each process only what it holds.
+    """Restore a native directory, under any mesh; each process reads only what it holds.
 
     Args:
       directory: a native one.
       dtype: of the parameters; default: as saved.
       place: from the configuration, where each parameter goes; default: the default device.
-      progress: called with the bytes of every parameter, once all are there.
+      progress: called with bytes that have been read.
 
     Raises:
       SourceError: a directory that is incomplete or damaged.
@@ -228,9 +238,12 @@ def read_native(
     config, facts = read_marker(directory)
     param_dtype = parameter_dtype(facts["dtype"] if dtype is None else dtype)
     shapes = param_shapes(config)
-    params = _restore(
-        directory / PARAMS, shapes, param_dtype, None if place is None else place(config)
-    )
+    shardings = None if place is None else place(config)
+    if shardings is not None:
+        params = _read_parts(directory / PARAMS, config, param_dtype, shardings, progress)
+        if params is not None:
+            return config, params
+    params = _restore(directory / PARAMS, shapes, param_dtype, shardings)
     if jax.tree.map(lambda leaf: tuple(leaf.shape), params) != shapes:
         raise SourceError(
             f"{directory / PARAMS}: cannot be restored: its shapes are not those of {MARKER}"
@@ -247,6 +260,30 @@ def read_native(
         if progress is not None:
             progress(leaf.nbytes)
     return config, params
+
+
+def _read_parts(
+    path: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    shardings: dict[str, Any],
+    progress: Advance | None,
+) -> dict[str, Any] | None:
+    """Parameters in their shardings, read in parts; None if they are stored in another way."""
+    params: dict[str, Any] = {}
+    for parameter in list_parameters(config):
+        name = ".".join(parameter.path)
+        try:
+            array = open_array(path / name)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{path}: cannot be restored: {name}: {error}") from None
+        if array is None:
+            return None
+        if array.shape != parameter.shape:
+            raise SourceError(f"{path}: cannot be restored: its shapes are not those of {MARKER}")
+        sharding = get(shardings, parameter.path)
+        put(params, parameter.path, read_array(array, sharding, dtype, progress=progress))
+    return params
 
 
 def _restore(

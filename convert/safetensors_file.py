@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,16 @@ def _counts(values: Any) -> bool:
     )
 
 
-def read_rows(path: Path, name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
-    """Some rows (of axis 0, without a step) of a tensor, as stored.
+def read_rows(
+    path: Path,
+    name: str,
+    entry: Entry,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> np.ndarray:
+    """Some rows (of axis 0, without a step) of a tensor, as stored; of them some columns (axis 1).
+
+    No other bytes of the file are read.
 
     Raises:
       SourceError: the file has changed since its header was read.
@@ -157,20 +166,32 @@ def read_rows(path: Path, name: str, entry: Entry, rows: slice = slice(None)) ->
         rows, entry = slice(None), dataclasses.replace(entry, shape=(1,))
     first, last, _ = rows.indices(entry.shape[0])
     shape = (max(last - first, 0), *entry.shape[1:])
-    values = np.empty(shape, entry.dtype)
     row = entry.nbytes // max(entry.shape[0], 1)
+    skipped = 0  # bytes of every row
+    if len(shape) > 1:
+        start, stop, _ = columns.indices(shape[1])
+        skipped = start * (row // max(shape[1], 1))
+        shape = (shape[0], max(stop - start, 0), *shape[2:])
+    values = np.empty(shape, entry.dtype)
+    pieces = [values] if values.nbytes == row * shape[0] else list(values)
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(entry.offset + first * row)
-            view = memoryview(values.reshape(-1).view(np.uint8).data)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise SourceError(f"{path}: truncated: tensor {name} is cut off")
-                view = view[count:]
+            for number, piece in enumerate(pieces, first):
+                file.seek(entry.offset + number * row + skipped)
+                _read_into(file, piece, path, name)
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
     return values
+
+
+def _read_into(file: FileIO, values: np.ndarray, path: Path, name: str) -> None:
+    """Fill an array from where a file is."""
+    view = memoryview(values.reshape(-1).view(np.uint8).data)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise SourceError(f"{path}: truncated: tensor {name} is cut off")
+        view = view[count:]
 
 
 def _damaged(path: Path, why: str) -> SourceError:

@@ -1,4 +1,4 @@
-"""Two CPU devices and full float32 matmuls for every test; the real model, loaded once."""
+"""Eight CPU devices and full float32 matmuls for every test; the real model, loaded once."""
 
 import gc
 import inspect
@@ -14,7 +14,7 @@ import pytest
 
 # Before JAX initialises its backends. Rank promotion stays allowed: norms, biases of the mask and
 # rotary angles are written as broadcasts.
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 # Types are mixed on purpose or not at all.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

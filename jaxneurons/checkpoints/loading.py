@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,13 +36,20 @@ from jaxneurons.convert.native import (
     check_params,
     read_marker,
     read_native,
+    recorded_digests,
     recorded_keys,
 )
 from jaxneurons.convert.rules import Place
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params, params_dtype
-from jaxneurons.model.sharding import ShardingRules, param_shardings
+from jaxneurons.model.sharding import (
+    ShardingRules,
+    param_shardings,
+    resolve_mesh,
+    resolve_rules,
+    undivided,
+)
 from jaxneurons.storage.hashes import hash_files
 from jaxneurons.storage.printable import counted
 from jaxneurons.storage.progress import Advance
@@ -236,8 +244,8 @@ def load(
     *,
     dtype: DTypeLike | None = jnp.float32,
     revision: str | None = None,
-    mesh: Mesh | None = None,
-    rules: ShardingRules = ShardingRules(),
+    mesh: Mesh | str | tuple[int, int] | None = None,
+    rules: ShardingRules | str = ShardingRules(),
     progress: Advance | None = None,
     ignore_keys: Sequence[str] = (),
 ) -> LM:
@@ -249,8 +257,11 @@ def load(
         ships with this package (see `jaxneurons.lab`).
       dtype: of the parameters; None: as stored (the widest, where a checkpoint mixes them).
       revision: branch, tag or commit of a hub id.
-      mesh: lay the parameters out over these devices as they are read.
-      rules: how.
+      mesh: lay the parameters out over these devices as they are read: a mesh, or the shape of one
+        (`"4x2"` or `(4, 2)`, data x model). Each process reads only what its devices hold; so with
+        several of them, the checksums of a native directory are not compared.
+      rules: how: `ShardingRules`, or the name of one of `PRESETS`. What they cannot divide is
+        whole on every device, and a warning says so.
       progress: called with the bytes that have been read.
       ignore_keys: keys of config.json, or of a GGUF file's architecture, to read as if they were
         not there: for keys that this library does not know, where you know that they change
@@ -258,18 +269,29 @@ def load(
 
     Raises:
       SourceError: the source cannot be found, fetched or read.
-      ConfigError: the model's configuration is not supported, or has no key to be ignored.
+      ConfigError: the model's configuration is not supported, or has no key to be ignored; a mesh
+        of more devices than there are, or rules that name axes that it has not.
     """
     check_keys(ignore_keys)
-    check_argument("mesh", Mesh | None, mesh)
-    check_argument("rules", ShardingRules, rules)
+    check_argument("mesh", Mesh | str | tuple[int, int] | None, mesh)
+    rules = resolve_rules(rules)
     check_argument("progress", Callable | None, progress)
     if dtype is not None:
         dtype = parameter_dtype(dtype)
-    place = None if mesh is None else functools.partial(param_shardings, mesh=mesh, rules=rules)
+    place = None
+    if mesh is not None:
+        place = functools.partial(_place, mesh=resolve_mesh(mesh), rules=rules)
     path, label = locate_source(source, revision=revision)
     ignored = tuple(sorted(set(ignore_keys)))
     return _load_path(path, _Options(dtype, place, progress, ignored), source=label)
+
+
+def _place(config: ModelConfig, *, mesh: Mesh, rules: ShardingRules) -> dict[str, Any]:
+    """Where each parameter goes; warns once of what the mesh does not divide."""
+    shardings = param_shardings(config, mesh, rules)
+    if odd := undivided(config, mesh.shape, rules):
+        warnings.warn("; ".join(map(str, odd)), stacklevel=2)
+    return shardings
 
 
 def check_keys(ignore_keys: Any) -> None:
@@ -291,7 +313,9 @@ def _load_path(path: Path, options: _Options, *, source: str) -> LM:
     if path.is_dir():
         if (path / MARKER).is_file():
             ignored = recorded_keys(path, ignored)
-            digests = check_params(path)
+            # Of several processes each reads what it holds, and no file as a whole.
+            partly = place is not None and jax.process_count() > 1
+            digests = recorded_digests(path) if partly else check_params(path)
             patches = read_recorded_patches(path, read_marker(path)[1])
             config, params = read_native(path, dtype=options.dtype, place=place, progress=progress)
             param_files = sorted(p for p in (path / PARAMS).rglob("*") if p.is_file())

@@ -24,6 +24,7 @@ from jaxneurons.convert.hf import CONFIG, read_json, stored_dtypes
 from jaxneurons.convert.native import MARKER, read_marker, write_marker, write_params
 from jaxneurons.convert.rules import stored_names
 from jaxneurons.errors import ConfigError, SourceError, WriteError, near_matches
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.settings import as_path, check_argument
 from jaxneurons.storage.store import digest, write_json
@@ -32,6 +33,7 @@ Format = Literal["native", "hf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
+@any_axes
 def save(
     lm: LM,
     directory: str | os.PathLike[str],

@@ -23,6 +23,7 @@ from jaxneurons.engine import bootstrap
 from jaxneurons.engine.attribution import integrated_gradients
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import Site
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
@@ -136,6 +137,7 @@ def agreement_table(
     return rows
 
 
+@any_axes
 def attribution_by_layer(
     lm: LM,
     facts: Sequence[KnownFact],

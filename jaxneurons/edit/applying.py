@@ -15,6 +15,7 @@ from jaxneurons.edit.changes import Change, apply
 from jaxneurons.edit.entries import Region, regions
 from jaxneurons.edit.patch import Patch, plain, recorded_name
 from jaxneurons.errors import DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.parameters import LAYERS, Params, get
 from jaxneurons.storage.settings import check_argument
 
@@ -73,6 +74,7 @@ def conflicts(patches: Sequence[Patch]) -> tuple[Conflict, ...]:
     return tuple(sorted(meeting))
 
 
+@any_axes
 def apply_patches(lm: LM, patches: Sequence[Patch] | Patch, *, allow_conflicts: bool = False) -> LM:
     """The model with patches applied in their order.
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.edit.interventions import scale_at
 from jaxneurons.edit.neuron_parameters import neuron_arrays
 from jaxneurons.errors import DataError, near_matches
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import (
     LAYERS,
@@ -114,6 +115,7 @@ _register(Rows, ("index", "values"), ("module", "layer"))
 _register(Multipliers, ("layer", "index", "factor"), ("site",))
 
 
+@any_axes
 def apply(params: Params, changes: Sequence[Change], *, config: ModelConfig) -> Params:
     """The parameters with changes applied in their order. Pure; `params` are not touched.
 

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxneurons.edit.neuron_parameters import by_site, leaf_of, neuron_arrays, tabulate
 from jaxneurons.errors import ConfigError, DataError, near_matches
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import PROJECTIONS, ModelConfig
 from jaxneurons.model.parameters import Params, list_parameters, replace
 from jaxneurons.neurons.sets import NeuronSet
@@ -25,6 +26,7 @@ _OPEN = 32.0
 `act` = (c / 32) * silu(32) is c without rounding."""
 
 
+@any_axes
 def force(params: Params, neurons: NeuronSet, values: ArrayLike, *, config: ModelConfig) -> Params:
     """The parameters with which neurons have constant activations, for all texts and positions.
 
@@ -52,6 +54,7 @@ def force(params: Params, neurons: NeuronSet, values: ArrayLike, *, config: Mode
     return params
 
 
+@any_axes
 def with_biases(
     params: Params, projections: Iterable[str], *, config: ModelConfig
 ) -> tuple[Params, ModelConfig]:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.edit.texts import CHUNK, chunks, default_text
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import LAYERS, Params
 from jaxneurons.model.token_ids import check_ids
@@ -149,6 +150,7 @@ def _smallest_pivot(matrix: Float[np.ndarray, "width width"]) -> float:
 # --- collecting -----------------------------------------------------------------------------------
 
 
+@any_axes
 def collect_covariance(
     lm: LM,
     layers: Sequence[int],

@@ -19,6 +19,7 @@ from jaxneurons.edit.changes import (
 )
 from jaxneurons.edit.patch import Patch, make_patch
 from jaxneurons.errors import DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import LAYERS, SITE_AXES, get, list_parameters
 from jaxneurons.storage.settings import check_argument
@@ -27,6 +28,7 @@ _MOST_RANK = 64
 """Of a low-rank change that is looked for; more is kept as rows."""
 
 
+@any_axes
 def diff(base: LM, edited: LM, *, keep_base: bool | None = None) -> Patch:
     """What differs between two models, as a patch of the first.
 

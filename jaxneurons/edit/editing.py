@@ -28,6 +28,7 @@ from jaxneurons.edit.method import (
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.edit.values import Values, check_layers
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 from jaxneurons.storage.progress import Progress
@@ -73,6 +74,7 @@ METHODS: dict[type, Method] = {
 """By the type of their settings."""
 
 
+@any_axes
 def edit(
     params: Params,
     requests: Sequence[EditRequest],
@@ -123,6 +125,7 @@ def edit(
     return _signed(params, [made], [requests], config)[0]
 
 
+@any_axes
 def edit_each(
     params: Params,
     requests: Sequence[EditRequest],
@@ -185,6 +188,7 @@ def _signed(
     ]
 
 
+@any_axes
 def values_of(
     params: Params,
     requests: Sequence[EditRequest],

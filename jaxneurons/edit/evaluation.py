@@ -24,6 +24,7 @@ from jaxneurons.edit.summaries import RANDOM, UNEDITED, difference_rows, summary
 from jaxneurons.edit.trials import Chunk, Work, described, part_of
 from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.plots.figures import check_places
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import check_argument, check_number
@@ -43,6 +44,7 @@ FORMAT = 2
 Place = str | os.PathLike[str] | None
 
 
+@any_axes
 def evaluate(
     lm: LM,
     requests: Sequence[EditRequest],

@@ -42,11 +42,13 @@ from jaxneurons.edit.neuron_parameters import (
     wide,
 )
 from jaxneurons.errors import ConfigError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params, check_site, replace, site_widths
 from jaxneurons.neurons.sets import NeuronSet
 
 
+@any_axes
 def scale(
     params: Params,
     neurons: NeuronSet | Mapping[str, ArrayLike],
@@ -81,6 +83,7 @@ def scale(
     return params
 
 
+@any_axes
 def scale_at(
     params: Params,
     site: str,
@@ -121,6 +124,7 @@ def sparse_scales(
     return {site: tabulate(site, layer, index, factor, 1.0, config)[0]}
 
 
+@any_axes
 def ablate(params: Params, neurons: NeuronSet, *, config: ModelConfig) -> Params:
     """The parameters with which neurons are 0 at every position: `scale` by 0.
 
@@ -130,6 +134,7 @@ def ablate(params: Params, neurons: NeuronSet, *, config: ModelConfig) -> Params
     return scale(params, neurons, 0.0, config=config)
 
 
+@any_axes
 def interpolate(
     params: Params, other: Params, neurons: NeuronSet, weight: ArrayLike, *, config: ModelConfig
 ) -> Params:
@@ -159,6 +164,7 @@ def interpolate(
     return params
 
 
+@any_axes
 def restore(params: Params, base: Params, neurons: NeuronSet, *, config: ModelConfig) -> Params:
     """Everything of neurons as it is in `base`, bit for bit.
 
@@ -194,6 +200,7 @@ def restore(params: Params, base: Params, neurons: NeuronSet, *, config: ModelCo
     return params
 
 
+@any_axes
 def add(params: Params, neurons: NeuronSet, vectors: ArrayLike, *, config: ModelConfig) -> Params:
     """The parameters with vectors added to what neurons write, times their activation.
 
@@ -217,6 +224,7 @@ def add(params: Params, neurons: NeuronSet, vectors: ArrayLike, *, config: Model
     )
 
 
+@any_axes
 def set_rows(
     params: Params, neurons: NeuronSet, vectors: ArrayLike, *, config: ModelConfig
 ) -> Params:
@@ -227,6 +235,7 @@ def set_rows(
     return _write_rows(params, neurons, vectors, lambda rows, vector: vector, config)
 
 
+@any_axes
 def swap(
     params: Params,
     site: str,

@@ -41,6 +41,7 @@ from jaxneurons.edit.outcomes import SHARES, Outcome, measured_row
 from jaxneurons.edit.prefixes import generate_prefixes
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import as_path, check_argument
@@ -125,6 +126,7 @@ def default_candidates(
     return sorted({*spans, default})
 
 
+@any_axes
 def choose_layers(
     lm: LM,
     requests: Sequence[EditRequest],

@@ -14,6 +14,7 @@ from jaxneurons.edit.requests import EditRequest
 from jaxneurons.engine.attribution import integrated_gradients
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import NeuronSet, Site
 from jaxneurons.prompts.answers import encode_query
 from jaxneurons.prompts.batches import plan
@@ -23,6 +24,7 @@ from jaxneurons.storage.settings import check_argument, check_number
 _attribute = jax.jit(integrated_gradients, static_argnames=("config", "site", "quadrature"))
 
 
+@any_axes
 def locate_neurons(
     lm: LM,
     requests: Sequence[EditRequest],

@@ -31,6 +31,7 @@ from jaxneurons.edit.requests import EditRequest
 from jaxneurons.engine.ablation import continuation
 from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.errors import ConfigError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.generation import NO_TOKEN, greedy
 from jaxneurons.model.transformer import LowRankTerms, Params, forward
@@ -266,6 +267,7 @@ def _text(lm: LM, question: Question, ids: np.ndarray) -> str:
     return continuation(lm, question.prompt, kept)
 
 
+@any_axes
 def measure(
     lm: LM,
     requests: Sequence[EditRequest],

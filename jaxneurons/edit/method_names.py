@@ -17,6 +17,7 @@ from jaxneurons.edit.method import (
     Settings,
 )
 from jaxneurons.errors import ConfigError, near_matches
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.storage.settings import as_path, check_argument
 from jaxneurons.storage.store import Memory, RunDirectory, digest
 
@@ -46,6 +47,7 @@ NEURONS = 20
 """Neurons that are located for each request."""
 
 
+@any_axes
 def named_methods(
     lm: "LM",
     requests: Sequence["EditRequest"],

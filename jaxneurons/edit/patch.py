@@ -33,6 +33,7 @@ from jaxneurons.edit.entries import Entries, check_entries, regions, take
 from jaxneurons.edit.fingerprint import differing
 from jaxneurons.edit.method import Edit
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import NeuronSet, Ranking
 from jaxneurons.storage.printable import counted
@@ -205,6 +206,7 @@ def _describe(change: Change) -> str:
     return f"{what} {row['place']} of {layers}"
 
 
+@any_axes
 def make_patch(
     lm: LM,
     edit: Editable,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.errors import DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.generation import NO_TOKEN, sample
 from jaxneurons.model.parameters import Params
@@ -26,6 +27,7 @@ ROWS = 16
 """Texts that are written at a time: one program, whatever the number of texts."""
 
 
+@any_axes
 def generate_prefixes(
     params: Params,
     tokenizer: "PreTrainedTokenizerBase",

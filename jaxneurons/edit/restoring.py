@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
@@ -95,6 +96,7 @@ def window_of(config: ModelConfig) -> int:
     return max(1, round(config.num_layers * 10 / 48))
 
 
+@any_axes
 def restored_probabilities(
     params: Params,
     prompts: NoisedPrompts,

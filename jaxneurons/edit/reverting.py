@@ -15,10 +15,12 @@ from jaxneurons.edit.recorded import (
     revert_recorded,
 )
 from jaxneurons.errors import DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.parameters import Params
 from jaxneurons.storage.settings import check_argument
 
 
+@any_axes
 def revert(
     lm: LM,
     patches: Patch | Sequence[Patch],

@@ -35,6 +35,7 @@ from jaxneurons.edit.summaries import UNEDITED, averages
 from jaxneurons.edit.trials import described, for_requests
 from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.parameters import Params
 from jaxneurons.neurons.controls import generator
 from jaxneurons.storage.printable import counted
@@ -50,6 +51,7 @@ KEEP = 10.0
 FORMAT, KIND = 1, "sequential"
 
 
+@any_axes
 def evaluate_sequential(
     lm: LM,
     requests: Sequence[EditRequest],

@@ -14,6 +14,7 @@ from jaxneurons.edit.prefixes import generate_prefixes
 from jaxneurons.errors import DataError
 from jaxneurons.lab.corpus import Corpus, vocabulary
 from jaxneurons.lab.world import facts
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.prompts.answers import encode_prompt
 from jaxneurons.storage.settings import check_argument, check_number
 
@@ -64,6 +65,7 @@ def lab_text(count: int = 2000, seed: int = 0) -> list[str]:
     return [text for pair in zip(texts[:half], texts[half:], strict=True) for text in pair][:count]
 
 
+@any_axes
 def sample_text(lm: LM, count: int, length: int = CHUNK, seed: int = 0) -> list[str]:
     """Texts that the model writes, drawn token by token.
 

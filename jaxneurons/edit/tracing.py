@@ -35,6 +35,7 @@ from jaxneurons.edit.traced_facts import POSITIONS, TracedFact, encode_fact, noi
 from jaxneurons.engine import bootstrap
 from jaxneurons.engine.rows import prefill
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 from jaxneurons.prompts import batches
@@ -59,6 +60,7 @@ class _Settings:
     seed: int
 
 
+@any_axes
 def trace(
     lm: LM,
     facts: Sequence[KnownFact],
@@ -183,6 +185,7 @@ def _encoded(lm: LM, facts: Sequence[KnownFact]) -> tuple[dict[int, TracedFact],
     return encoded, left_out
 
 
+@any_axes
 def answered(lm: LM, facts: Sequence[KnownFact]) -> list[KnownFact]:
     """The facts that `trace` would trace: each token of the answer is the model's first choice.
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model import finite
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.generation import NO_TOKEN, greedy
 from jaxneurons.model.token_ids import check_ids
@@ -51,6 +52,7 @@ def default_shape() -> Shape:
 # --- token ids in, token ids out ------------------------------------------------------------------
 
 
+@any_axes
 @functools.partial(jax.jit, static_argnames=("config", "steps"))
 def generate_ablated(
     params: Params,
@@ -74,6 +76,7 @@ def generate_ablated(
     return jax.vmap(continuations)(scales)
 
 
+@any_axes
 def ablated(
     params: Params,
     sets: Sequence[NeuronSet],
@@ -163,6 +166,7 @@ def _explain(
 _greedy = functools.partial(jax.jit, static_argnames=("config", "steps"))(greedy)
 
 
+@any_axes
 def generate(
     lm: LM, prompts: Sequence[str], *, steps: int = STEPS, scales: Scales | None = None
 ) -> list[str]:
@@ -261,6 +265,7 @@ class Generations:
         return "\n".join(lines)
 
 
+@any_axes
 def ablate(
     lm: LM,
     prompts: Sequence[str],

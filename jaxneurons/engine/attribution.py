@@ -24,6 +24,7 @@ from jaxneurons.engine.parametrisation import EXTRA
 from jaxneurons.engine.quadrature import Quadrature, nodes_and_weights
 from jaxneurons.engine.rows import Prefill, prefill, rows_in_budget, sweep
 from jaxneurons.errors import ConfigError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.finite import NotFiniteError, explain
 from jaxneurons.model.parameters import Params
@@ -58,6 +59,7 @@ class Attribution(NamedTuple):
     nodes: Int[Array, "batch layer"]
 
 
+@any_axes
 def integrated_gradients(
     params: Params,
     tokens: Int[Array, "batch seq"],
@@ -159,6 +161,7 @@ def _check_finite(
         raise NotFiniteError(row, explain(params, ids, config=config))
 
 
+@any_axes
 def attribute(
     params: Params,
     pre: Prefill,

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.errors import DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import NeuronSet, neuron_count, site_width
 from jaxneurons.storage.progress import Progress
@@ -26,6 +27,7 @@ TOGETHER = 16
 """Scores compared in one pass over the counts."""
 
 
+@any_axes
 @functools.partial(jax.jit, static_argnames=("chunk",))
 def average_precision(
     positives: Float[Array, "positive neuron"],
@@ -168,6 +170,7 @@ def resolve_k(k: int | float, config: ModelConfig, sites: Sequence[str]) -> int:
     return neurons
 
 
+@any_axes
 def expertise(
     read: Callable[[str, int], Float[np.ndarray, "example width"]],
     examples: Mapping[str, Examples],

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxneurons.engine.rows import Prefill
 from jaxneurons.errors import DataError
 from jaxneurons.model import layers
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params
 from jaxneurons.neurons.sets import NeuronSet, Site, site_width
@@ -137,6 +138,7 @@ TRIALS = 32
 """Trials that are run together: more keep the platform busy and need more memory."""
 
 
+@any_axes
 @functools.partial(jax.jit, static_argnames=("config", "site"))
 def scaled_answers(
     params: Params,

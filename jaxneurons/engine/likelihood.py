@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import LowRankTerms, Params, Scales, forward
 from jaxneurons.prompts import batches
 
 
+@any_axes
 @functools.partial(jax.jit, static_argnames=("config",))
 def sentence_loss(
     params: Params,

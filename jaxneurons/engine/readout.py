@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.errors import ConfigError
 from jaxneurons.model import layers
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params
 from jaxneurons.neurons.sets import NeuronSet, Ranking
@@ -16,6 +17,7 @@ INNER = ("up", "gate", "act")
 """Sites whose neurons write through a row of the down projection, and share their numbering."""
 
 
+@any_axes
 def written_directions(
     params: Params, neurons: NeuronSet | Ranking, *, config: ModelConfig
 ) -> Float[Array, "neuron hidden"]:
@@ -44,6 +46,7 @@ def _directions(params: Params, site: str, at: np.ndarray, config: ModelConfig) 
     )
 
 
+@any_axes
 def words(
     lm: LM, neurons: NeuronSet | Ranking, *, count: int = 8
 ) -> list[tuple[list[str], list[str]]]:

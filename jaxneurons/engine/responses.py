@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.model import finite
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, forward
@@ -35,6 +36,7 @@ ROWS = 64
 """Prompts in a batch (fewer where they are long), and examples in a chunk."""
 
 
+@any_axes
 @functools.partial(jax.jit, static_argnames=("config", "sites"))
 def mean_responses(
     params: Params,
@@ -54,6 +56,7 @@ def mean_responses(
     return out.activations
 
 
+@any_axes
 class ResponseStore:
     """Responses of prompts, written batch by batch, read layer by layer.
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.model import layers, transformer
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.blockwise import MOST_SCORES
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params, axes, list_parameters, params_dtype
@@ -50,6 +51,7 @@ class Prefill(NamedTuple):
     captured: dict[str, Float[Array, "layer batch answer width"]]
 
 
+@any_axes
 def prefill(
     params: Params,
     tokens: Int[Array, "batch seq"],

@@ -9,10 +9,21 @@ from jaxneurons.model.parameters import (
     param_shapes,
     site_widths,
 )
-from jaxneurons.model.sharding import ShardingRules, batch_sharding, param_shardings, shard_params
+from jaxneurons.model.sharding import (
+    PRESETS,
+    ShardingRules,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    partition_specs,
+    shard_params,
+    undivided,
+    whole_parameters,
+)
 from jaxneurons.model.transformer import Cache, Output, Transformer, forward, init_cache
 
 __all__ = [
+    "PRESETS",
     "Cache",
     "ModelConfig",
     "Output",
@@ -26,9 +37,13 @@ __all__ = [
     "greedy",
     "init_cache",
     "list_parameters",
+    "make_mesh",
     "param_shapes",
     "param_shardings",
+    "partition_specs",
     "sample",
     "shard_params",
     "site_widths",
+    "undivided",
+    "whole_parameters",
 ]

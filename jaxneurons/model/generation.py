@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxneurons.model import transformer
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 
 NO_TOKEN = -1
@@ -16,6 +17,7 @@ State = tuple[transformer.Cache | None, Int[Array, " batch"]]
 """What has been seen, and the token after it."""
 
 
+@any_axes
 def greedy(
     params: transformer.Params,
     tokens: Int[Array, "batch seq"],
@@ -48,6 +50,7 @@ def greedy(
     return _generate(run, tokens, cache, lambda x, _: x.argmax(-1), lengths=lengths, steps=steps)
 
 
+@any_axes
 def sample(
     params: transformer.Params,
     tokens: Int[Array, "batch seq"],

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxneurons.errors import ConfigError
 from jaxneurons.model import layers
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import (
@@ -250,6 +251,7 @@ class Transformer(nn.Module):
         return Output(layers.unembed(params, final, config), cache, activations, final)
 
 
+@any_axes
 def forward(
     params: Params,
     tokens: Int[Array, "batch seq"],

@@ -18,6 +18,7 @@ from jaxneurons.engine.last_position import changes, last_position, scaled_answe
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError
 from jaxneurons.lab.bundled import bundled_queries
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.controls import generator
 from jaxneurons.neurons.sets import Neuron, NeuronSet, site_width
 from jaxneurons.plots.figures import neuron_map
@@ -124,12 +125,14 @@ def demo_facts(source: str) -> list[Query]:
     return [fact for members in groups.values() for fact in members[:: len(members) // 6][:6]]
 
 
+@any_axes
 def known(lm: LM, facts: list[Query]) -> list[bool]:
     """Whether the model says the answer, whole, after every wording of a fact."""
     _, first = _suppressed(lm, facts, [[NeuronSet()]] * len(facts))
     return [bool(by_trial[0].all()) for by_trial in first]
 
 
+@any_axes
 def demo(
     lm: LM,
     *,

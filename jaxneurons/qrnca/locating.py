@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.finite import NotFiniteError
 from jaxneurons.neurons.sets import site_width
 from jaxneurons.prompts import batches
@@ -45,6 +46,7 @@ from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import Memory, Parts, RunDirectory, digest, write_json_lines
 
 
+@any_axes
 def locate(
     lm: LM,
     queries: Sequence[Query],

@@ -15,6 +15,7 @@ from typing import Any
 from jaxneurons.checkpoints.provenance import versions
 from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import ConfigError, DataError, WriteError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import NeuronSet, read_neurons
 from jaxneurons.plots.figures import check_places
 from jaxneurons.qrnca import analyses, prediction
@@ -37,6 +38,7 @@ Place = str | os.PathLike[str] | None
 Neurons = NeuronSet | str | os.PathLike[str] | None
 
 
+@any_axes
 def evaluate(
     run: Run,
     *,
@@ -70,6 +72,7 @@ def evaluate(
     return _written(run, "evaluation", rows, _facts(run, outcomes, neurons, seed), out)
 
 
+@any_axes
 def edit(
     run: Run,
     *,
@@ -95,6 +98,7 @@ def edit(
     return _written(run, "editing", rows, _facts(run, outcomes, neurons, seed), out)
 
 
+@any_axes
 def predict(
     run: Run, *, seed: int = 0, out: Place = None, progress: Progress | None = None
 ) -> Tables:
@@ -120,6 +124,7 @@ def predict(
     return _written(run, None, rows, {}, out)
 
 
+@any_axes
 def analyse(
     run: Run,
     *,

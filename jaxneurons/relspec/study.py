@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.checkpoints.provenance import versions
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import NeuronSet, neuron_count, neuron_table
 from jaxneurons.prompts.relations import Relation
 from jaxneurons.relspec import analyses, drops, wordings
@@ -34,6 +35,7 @@ else:  # imported where figures are drawn
 NOTHING = "these relations have nothing to measure"
 
 
+@any_axes
 class Study(Collection):
     """Which neurons serve a relation, and what is lost without them?
 

@@ -3,8 +3,10 @@
 import hashlib
 import importlib
 import json
+import warnings
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from support.checkpoints import (
 
 from jaxneurons.checkpoints.fetch import TOKENIZER_FILES
 from jaxneurons.checkpoints.loading import load
-from jaxneurons.errors import SourceError
+from jaxneurons.errors import ConfigError, SourceError
+from jaxneurons.model.sharding import PRESETS, make_mesh
 
 loading = importlib.import_module(
     "jaxneurons.checkpoints.loading"
@@ -103,3 +106,32 @@ def test_the_dtype_of_a_model_is_a_dtype_and_files_say_its_name(gguf_file, dtype
     assert load(gguf_file, dtype=lm.dtype).dtype == lm.dtype
     name = np.dtype(dtype).name
     assert json.loads(json.dumps(lm.facts()))["dtype"] == lm.identity()["dtype"] == name
+
+
+def test_a_mesh_and_its_rules_in_words(hf_directory):
+    whole = load(hf_directory)
+    for mesh, rules, spec in (
+        ("1x2", "tensor", (None, None, "model")),
+        ((2, 1), "fsdp", (None, ("data", "model"), None)),
+        (make_mesh("1x2"), PRESETS["fsdp-tensor"], (None, "data", "model")),
+    ):
+        with warnings.catch_warnings():  # 263 tokens do not divide
+            warnings.simplefilter("ignore")
+            lm = load(hf_directory, mesh=mesh, rules=rules)
+        assert tuple(lm.params["layers"]["ffn"]["up"]["kernel"].sharding.spec) == spec
+        chex.assert_trees_all_equal(lm.params, whole.params)
+        assert lm.hash == whole.hash
+    with pytest.warns(UserWarning, match=r"vocab \(\d+\) cannot be divided over 2 devices") as said:
+        load(hf_directory, mesh="1x2")
+    assert len(said) == 1
+
+
+def test_meshes_that_cannot_be(hf_directory):
+    with pytest.raises(ConfigError, match=r"4x4 needs 16 devices, but there are 8 devices"):
+        load(hf_directory, mesh="4x4")
+    with pytest.raises(ConfigError, match=r"written DATAxMODEL"):
+        load(hf_directory, mesh="2,1")
+    with pytest.raises(ConfigError, match=r"unknown sharding 'tensr'; did you mean 'tensor'"):
+        load(hf_directory, mesh="2x1", rules="tensr")
+    with pytest.raises(ConfigError, match=r"rule batch='data': the mesh has no axis"):
+        load(hf_directory, mesh=jax.make_mesh((2,), ("model",)))

@@ -205,6 +205,7 @@ def test_a_study_keeps_the_keys_that_it_was_begun_without(tmp_path):
     assert resume(tmp_path) == ("m", ["bundled"], settings)
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be divided")
 def test_a_loaded_model_is_not_edited_wherever_it_lies(directory):
     mesh = jax.make_mesh((2,), ("model",))
     lm = jn.load(directory, mesh=mesh, rules=jn.ShardingRules(batch=None))

@@ -67,6 +67,8 @@ def test_dequantises_as_the_gguf_package_does(tmp_path, kind):
     file = open_gguf(path)
     np.testing.assert_array_equal(read_tensor(file, name), expected)
     np.testing.assert_array_equal(read_tensor(file, name, slice(3, 7)), expected[3:7])
+    some = read_tensor(file, name, slice(3, 7), slice(5, 40))  # across blocks of 32
+    np.testing.assert_array_equal(some, expected[3:7, 5:40])
     _, params = read_gguf(file)
     np.testing.assert_array_equal(params["layers"]["ffn"]["down"]["kernel"][1], expected.T)
 
@@ -88,6 +90,8 @@ def test_dequantises_what_the_gguf_package_cannot_quantise(tmp_path, kind):
         assert file.tensors["x"].shape == (6, 512)
         np.testing.assert_array_equal(read_tensor(file, "x"), expected)
         np.testing.assert_array_equal(read_tensor(file, "x", slice(2, 5)), expected[2:5])
+        some = read_tensor(file, "x", slice(2, 5), slice(100, 300))
+        np.testing.assert_array_equal(some, expected[2:5, 100:300])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])

@@ -93,7 +93,7 @@ def test_overflow_in_a_narrow_dtype_is_an_error(tmp_path):
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxneurons.convert.fill._CHUNK", 100)
+    monkeypatch.setattr("jaxneurons.convert.blocks._CHUNK", 100)
     config = tiny(tie_word_embeddings=False)
     tensors = hf_tensors(config)
     _, params = read_hf(write_hf(tmp_path, config, tensors))

@@ -192,7 +192,7 @@ def test_gradients_reach_the_changes():
 @pytest.mark.parametrize("by", ["neurons", "hidden", "layers"])
 def test_sharded_parameters_are_not_gathered(by):
     config, params = tiny(biases=("q", "k", "v"))
-    mesh = Mesh(np.array(jax.devices()).reshape(1, 2), ("data", "model"))
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "model"))
     none = dict.fromkeys(("vocab", "intermediate", "heads", "kv_heads"))
     rules = {
         "neurons": ShardingRules(),

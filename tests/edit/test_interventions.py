@@ -564,7 +564,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", EDITS)
 def test_sharded_parameters_are_not_gathered(name, layout):
-    mesh = Mesh(np.array(jax.devices()).reshape(1, 2), ("data", "model"))
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "model"))
     placed = param_shardings(CONFIG, mesh, LAYOUTS[layout])
     params = shard_params(PARAMS["biases"], CONFIG, mesh, LAYOUTS[layout])
     other = shard_params(OTHER, CONFIG, mesh, LAYOUTS[layout])

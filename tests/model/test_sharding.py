@@ -11,11 +11,18 @@ from support.models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import ConfigError, Quadrature, forward, integrated_gradients
 from jaxneurons.model.sharding import (
+    PRESETS,
     ShardingRules,
     batch_sharding,
     logical_axes,
+    make_mesh,
     param_shardings,
+    parse_mesh,
+    partition_specs,
+    resolve_rules,
     shard_params,
+    undivided,
+    whole_parameters,
 )
 
 TUPLE = {"is_leaf": lambda x: isinstance(x, tuple)}
@@ -75,8 +82,60 @@ def test_rules_that_cannot_be():
         param_shardings(config, mesh, ShardingRules(vocab="modle"))
     with pytest.raises(ConfigError, match=r"batch='dat'.*did you mean 'data'"):
         batch_sharding(mesh, ShardingRules(batch="dat"))
+    with pytest.raises(ConfigError, match=r"no axis 'dta'.*did you mean 'data'"):
+        param_shardings(config, mesh, ShardingRules(hidden=("dta", "model")))
     with pytest.raises(ConfigError, match="same mesh axis twice"):
         param_shardings(config, mesh, ShardingRules(hidden="model"))
+    with pytest.raises(ConfigError, match="same mesh axis twice"):  # whatever divides
+        param_shardings(config, mesh, ShardingRules(hidden=("data", "model")))
+    with pytest.raises(ConfigError, match="names a mesh axis twice"):
+        ShardingRules(hidden=("data", "data"))
+
+
+def test_several_mesh_axes_and_presets():
+    config, sizes = tiny_config(), {"data": 4, "model": 2}
+    specs = partition_specs(config, sizes, PRESETS["fsdp"])
+    both = ("data", "model")
+    assert specs["layers"]["ffn"]["up"]["kernel"] == PartitionSpec(None, both, None)
+    assert specs["embed"]["embedding"] == PartitionSpec(None, both)
+    assert whole_parameters(config, sizes, PRESETS["fsdp"]) == {}
+    specs = partition_specs(config, sizes, PRESETS["fsdp-tensor"])
+    assert specs["layers"]["ffn"]["up"]["kernel"] == PartitionSpec(None, "data", "model")
+    assert batch_sharding(mesh_of(1, 2), PRESETS["data"]).spec == PartitionSpec(both)
+    assert set(whole_parameters(config, sizes, PRESETS["data"]).values()) == {
+        "no rule splits its axes"
+    }
+    assert resolve_rules("tensor") == ShardingRules()
+    with pytest.raises(ConfigError, match=r"unknown sharding 'fdsp'; did you mean 'fsdp'"):
+        resolve_rules("fdsp")
+
+
+def test_what_does_not_divide_is_named():
+    config = tiny_config(num_heads=6, num_kv_heads=3)
+    (odd,) = undivided(config, {"data": 4, "model": 2})
+    assert (odd.axis, odd.parts, odd.devices) == ("kv_heads", 3, 2)
+    assert str(odd) == (
+        "kv_heads (3) cannot be divided over 2 devices (model) and is not split: "
+        "layers.attn.k.kernel, layers.attn.v.kernel"
+    )
+    whole = whole_parameters(config, {"data": 4, "model": 2})
+    assert whole["layers.attn.k.kernel"] == "kv_heads (3) cannot be divided over 2 devices"
+    assert whole["final_norm.scale"] == "no rule splits its axes"
+    assert "layers.attn.q.kernel" not in whole
+    assert undivided(config, {"data": 4, "model": 1}) == ()
+
+
+def test_meshes_in_words():
+    assert make_mesh("1x2") == mesh_of(1, 2) == make_mesh((1, 2))
+    assert make_mesh("1x1").devices.size == 1  # fewer devices than there are
+    assert parse_mesh(" 16X8") == (16, 8)
+    with pytest.raises(ConfigError, match=r"4x4 needs 16 devices, but there are 8 devices \(cpu\)"):
+        make_mesh("4x4")
+    for wrong in ("4", "4x", "0x2", "4x2x1", "-1x2", "axb", ""):
+        with pytest.raises(ConfigError, match=r"written DATAxMODEL, such as 4x2; got"):
+            make_mesh(wrong)
+    with pytest.raises(ConfigError, match="two counts"):
+        make_mesh((2, 0))
 
 
 LAYOUTS = {
