@@ -1,7 +1,7 @@
 """The main programs of editing: values of facts, moments of keys, measures.
 
-Values are those of MEMIT (arXiv 2210.07229) at the last edited layer. What is solved from them is float64 on the host (`edit.solving`): the covariance of a layer, width
-by width.
+Values are those of MEMIT (arXiv 2210.07229) at the last edited layer. What is solved from them is
+float64 on the host (`edit.solving`): the covariance of a layer, width by width.
 """
 
 import functools
@@ -58,10 +58,10 @@ def _values(config: ModelConfig, work: Work, chunks: Chunks) -> Program:
     before = 1 << (max(32, work.tokens) - 1).bit_length()
     layer = default_layers(config)[-1]
     split = Split(
-        before=Argument((rows, before), jnp.int32, 0),  # pyright: ignore[reportArgumentType]
-        after=Argument((rows, after), jnp.int32, 0),  # pyright: ignore[reportArgumentType]
-        last=Argument((rows,), jnp.int32, 0),  # pyright: ignore[reportArgumentType]
-        length=Argument((rows,), jnp.int32, 0),  # pyright: ignore[reportArgumentType]
+        before=Argument((rows, before), jnp.int32),  # pyright: ignore[reportArgumentType]
+        after=Argument((rows, after), jnp.int32),  # pyright: ignore[reportArgumentType]
+        last=Argument((rows,), jnp.int32),  # pyright: ignore[reportArgumentType]
+        length=Argument((rows,), jnp.int32),  # pyright: ignore[reportArgumentType]
     )
     weights = Weights(*(Argument((), jnp.float32),) * 5)  # pyright: ignore[reportArgumentType]
 
@@ -85,8 +85,8 @@ def _values(config: ModelConfig, work: Work, chunks: Chunks) -> Program:
         program,
         (
             split,
-            Argument((requests, each), jnp.int32, 0),
-            Argument((requests, work.answers), jnp.int32, 0),
+            Argument((requests, each), jnp.int32),
+            Argument((requests, work.answers), jnp.int32),
             weights,
         ),
         calls=-(-work.prompts // requests),

@@ -10,7 +10,7 @@ from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import count_parameters
 from jaxneurons.model.sharding import undivided
-from jaxneurons.scale.choosing import choose, peak
+from jaxneurons.scale.choosing import Choice, choose
 from jaxneurons.scale.placement import Placement
 from jaxneurons.scale.prediction import (
     Prediction,
@@ -130,9 +130,10 @@ def plan(
         raise ConfigError(f"unknown dtype {dtype!r}; {near_matches(dtype, DTYPES)}")
     config = shape.config
     check_length(config, work)
-    (placement, chunks, programs), fits = choose(job, config, work, there, dtype)
+    choice, fits = choose(job, config, work, there, dtype)
+    placement, chunks, programs = choice
     if not fits:
-        raise ConfigError(_does_not_fit(shape.name, job, config, work, there, dtype, programs))
+        raise ConfigError(_does_not_fit(shape.name, job, config, work, there, dtype, choice))
     itemsize = jnp.dtype(dtype).itemsize
     return Plan(
         model=shape.name,
@@ -172,15 +173,15 @@ def _does_not_fit(
     work: Work,
     target: Target,
     dtype: str,
-    programs: tuple[Prediction, ...],
+    choice: Choice,
 ) -> str:
-    needed, room = peak(programs), target.fill * target.device.memory
+    needed, room = choice.peak, target.fill * target.device.memory
     places = _where_it_fits(job, config, work, target, dtype)
     elsewhere = f"it would on {', '.join(places)}" if places else "it would on none of the targets"
     return (
         f"{name} in {dtype} does not fit for {job} on {target.name}: at the least "
         f"{needed / 1e9:.1f} GB on each device, of which parameters "
-        f"{programs[0].parameters / 1e9:.1f} GB, where {room / 1e9:.1f} GB can be had "
+        f"{choice.programs[0].parameters / 1e9:.1f} GB, where {room / 1e9:.1f} GB can be had "
         f"({100 * target.fill:.0f} % of its memory): {(needed - room) / 1e9:.1f} GB too much; "
         f"{elsewhere}"
     )

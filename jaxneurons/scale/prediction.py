@@ -85,10 +85,16 @@ class Prediction:
         return self.parameters + self.arguments + self.outputs + self.temporaries
 
 
-def share(chunks: Chunks, placement: Placement) -> Chunks:
-    """What of a batch is one device's."""
-    parts = placement.parts("batch")
-    return chunks._replace(
+def batch_parts(job: Job, placement: Placement) -> int:
+    """Devices that the prompts of a batch are split over; requests of edits are not split."""
+    return 1 if job == "edit" else placement.parts("batch")
+
+
+def share(job: Job, work: Work, chunks: Chunks, placement: Placement) -> tuple[Work, Chunks]:
+    """What of a job, and of a batch, is one device's."""
+    parts = batch_parts(job, placement)
+    fewer = dataclasses.replace(work, prompts=-(-work.prompts // parts))
+    return fewer, chunks._replace(
         prompts=max(1, chunks.prompts // parts), rows=max(1, chunks.rows // parts)
     )
 
@@ -119,7 +125,7 @@ def predict(
     kept = held(config, placement, itemsize)
     params = parameter_tree(local, lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)))
     predictions = []
-    for program in programs_of(job, local, work, share(chunks, placement), dtype):
+    for program in programs_of(job, local, *share(job, work, chunks, placement), dtype):
         taken = cost(
             program.function,
             params,
@@ -199,7 +205,7 @@ def quick_seconds(
     local, kept = on_one_device(config, placement), held(config, placement, itemsize)
     values = count_parameters(local)
     total = Seconds(0, 0, 0)
-    for program in programs_of(job, local, work, share(chunks, placement), dtype):
+    for program in programs_of(job, local, *share(job, work, chunks, placement), dtype):
         moved = _collectives(program, kept, config, placement, itemsize)
         seconds = Seconds(
             2 * values * (program.positions + program.gradients) / device.peak,
@@ -228,7 +234,10 @@ def cache_bytes(
     """Keys and values of a batch on one device; 0 where a job has none."""
     if job == "responses":
         return 0
-    local, prompts = on_one_device(config, placement), share(chunks, placement).prompts
+    local, prompts = (
+        on_one_device(config, placement),
+        share(job, work, chunks, placement)[1].prompts,
+    )
     sets = chunks.sets if job in ("sweep", "relspec") else 1
     after = work.generated if job in ("sweep", "relspec") else work.answers
     keys = bucket(work.tokens) + after - 1
