@@ -61,6 +61,7 @@ class Prediction:
       outputs: bytes of its results.
       temporaries: bytes of all else that is alive at once, parameters that are gathered included.
       gathered: bytes of these.
+      unread: bytes of parameters that the program does not read: there, but not its arguments.
       operations: of matrix products, of a call.
       bytes_moved: read and written by them, of a call.
       collectives: bytes that a call receives from other devices, by kind.
@@ -74,6 +75,7 @@ class Prediction:
     outputs: int
     temporaries: int
     gathered: int
+    unread: int
     operations: float
     bytes_moved: float
     collectives: Mapping[str, float]
@@ -147,6 +149,10 @@ def _prediction(
     device: Device,
 ) -> Prediction:
     moved = _collectives(program, kept, config, placement, itemsize)
+    arguments = arguments_of(program)
+    values = itemsize * count_parameters(on_one_device(config, placement))
+    unread = (values + arguments - taken.arguments) * kept.resting // values
+    temporaries = taken.temporaries + kept.gathered
     seconds = Seconds(
         taken.operations / device.peak,
         taken.bytes_moved / device.bandwidth,
@@ -156,10 +162,11 @@ def _prediction(
         program.name,
         program.calls,
         kept.resting,
-        arguments_of(program),
+        arguments,
         taken.outputs,
-        taken.temporaries + kept.gathered,
+        max(0, temporaries - device.on_chip),
         kept.gathered,
+        unread,
         taken.operations,
         taken.bytes_moved,
         moved,

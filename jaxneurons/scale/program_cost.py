@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 VIEWS = {"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "optimization_barrier"}
@@ -144,7 +145,6 @@ class _Account:
 
     loops: int
     copies: bool
-    slack: int = int(__import__("os").environ.get("SLACK", "0"))
     widen: bool = False
     clock: int = 0
     buffers: list[Buffer] = dataclasses.field(default_factory=list)
@@ -166,6 +166,7 @@ class _Scope:
         self.shapes: list[tuple[int, ...]] = []
         self.ops: list[_Op] = []
         self.env: dict[Any, int] = {}
+        self.emitted: dict[int, int] = {}
         self.inputs = [self._new(v) for v in (*jaxpr.invars, *jaxpr.constvars)]
         outs = self._flatten(jaxpr)
         self.outputs = [v for v, keep in zip(outs, used, strict=True) if keep and v is not None]
@@ -190,6 +191,9 @@ class _Scope:
             if name in CALLS:
                 self._inline(eqn)
                 continue
+            if name == "reduce_precision" and _keeps(eqn):
+                self.env[eqn.outvars[0]] = self.env[eqn.invars[0]]
+                continue
             if name == "scan" and eqn.params["length"] == 1:
                 self._unroll(eqn)
                 continue
@@ -213,15 +217,17 @@ class _Scope:
             self.env[var] = self.add_value(var.aval) if number is None else number
 
     def _unroll(self, eqn: Any) -> None:
-        """A loop of one turn, which is none."""
+        """A loop of one turn, which is none: what it stacks is what it emits."""
         body = eqn.params["jaxpr"].jaxpr
-        first = eqn.params["num_consts"] + eqn.params["num_carry"]
+        stacked = eqn.params["num_consts"] + eqn.params["num_carry"]
         for at, (outer, var) in enumerate(zip(eqn.invars, body.invars, strict=True)):
             number = self._read(outer)
             if number is None:
-                self.env[var] = self.add_value(var.aval)
-            elif at < first:
+                self._new(var)
+            elif at < stacked:
                 self.env[var] = number
+            elif number in self.emitted:
+                self.env[var] = self.emitted[number]
             else:
                 self.ops.append(_Op("reshape", [number], [self._new(var)], {}))
         for var in body.constvars:
@@ -229,11 +235,12 @@ class _Scope:
         results = self._flatten(body)
         for at, (var, number) in enumerate(zip(eqn.outvars, results, strict=True)):
             if number is None:
-                self.env[var] = self.add_value(var.aval)
+                self._new(var)
             elif at < eqn.params["num_carry"]:
                 self.env[var] = number
             else:
                 self.ops.append(_Op("reshape", [number], [self._new(var)], {}))
+                self.emitted[self.env[var]] = number
 
     def _drop_unused(self) -> None:
         needed = set(self.outputs)
@@ -304,7 +311,7 @@ class _Scope:
 def _close(opened: dict[int, list[int]], buffer: int, account: _Account) -> None:
     size, start = opened.pop(buffer)
     if size:
-        account.buffers.append(Buffer(size, start, account.clock + account.slack))
+        account.buffers.append(Buffer(size, start, account.clock))
 
 
 def _loop(op: _Op, account: _Account) -> None:
@@ -325,6 +332,12 @@ def _loop(op: _Op, account: _Account) -> None:
         scope.walk(account)
     account.operations = operations + turns * account.operations
     account.moved = moved + turns * account.moved
+
+
+def _keeps(eqn: Any) -> bool:
+    """Whether a reduction of precision leaves all of it: it marks what a gradient keeps."""
+    info = jnp.finfo(eqn.invars[0].aval.dtype)
+    return (eqn.params["exponent_bits"], eqn.params["mantissa_bits"]) == (info.nexp, info.nmant)
 
 
 def _carried(eqn: Any) -> slice:

@@ -28,6 +28,7 @@ class Device:
       network: to the other devices, bytes a second, sent.
       axes: of a slice's topology; 0: devices are counted.
       most: devices in a row or slice whose network is this one.
+      on_chip: bytes of temporaries that the compiler keeps beside the memory, on the chip.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Device:
     network: float
     axes: int = 0
     most: int = 8
+    on_chip: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -49,17 +51,19 @@ class Device:
 # TPUs: cloud.google.com/tpu/docs, "System architecture" of each version: peak compute and HBM of a
 # chip, inter-chip interconnect (1,600, 3,200, 4,800, 2,400 Gbit/s, of all links together). What
 # their compiler lets a program have of the 16 GB of a v5e is 15.75 GiB; the others' are taken to be
-# in the same proportion.
+# in the same proportion. Vector memory (VMEM), where it puts what is small enough: 128 MiB of a core
+# of v5e and v6e, 64 of v5p, 32 of v4 (jax-ml.github.io/scaling-book, "How to Think About TPUs", and
+# the Pallas documentation's table of TPUs).
 DEVICES = {
     device.name: device
     for device in (
         Device("a100", "gpu", 312e12, int(0.95 * 80e9), 2.039e12, 300e9),
         Device("h100", "gpu", 989.4e12, int(0.95 * 80e9), 3.35e12, 450e9),
         Device("h200", "gpu", 989.4e12, int(0.95 * 141e9), 4.8e12, 450e9),
-        Device("v4", "tpu", 275e12, int(31.5 * GIB), 1.228e12, 300e9, 3, 4096),
-        Device("v5e", "tpu", 197e12, int(15.75 * GIB), 0.819e12, 200e9, 2, 256),
-        Device("v5p", "tpu", 459e12, int(94 * GIB), 2.765e12, 600e9, 3, 8960),
-        Device("v6e", "tpu", 918e12, int(31.25 * GIB), 1.64e12, 400e9, 2, 256),
+        Device("v4", "tpu", 275e12, int(31.5 * GIB), 1.228e12, 300e9, 3, 4096, 32 << 20),
+        Device("v5e", "tpu", 197e12, int(15.75 * GIB), 0.819e12, 200e9, 2, 256, 128 << 20),
+        Device("v5p", "tpu", 459e12, int(94 * GIB), 2.765e12, 600e9, 3, 8960, 64 << 20),
+        Device("v6e", "tpu", 918e12, int(31.25 * GIB), 1.64e12, 400e9, 2, 256, 128 << 20),
     )
 }
 """By name, what a target can be made of."""
