@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         prompts,
         qrnca,
         relspec,
+        scale,
         storage,
     )
     from jaxneurons.checkpoints import LM, load, save
@@ -86,5 +87,6 @@ __all__ = [
     "qrnca",
     "relspec",
     "save",
+    "scale",
     "storage",
 ]

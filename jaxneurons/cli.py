@@ -1,4 +1,4 @@
-"""The command line: `demo`, `qrnca`, `relspec`, `edit`, `convert`, `verify`, `inspect`."""
+"""The command line: `demo`, `qrnca`, `relspec`, `edit`, `plan`, `convert`, `verify`, `inspect`."""
 
 import os
 import sys
@@ -13,6 +13,7 @@ from jaxneurons.edit.patch_cli import write_neurons
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
 from jaxneurons.qrnca import cli as qrnca_cli
 from jaxneurons.relspec import cli as relspec_cli
+from jaxneurons.scale import cli as scale_cli
 from jaxneurons.terminal.checkpoint_views import show_certificate, show_description
 from jaxneurons.terminal.console import (
     console,
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(qrnca_cli.app, name="qrnca")
 app.add_typer(relspec_cli.app, name="relspec")
 app.add_typer(edit_cli.app, name="edit")
+app.command()(scale_cli.plan)
 
 DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer has turned into SystemExit

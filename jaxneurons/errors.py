@@ -56,3 +56,11 @@ def near_matches(word: str, known: Iterable[str]) -> str:
     """Say which of `known` the user may have meant, or all: a clause to end a message with."""
     names = list(known)
     return close_matches(word, names) or "known: " + ", ".join(map(repr, names))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, or XLA's on any device."""
+    if isinstance(error, MemoryError):
+        return True
+    message = str(error).lstrip()
+    return isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED")

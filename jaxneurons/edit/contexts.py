@@ -146,12 +146,18 @@ def _pad(
     return ContextBatch(filled_up, split, ends.reshape(size, each), targets)
 
 
-def batch_size(contexts: Sequence[Contexts], config: ModelConfig, budget: int = 1 << 30) -> int:
+def batch_size(
+    contexts: Sequence[Contexts],
+    config: ModelConfig,
+    budget: int = 1 << 30,
+    *,
+    platform: str | None = None,
+) -> int:
     """Requests that are optimised together: enough to keep the platform busy, within bytes.
 
     Few on a CPU, since a batch goes on until its slowest request is done.
     """
     answer = max(_power_of_two(len(each.target)) for each in contexts)
     logits = 3 * 4 * config.vocab_size * (len(contexts[0].prompts) * answer + 2)
-    most = 4 if jax.default_backend() == "cpu" else 32
+    most = 4 if (platform or jax.default_backend()) == "cpu" else 32
     return max(1, min(most, 1 << (max(1, budget // logits).bit_length() - 1)))

@@ -277,7 +277,7 @@ def _collect(
     for number, (tokens, lengths) in enumerate(_batches(pieces), 1):
         if number <= first:
             continue
-        sums = _add_keys(sums, params, tokens, lengths, config=config, layers=tuple(layers))
+        sums = add_keys(sums, params, tokens, lengths, config=config, layers=tuple(layers))
         done += int((lengths - 1).sum())
         if number % KEPT == 0 and parts.path is not None:
             kept = {"sums": np.asarray(sums), "keys": np.array(done), "batches": np.array(number)}
@@ -305,7 +305,7 @@ def _lower_layers(config: ModelConfig, params: Params, count: int) -> tuple[Mode
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layers"))
-def _add_keys(
+def add_keys(
     sums: Float[Array, "layer width width"],
     params: Params,
     tokens: Int[Array, "batch seq"],

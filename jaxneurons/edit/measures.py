@@ -30,6 +30,7 @@ from jaxneurons.edit.outcomes import Outcome, measured_row
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.engine.ablation import continuation
 from jaxneurons.engine.likelihood import sentence_loss
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
@@ -170,12 +171,26 @@ def run_cases(
     loss = None
     if changes is None and neutral is not None:
         loss = float(text_loss(lm.params, (), *neutral, config=lm.config)[0])
-    for index, stacked in _stacks(lm, len(cases), changes, most):
-        some = [cases[i] for i in index]
+    chunk = ChunkSize(most, what="edits")
+
+    def some(index: list[int], stacked: Edits) -> list[Outcome]:
         losses = None if loss is None else np.full(len(index), loss)
         if losses is None and neutral is not None:
             losses = np.asarray(text_loss(lm.params, stacked, *neutral, config=lm.config))
-        made = _run_batch(lm, some, stacked, settings, width, losses)
+        return _run_batch(lm, [cases[i] for i in index], stacked, settings, width, losses)
+
+    def in_parts(size: int, index: list[int], stacked: Edits) -> list[Outcome]:
+        return [
+            outcome
+            for start in range(0, len(index), size)
+            for outcome in some(
+                index[start : start + size],
+                jax.tree.map(lambda leaf, at=start: leaf[at : at + size], stacked),
+            )
+        ]
+
+    for index, stacked in _stacks(lm, len(cases), changes, most):
+        made = chunk.run(functools.partial(in_parts, index=index, stacked=stacked))
         outcomes.update(zip(index, made, strict=False))
     return [outcomes[i] for i in range(len(cases))]
 

@@ -52,14 +52,14 @@ def optimise_batch(
     optimisation: Optimisation,
 ) -> Optimised:
     """Keys and values of a batch of requests, on the host."""
-    weights = _Weights(
+    weights = Weights(
         *(
             jnp.float32(getattr(optimisation, name))
             for name in ("learning_rate", "kl_factor", "weight_decay", "clamp", "stop")
         )
     )
     return jax.device_get(
-        _optimise(
+        optimise_values(
             params,
             batch.split,
             jnp.asarray(batch.ends),
@@ -73,7 +73,7 @@ def optimise_batch(
     )
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """The numbers of an `Optimisation`."""
 
     learning_rate: Array
@@ -104,12 +104,12 @@ class _State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer", "place", "steps"))
-def _optimise(
+def optimise_values(
     params: Params,
     split: Split,
     ends: Int[Array, "request context"],
     targets: Int[Array, "request token"],
-    weights: _Weights,
+    weights: Weights,
     *,
     config: ModelConfig,
     layer: int,

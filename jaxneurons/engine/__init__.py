@@ -12,6 +12,7 @@ from jaxneurons.engine.ablation import (
 from jaxneurons.engine.attribution import Attribution, attribute, integrated_gradients
 from jaxneurons.engine.experts import Examples, Expertise, average_precision, expertise
 from jaxneurons.engine.likelihood import sentence_loss, token_loss
+from jaxneurons.engine.out_of_memory import SmallerChunkWarning
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.engine.readout import words, written_directions
 from jaxneurons.engine.responses import ResponseStore, mean_responses
@@ -25,6 +26,7 @@ __all__ = [
     "Quadrature",
     "ResponseStore",
     "Shape",
+    "SmallerChunkWarning",
     "ablate",
     "ablated",
     "attribute",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.model import finite
 from jaxneurons.model.axis_types import any_axes
@@ -151,21 +152,41 @@ class ResponseStore:
         for site in sites:
             check_site(site)
         self._write_about()  # before anything else: a stop leaves nothing that is nobody's
+        chunk = ChunkSize(ROWS, what="prompts")
         # Sites that have come equally far go through the model together.
         for done in sorted({self._done.get(site, 0) for site in sites}):
             together = tuple(site for site in sites if self._done.get(site, 0) == done)
             arrays = {site: self._open(site, create=True) for site in together}
             for number in range(done, len(self._plan)):
                 batch = self._plan[number]
-                means = mean_responses(
-                    params, batch.tokens, batch.lengths, config=self.config, sites=together
-                )
+                means = self._means(params, batch, together, chunk)
                 self._check(params, batch, means)
                 self._write(number, len(batch.index), arrays, means)
                 if progress is not None:
                     progress(self._starts[number + 1], len(self))
 
-    def _check(self, params: Params, batch: PromptBatch, means: Mapping[str, Array]) -> None:
+    def _means(
+        self, params: Params, batch: PromptBatch, sites: tuple[str, ...], chunk: ChunkSize
+    ) -> Mapping[str, Any]:
+        """`mean_responses` of a batch, in parts where memory does not hold all of it."""
+        of_rows = functools.partial(mean_responses, config=self.config, sites=sites)
+        count = len(batch.tokens)
+
+        def in_parts(size: int) -> Mapping[str, Any]:
+            if size >= count:
+                return of_rows(params, batch.tokens, batch.lengths)
+            starts = range(0, count, size)
+            parts = [
+                jax.device_get(
+                    of_rows(params, batch.tokens[i : i + size], batch.lengths[i : i + size])
+                )
+                for i in starts
+            ]
+            return {site: np.concatenate([p[site] for p in parts], axis=1) for site in sites}
+
+        return chunk.run(in_parts)
+
+    def _check(self, params: Params, batch: PromptBatch, means: Mapping[str, Any]) -> None:
         """Raise `DataError` for the first prompt of a batch whose responses are not finite."""
         for row, index in enumerate(batch.index.tolist()):
             if not all(np.isfinite(np.asarray(values)[:, row]).all() for values in means.values()):
@@ -185,7 +206,7 @@ class ResponseStore:
         self._write(number, len(self._plan[number].index), arrays, means)
 
     def _write(
-        self, number: int, count: int, arrays: Mapping[str, Any], means: Mapping[str, Array]
+        self, number: int, count: int, arrays: Mapping[str, Any], means: Mapping[str, Any]
     ) -> None:
         start = self._starts[number]
         pending = {}

@@ -330,13 +330,15 @@ def sweep(
     return p[..., :steps], integral
 
 
-def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
+def rows_in_budget(
+    config: ModelConfig, keys: int, memory_budget: int, *, platform: str | None = None
+) -> int:
     """Rows that can be evaluated together within `memory_budget` bytes of activations.
 
     Counts what the backward pass keeps for each row (the matmul results of every layer and the
     vocabulary's logits and probabilities), in float32; of more than `MANY_KEYS` keys the scores of
     one layer, with their weights and gradients. More rows than keep the platform busy bring
-    nothing, and small chunks skip more layers.
+    nothing, and small chunks skip more layers. The platform is cpu, gpu or tpu; None: this one.
     """
     # The outputs of a layer's projections, and of attention before the last of its own.
     per_layer = axes(config)["heads"].size + sum(
@@ -347,7 +349,7 @@ def rows_in_budget(config: ModelConfig, keys: int, memory_budget: int) -> int:
     scores = config.num_heads * (keys + 1)
     scores *= config.num_layers if keys <= MANY_KEYS else 6
     per_row = 4 * (config.num_layers * per_layer + scores + 3 * config.vocab_size)
-    busy = 640 if jax.default_backend() == "cpu" else 1024
+    busy = 640 if (platform or jax.default_backend()) == "cpu" else 1024
     return max(1, min(memory_budget // per_row, busy))
 
 

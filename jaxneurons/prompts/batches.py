@@ -119,9 +119,9 @@ def bucket(length: int, step: int = 32) -> int:
     return -(-length // step) * step
 
 
-def default_batch_size() -> int:
-    """Prompts per batch that keep the platform busy."""
-    return 8 if jax.default_backend() == "cpu" else 32
+def default_batch_size(platform: str | None = None) -> int:
+    """Prompts per batch that keep a platform (cpu, gpu, tpu; None: this one) busy."""
+    return 8 if (platform or jax.default_backend()) == "cpu" else 32
 
 
 def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[Batch]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.checkpoints.loading import LM
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.finite import NotFiniteError
@@ -187,12 +188,14 @@ class _Work:
       settings: hyper-parameters.
       store: where finished batches are.
       caches: where keys and values of prompts are kept.
+      rows: what memory holds of them.
     """
 
     lm: LM
     settings: QRNCAConfig
     store: Parts
     caches: Caches
+    rows: ChunkSize = dataclasses.field(default_factory=qrnca.row_memory)
 
     def attribute(
         self,
@@ -223,7 +226,9 @@ class _Work:
         start = time.perf_counter()
         lm, settings = self.lm, self.settings
         pre = qrnca.run_prompts(lm.params, batch, config=lm.config, site=settings.site)
-        scores = qrnca.attribute_batch(lm.params, batch, pre, config=lm.config, settings=settings)
+        scores = qrnca.attribute_batch(
+            lm.params, batch, pre, config=lm.config, settings=settings, rows=self.rows
+        )
         kept = prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
         self.caches.keep(number, batch, kept)
         computed.append(number)

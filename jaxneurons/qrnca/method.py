@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxneurons.engine.attribution import Attribution, attribute
 from jaxneurons.engine.last_position import last_position, scaled_answers, unchanged
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.engine.rows import Prefill, prefill
 from jaxneurons.errors import ConfigError, DataError
@@ -180,9 +181,20 @@ class _Answered(NamedTuple):
     activation: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"))
+def row_memory() -> ChunkSize:
+    """Bytes that the rows of a batch may take, fewer once memory has run out."""
+    return ChunkSize(1 << 30, what="bytes of rows", least=1 << 20)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "memory_budget"))
 def _attribute(
-    params: Params, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
+    params: Params,
+    batch: Batch,
+    pre: Prefill,
+    *,
+    config: ModelConfig,
+    settings: QRNCAConfig,
+    memory_budget: int,
 ) -> tuple[Attribution, _Answered]:
     attribution = attribute(
         params,
@@ -191,6 +203,7 @@ def _attribute(
         answer_lengths=jnp.asarray(batch.answer_lengths),
         site=settings.site,
         quadrature=settings.quadrature,
+        memory_budget=memory_budget,
     )
     if batch.options.shape[2] == 1:
         first = jax.nn.softmax(pre.logits[:, 0], axis=-1)
@@ -223,18 +236,28 @@ def _attribute(
 
 
 def attribute_batch(
-    params: Params, batch: Batch, pre: Prefill, *, config: ModelConfig, settings: QRNCAConfig
+    params: Params,
+    batch: Batch,
+    pre: Prefill,
+    *,
+    config: ModelConfig,
+    settings: QRNCAConfig,
+    rows: ChunkSize | None = None,
 ) -> dict[int, PromptScores]:
     """Attribution of a batch of prompts that `run_prompts` has run, by their index in the plan.
 
     Source: section "neuron attribution" of the paper; the coarse threshold is applied here, so
-    that the scores of all neurons need not be kept.
+    that the scores of all neurons need not be kept. `rows` says, and learns, what memory holds.
 
     Raises:
       NotFiniteError: scores of a prompt that are not finite: float16 overflows in some models.
     """
     attribution, answered = jax.device_get(
-        _attribute(params, batch, pre, config=config, settings=settings)
+        (rows or row_memory()).run(
+            lambda budget: _attribute(
+                params, batch, pre, config=config, settings=settings, memory_budget=budget
+            )
+        )
     )
     results = {}
     for row, index in enumerate(batch.index.tolist()):

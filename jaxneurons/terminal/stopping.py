@@ -15,6 +15,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from jaxneurons.errors import is_out_of_memory
+
 BROKEN_PIPE = 141
 """Exit code when nobody reads on, as of a program that SIGPIPE ends."""
 
@@ -104,9 +106,7 @@ def is_broken_pipe(error: OSError) -> bool:
 def too_much(error: BaseException) -> str | None:
     """What to say of an error for want of memory or of a number beyond all bounds, else None."""
     message = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and message.startswith("RESOURCE_EXHAUSTED")
-    ):
+    if is_out_of_memory(error):
         return (
             f"not enough memory ({message[:200] or 'an allocation failed'}); ask for less at once"
         )

@@ -1,0 +1,24 @@
+"""Whether a job fits on a machine or pod, how it would run there, and what the compiler says."""
+
+from typing import TYPE_CHECKING
+
+from jaxneurons.lazy import face
+
+if TYPE_CHECKING:
+    from jaxneurons.scale.placement import Placement
+    from jaxneurons.scale.planning import Plan, plan
+    from jaxneurons.scale.prediction import Prediction
+    from jaxneurons.scale.programs import Work
+    from jaxneurons.scale.targets import Target, parse_target
+
+__getattr__, __dir__ = face(__name__, __file__)
+
+__all__ = [
+    "Placement",
+    "Plan",
+    "Prediction",
+    "Target",
+    "Work",
+    "parse_target",
+    "plan",
+]
