@@ -19,6 +19,8 @@ from jaxneurons.checkpoints.loading import LM
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.finite import NotFiniteError
 from jaxneurons.neurons.sets import site_width
+from jaxneurons.processes.sharing import open_parts, share_parts, spread
+from jaxneurons.processes.team import current
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.prompts.queries import Query
@@ -42,7 +44,7 @@ from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
 from jaxneurons.qrnca.prompt_cache import Caches, prompts_of
 from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
-from jaxneurons.storage.store import Memory, Parts, RunDirectory, digest, write_json_lines
+from jaxneurons.storage.store import Parts, RunDirectory, digest, write_json_lines
 
 
 def locate(
@@ -86,8 +88,8 @@ def locate(
     queries = _joined(lm, queries, settings, batch_size)
     prompts = encode_queries(lm, queries, settings)
     identity = _identity(lm, queries, settings, size, prompts)
-    store = Memory() if path is None else RunDirectory(path, identity)
-    if path is not None:
+    store = open_parts(path, identity)
+    if path is not None and current().writes:
         write_json_lines(path / QUERIES, map(dataclasses.asdict, queries))
     work = _Work(lm, settings, store, Caches(path, cache_bytes))
     scores, seconds, computed = work.attribute(queries, prompts, size, progress)
@@ -203,17 +205,29 @@ class _Work:
         scores: dict[int, PromptScores] = {}
         seconds: list[float] = []
         computed: list[int] = []
-        for number, batch in enumerate(batches.plan(prompts, batch_size)):
-            make = functools.partial(self._batch, number, batch, computed)
-            try:
+        planned = batches.plan(prompts, batch_size)
+        jobs = {
+            number: functools.partial(self._batch, number, batch, computed)
+            for number, batch in enumerate(planned)
+        }
+        try:
+            shared = share_parts(
+                self.store,
+                jobs,
+                together=spread(self.lm.params),
+                sizes=batches.counts(planned),
+                progress=progress,
+            )
+            for number, make in jobs.items():
                 part = self.store.part(number, make)
-            except NotFiniteError as error:
-                raise DataError(f"{_place(queries, self.settings, error)}: {error.where}") from None
-            scores.update(unpack(part))
-            seconds.append(float(part["seconds"]))
-            if progress is not None:
-                progress(len(scores), len(prompts))
-        return [scores[index] for index in range(len(prompts))], sum(seconds), len(computed)
+                scores.update(unpack(part))
+                seconds.append(float(part["seconds"]))
+                if progress is not None:
+                    progress(len(scores), len(prompts))
+        except NotFiniteError as error:
+            raise DataError(f"{_place(queries, self.settings, error)}: {error.where}") from None
+        ordered = [scores[index] for index in range(len(prompts))]
+        return ordered, sum(seconds), len(computed) if shared is None else shared
 
     def _batch(
         self, number: int, batch: batches.Batch, computed: list[int]
@@ -239,7 +253,7 @@ def _ranked(run: Run, seconds: float, computed: int) -> Run:
         facts = facts_of(
             lm, run.queries, settings, scores=run.prompts, neurons=neurons, seconds=seconds
         )
-    if run.path is not None:
+    if run.path is not None and current().writes:
         write_results(
             run.path,
             run.queries,
@@ -248,6 +262,7 @@ def _ranked(run: Run, seconds: float, computed: int) -> Run:
             scores=run.prompts,
             facts=facts,
         )
+    current().wait("the run is written")
     for category, text in caveats(
         run.queries, run.prompts, quadrature=settings.quadrature, decode=lm.tokenizer.decode
     ):

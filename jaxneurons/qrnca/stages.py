@@ -17,6 +17,8 @@ from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.neurons.sets import NeuronSet, read_neurons
 from jaxneurons.plots.figures import check_places
+from jaxneurons.processes.sharing import open_parts
+from jaxneurons.processes.team import current
 from jaxneurons.qrnca import analyses, prediction
 from jaxneurons.qrnca.arguments import check_progress, checked_directory
 from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
@@ -208,7 +210,7 @@ def _prepared(
     RunDirectory.check(out, run.identity, whole=True)
     try:
         check_writable(out)
-        store = RunDirectory(out, run.identity)
+        store = open_parts(out, run.identity)
     except WriteError as error:
         raise DataError(f"{error}; give another directory: out=, --out") from None
     return dataclasses.replace(run, store=Overlay(store, run.store)), yours
@@ -267,12 +269,14 @@ def _written(
     rows = {table: lines for table, lines in rows.items() if lines}
     if out is None:
         return Tables(rows, facts=facts)
-    from jaxneurons.qrnca.figures import draw
-
     path = Path(out)
-    for table, lines in rows.items():
-        write_table(path / TABLES, table, lines)
-    draw(dict(rows), path / FIGURES, source=run.name)
-    if name is not None:
-        write_json(path / f"{name}.json", facts)
+    if current().writes:
+        from jaxneurons.qrnca.figures import draw
+
+        for table, lines in rows.items():
+            write_table(path / TABLES, table, lines)
+        draw(dict(rows), path / FIGURES, source=run.name)
+        if name is not None:
+            write_json(path / f"{name}.json", facts)
+    current().wait("tables are written")
     return Tables(rows, facts=facts, path=path)
