@@ -1,8 +1,11 @@
 """The command line: `demo`, `qrnca`, `relspec`, `edit`, `plan`, `convert`, `verify`, `inspect`."""
 
+import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,6 +14,9 @@ import typer
 from jaxneurons.edit import cli as edit_cli
 from jaxneurons.edit.patch_cli import write_neurons
 from jaxneurons.errors import ConfigError, JaxneuronsError, near_matches
+from jaxneurons.processes.joining import TIMEOUT, join
+from jaxneurons.processes.sharing import ToMerge
+from jaxneurons.processes.team import current
 from jaxneurons.qrnca import cli as qrnca_cli
 from jaxneurons.relspec import cli as relspec_cli
 from jaxneurons.scale import cli as scale_cli
@@ -38,12 +44,37 @@ app.add_typer(edit_cli.app, name="edit")
 app.command()(scale_cli.plan)
 
 DTYPES = ("float32", "bfloat16", "float16")
+_JOB: ContextVar[contextlib.ExitStack] = ContextVar("job")
+"""What lasts as long as a command: the processes that it works with, if there are others."""
 INTERRUPTED = 130  # exit code after Ctrl-C, which typer has turned into SystemExit
 
 
 @app.callback(invoke_without_command=True)
 def _top(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Share the work with the other processes of a job: start the same command in "
+            "each. SLURM, TPU pods and Open MPI are known; else give the next three.",
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where process 0 can be reached.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
+    process: Annotated[int | None, typer.Option(help="Number of this one, from 0.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds in which all must have joined.")] = (
+        TIMEOUT
+    ),
+    local_disks: Annotated[
+        bool,
+        typer.Option(
+            "--local-disks",
+            help="Each process writes to a disk of its own; `merge` joins what they wrote.",
+        ),
+    ] = False,
 ) -> None:
     if version:
         from importlib.metadata import version as of
@@ -51,6 +82,40 @@ def _top(
         console.print(of("jaxneurons"))
         raise typer.Exit
     provide(Services(write_neurons=write_neurons))
+    if distributed:
+        team = _JOB.get().enter_context(
+            join(
+                coordinator,
+                processes=processes,
+                process=process,
+                timeout=timeout,
+                local_disks=local_disks,
+                settings=_options_of(sys.argv[1:]),
+            )
+        )
+        console.quiet = not team.first
+    elif local_disks or (coordinator, processes, process) != (None, None, None):
+        raise ConfigError("several processes: give --distributed too")
+
+
+def _options_of(words: Sequence[str]) -> dict[str, list[str]]:
+    """The options of a command line by name, as far as they must be the same in all processes.
+
+    What may be a path is left out: a host may have a copy of its own. Results depend on contents.
+    """
+    given: dict[str, list[str]] = {}
+    name = "the command"
+    for word in words:
+        if word.startswith("--"):
+            name, _, word = word.partition("=")
+            given.setdefault(name, [])
+        if word and os.sep not in word:
+            given.setdefault(name, []).append(word)
+    return {
+        name: values
+        for name, values in given.items()
+        if name not in ("--coordinator", "--process", "--timeout")
+    }
 
 
 @app.command()
@@ -145,6 +210,21 @@ def verify_command(
         )
 
 
+@app.command("merge")
+def merge_command(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Run directories that processes wrote to disks of theirs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory to write; it may have parts already.")],
+) -> None:
+    """Join parts of one run from several directories; then its command goes on with all of them."""
+    from jaxneurons.processes.merging import merge_runs
+    from jaxneurons.storage.printable import counted
+
+    added = merge_runs(directories, out)
+    console.print(f"Written: {out} ({counted(added, 'part')} added)", soft_wrap=True)
+
+
 @app.command("inspect")
 def inspect_command(
     source: Annotated[str, typer.Argument(help="Anything that load() takes.")],
@@ -162,7 +242,8 @@ def _check_dtype(dtype: str | None) -> None:
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> None:
-    errors.print(f"warning: {message}", style="yellow", soft_wrap=True)
+    if current().first:
+        errors.print(f"warning: {message}", style="yellow", soft_wrap=True)
 
 
 def main() -> None:
@@ -175,6 +256,12 @@ def main() -> None:
 
 
 def _command() -> None:
+    with contextlib.ExitStack() as job:
+        _JOB.set(job)
+        _run()
+
+
+def _run() -> None:
     try:
         os.getcwd()
     except OSError:
@@ -182,6 +269,8 @@ def _command() -> None:
     try:
         app()
         sys.stdout.flush()
+    except ToMerge as note:
+        errors.print(str(note), soft_wrap=True, highlight=False)
     except JaxneuronsError as error:
         _fail(str(error))
     except OSError as error:
@@ -200,7 +289,9 @@ def _command() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    errors.print(f"error: {' '.join(message.split())}", soft_wrap=True, highlight=False)
+    text = " ".join(message.split())
+    errors.print(f"error: {text}", soft_wrap=True, highlight=False)
+    current().fail(text)
     sys.exit(1)
 
 

@@ -154,6 +154,11 @@ def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[
     return batches
 
 
+def counts(batches: Sequence[Batch]) -> list[int]:
+    """Prompts of each batch, without the rows that fill its shape."""
+    return [int((batch.index >= 0).sum()) for batch in batches]
+
+
 def _rows(count: int, size: int, *, tokens: int) -> int:
     """Prompts of a batch, of `count` that count as `tokens` each."""
     if tokens <= PLAN_TOKENS:

@@ -22,6 +22,7 @@ from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.controls import generator
 from jaxneurons.neurons.sets import Neuron, NeuronSet, site_width
 from jaxneurons.plots.figures import neuron_map
+from jaxneurons.processes.team import current
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca.arguments import check_model
@@ -179,8 +180,11 @@ def demo(
         "unknown_facts": unknown,
         "effects": [dataclasses.asdict(effect) for effect in effects],
     }
-    write_json(Path(out) / "effects.json", record)
-    figure = draw(lm, facts, run, Path(out) / "neurons.png")
+    figure = Path(out) / "neurons.png"
+    if current().writes:
+        write_json(Path(out) / "effects.json", record)
+        draw(lm, facts, run, figure)
+    current().wait("the demonstration is written")
     return Demo(run, effects, unknown, figure)
 
 

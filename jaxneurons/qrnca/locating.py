@@ -21,6 +21,8 @@ from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.finite import NotFiniteError
 from jaxneurons.neurons.sets import site_width
+from jaxneurons.processes.sharing import open_parts, share_parts, spread
+from jaxneurons.processes.team import current
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.prompts.queries import Query
@@ -44,7 +46,7 @@ from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
 from jaxneurons.qrnca.prompt_cache import Caches, prompts_of
 from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
-from jaxneurons.storage.store import Memory, Parts, RunDirectory, digest, write_json_lines
+from jaxneurons.storage.store import Parts, RunDirectory, digest, write_json_lines
 
 
 @any_axes
@@ -89,8 +91,8 @@ def locate(
     queries = _joined(lm, queries, settings, batch_size)
     prompts = encode_queries(lm, queries, settings)
     identity = _identity(lm, queries, settings, size, prompts)
-    store = Memory() if path is None else RunDirectory(path, identity)
-    if path is not None:
+    store = open_parts(path, identity)
+    if path is not None and current().writes:
         write_json_lines(path / QUERIES, map(dataclasses.asdict, queries))
     work = _Work(lm, settings, store, Caches(path, cache_bytes))
     scores, seconds, computed = work.attribute(queries, prompts, size, progress)
@@ -208,17 +210,29 @@ class _Work:
         scores: dict[int, PromptScores] = {}
         seconds: list[float] = []
         computed: list[int] = []
-        for number, batch in enumerate(batches.plan(prompts, batch_size)):
-            make = functools.partial(self._batch, number, batch, computed)
-            try:
+        planned = batches.plan(prompts, batch_size)
+        jobs = {
+            number: functools.partial(self._batch, number, batch, computed)
+            for number, batch in enumerate(planned)
+        }
+        try:
+            shared = share_parts(
+                self.store,
+                jobs,
+                together=spread(self.lm.params),
+                sizes=batches.counts(planned),
+                progress=progress,
+            )
+            for number, make in jobs.items():
                 part = self.store.part(number, make)
-            except NotFiniteError as error:
-                raise DataError(f"{_place(queries, self.settings, error)}: {error.where}") from None
-            scores.update(unpack(part))
-            seconds.append(float(part["seconds"]))
-            if progress is not None:
-                progress(len(scores), len(prompts))
-        return [scores[index] for index in range(len(prompts))], sum(seconds), len(computed)
+                scores.update(unpack(part))
+                seconds.append(float(part["seconds"]))
+                if progress is not None:
+                    progress(len(scores), len(prompts))
+        except NotFiniteError as error:
+            raise DataError(f"{_place(queries, self.settings, error)}: {error.where}") from None
+        ordered = [scores[index] for index in range(len(prompts))]
+        return ordered, sum(seconds), len(computed) if shared is None else shared
 
     def _batch(
         self, number: int, batch: batches.Batch, computed: list[int]
@@ -246,7 +260,7 @@ def _ranked(run: Run, seconds: float, computed: int) -> Run:
         facts = facts_of(
             lm, run.queries, settings, scores=run.prompts, neurons=neurons, seconds=seconds
         )
-    if run.path is not None:
+    if run.path is not None and current().writes:
         write_results(
             run.path,
             run.queries,
@@ -255,6 +269,7 @@ def _ranked(run: Run, seconds: float, computed: int) -> Run:
             scores=run.prompts,
             facts=facts,
         )
+    current().wait("the run is written")
     for category, text in caveats(
         run.queries, run.prompts, quadrature=settings.quadrature, decode=lm.tokenizer.decode
     ):

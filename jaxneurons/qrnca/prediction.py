@@ -37,6 +37,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.controls import generator, layer_matched_at_most
 from jaxneurons.neurons.sets import NeuronSet, Site
+from jaxneurons.processes.sharing import share_parts, spread
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import past_shared_tokens
 from jaxneurons.qrnca import method as qrnca
@@ -185,10 +186,18 @@ def _collect(
     pairs = {group: neurons.pairs(run.settings.site) for group, neurons in union.items()}
     key = digest([{group: table.tolist() for group, table in pairs.items()}, seed, FORMAT])[:16]
     values: list[dict[str, np.ndarray]] = [{} for _ in prompts]
+    planned = batches.plan(prompts, run.batch_size)
+    jobs = {
+        f"predict-{key}-{number:05d}": functools.partial(_read_batch, run, batch, groups, pairs)
+        for number, batch in enumerate(planned)
+    }
+    together = spread(run.lm.params)
+    share_parts(
+        run.store, jobs, together=together, sizes=batches.counts(planned), progress=progress
+    )
     done = 0
-    for number, batch in enumerate(batches.plan(prompts, run.batch_size)):
-        make = functools.partial(_read_batch, run, batch, groups, pairs)
-        part = run.store.part(f"predict-{key}-{number:05d}", make)
+    for (name, make), batch in zip(jobs.items(), planned, strict=True):
+        part = run.store.part(name, make)
         for row, index in enumerate(batch.index.tolist()):
             if index >= 0:
                 values[index] = {name: np.asarray(array[row]) for name, array in part.items()}

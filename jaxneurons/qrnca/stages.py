@@ -18,6 +18,8 @@ from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import NeuronSet, read_neurons
 from jaxneurons.plots.figures import check_places
+from jaxneurons.processes.sharing import open_parts
+from jaxneurons.processes.team import current
 from jaxneurons.qrnca import analyses, prediction
 from jaxneurons.qrnca.arguments import check_progress, checked_directory
 from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
@@ -213,7 +215,7 @@ def _prepared(
     RunDirectory.check(out, run.identity, whole=True)
     try:
         check_writable(out)
-        store = RunDirectory(out, run.identity)
+        store = open_parts(out, run.identity)
     except WriteError as error:
         raise DataError(f"{error}; give another directory: out=, --out") from None
     return dataclasses.replace(run, store=Overlay(store, run.store)), yours
@@ -272,12 +274,14 @@ def _written(
     rows = {table: lines for table, lines in rows.items() if lines}
     if out is None:
         return Tables(rows, facts=facts)
-    from jaxneurons.qrnca.figures import draw
-
     path = Path(out)
-    for table, lines in rows.items():
-        write_table(path / TABLES, table, lines)
-    draw(dict(rows), path / FIGURES, source=run.name)
-    if name is not None:
-        write_json(path / f"{name}.json", facts)
+    if current().writes:
+        from jaxneurons.qrnca.figures import draw
+
+        for table, lines in rows.items():
+            write_table(path / TABLES, table, lines)
+        draw(dict(rows), path / FIGURES, source=run.name)
+        if name is not None:
+            write_json(path / f"{name}.json", facts)
+    current().wait("tables are written")
     return Tables(rows, facts=facts, path=path)

@@ -18,6 +18,7 @@ from jaxneurons.engine.last_position import Answers, changes, scaled_answers
 from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.neurons.controls import activation_matched, generator
 from jaxneurons.neurons.sets import NeuronSet, Ranking
+from jaxneurons.processes.sharing import share_parts, spread
 from jaxneurons.prompts import batches
 from jaxneurons.qrnca.baselines import MATCHED, METHODS, method_sets
 from jaxneurons.qrnca.method import run_prompts
@@ -251,13 +252,24 @@ def _parts(
 ) -> list[dict[str, np.ndarray]]:
     """The part of each batch: `p` and `right` [1 + trial, row], and `seconds`."""
     names = [f"trials-{plan.key}-{number:05d}" for number in range(len(planned))]
+    caches = Caches(run.path)
+    share_parts(
+        run.store,
+        {
+            name: functools.partial(_run_batch, run, plan, batch, caches.ahead([(number, batch)]))
+            for number, (name, batch) in enumerate(zip(names, planned, strict=True))
+        },
+        together=spread(run.lm.params),
+        sizes=batches.counts(planned),
+        progress=progress,
+    )
     # Prompts that were kept are read ahead of the batches that need them.
     missing = [
         (number, batch)
         for number, batch in enumerate(planned)
         if run.store.load(names[number]) is None
     ]
-    kept = Caches(run.path).ahead(missing)
+    kept = caches.ahead(missing)
     parts, done = [], 0
     for name, batch in zip(names, planned, strict=True):
         parts.append(run.store.part(name, functools.partial(_run_batch, run, plan, batch, kept)))

@@ -299,17 +299,24 @@ class RunDirectory(Parts):
         if path.exists() and not path.is_dir():
             raise DataError(f"{path}: is a file; give a directory to write results to")
         known = path / PARTS / IDENTITY
-        if known.is_file():
+        there = known.is_file()
+        if not there and path.is_dir() and not _is_new(path):
+            there = known.is_file()  # another process may have made the directory meanwhile
+            if not there:
+                raise DataError(
+                    f"{path}: holds files but no run of ours; give a new or empty directory"
+                )
+        if there:
             _check_identity(known, identity, whole)
-            return True
-        if path.is_dir() and not _is_new(path):
-            raise DataError(
-                f"{path}: holds files but no run of ours; give a new or empty directory"
-            )
-        return False
+        return there
+
+    @staticmethod
+    def file_name(name: int | str) -> str:
+        """The file of a part, in the directory `PARTS`."""
+        return f"{name:05d}.npz" if isinstance(name, int) else f"{name}.npz"
 
     def _part(self, name: int | str) -> Path:
-        return self.parts / (f"{name:05d}.npz" if isinstance(name, int) else f"{name}.npz")
+        return self.parts / self.file_name(name)
 
     def load(self, name: int | str) -> dict[str, np.ndarray] | None:
         """A finished part, or None if it is not there or cannot be read (it is then made again)."""

@@ -24,6 +24,7 @@ from rich.segment import Segment
 from rich.status import Status
 from rich.text import Text
 
+from jaxneurons.processes.team import current
 from jaxneurons.storage import progress as reports
 from jaxneurons.storage.printable import encodable, printable, shortened
 
@@ -80,6 +81,8 @@ NAME = 32
 
 def warn(text: str) -> None:
     """Say on standard error what may be wrong: a terminal's lines end at words, a file has one."""
+    if not current().first:  # of several processes that do the same, one says so
+        return
     errors.print(f"warning: {text}", style="yellow", soft_wrap=not errors.is_terminal)
 
 
@@ -138,7 +141,7 @@ def load_and_say(source: str, *, ignore_keys: Sequence[str] | None = None) -> "L
 def _progress(*columns: ProgressColumn) -> Progress:
     # A log file needs no bar.
     shown = (TextColumn("{task.description}", markup=False), BarColumn(), *columns)
-    return Progress(*shown, console=errors, disable=not errors.is_terminal)
+    return Progress(*shown, console=errors, disable=not errors.is_terminal or not current().first)
 
 
 def gib(count: int) -> str:

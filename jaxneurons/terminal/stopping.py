@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from jaxneurons.errors import is_out_of_memory
+from jaxneurons.processes.watching import leave
 
 BROKEN_PIPE = 141
 """Exit code when nobody reads on, as of a program that SIGPIPE ends."""
@@ -80,14 +81,6 @@ def _to_main_thread(number: int) -> None:
         signal.pthread_kill(main, number)  # wakes it from what it waits for
     else:
         signal.raise_signal(number)
-
-
-def leave(code: int) -> NoReturn:
-    """End the process with what was printed so far."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    os._exit(code)
 
 
 def lenient_streams() -> None:

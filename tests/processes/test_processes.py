@@ -1,0 +1,147 @@
+"""Several processes on this host: what they write is what one writes, and none is left waiting."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from support.fixtures import multi_choice, write_lm, write_queries
+from support.worker import ends, free_port, launch, locate, start
+
+from jaxneurons.storage.tables import read_tables
+
+pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.qrnca.caveats.CaveatWarning")
+
+HOST = socket.gethostname()
+FILES = ("neurons.jsonl", "common_neurons.json", "queries.jsonl")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A model and queries, as arguments of the job."""
+    place = tmp_path_factory.mktemp("inputs")
+    queries = write_queries(place / "choice.json", multi_choice(8))
+    return {"model": str(write_lm(place / "model")), "queries": str(queries)}
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    """The directory of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    locate(**inputs, out=out)
+    return out
+
+
+def done(processes):
+    results = ends(processes)
+    for number, (code, out, err) in enumerate(results):
+        assert code == 0, err
+        assert f"process {number} is done" in out
+
+
+def compare(out: Path, alone: Path):
+    for name in FILES:
+        assert (out / name).read_bytes() == (alone / name).read_bytes(), name
+    tables, expected = read_tables(out / "tables"), read_tables(alone / "tables")
+    assert tables.keys() == expected.keys() >= {"evaluation", "changes", "prediction"}
+    assert tables == expected
+    parts = {path.name for path in (alone / "parts").iterdir()}
+    assert {path.name for path in (out / "parts").iterdir()} == parts
+    assert (out / "figures").is_dir()
+
+
+def test_two_write_what_one_writes(inputs, alone, tmp_path):
+    out = tmp_path / "run"
+    done(start([("locate", {**inputs, "out": str(out)})] * 2))
+    compare(out, alone)
+    facts = json.loads((out / "run.json").read_text())
+    assert (
+        facts["neurons_per_query"]
+        == json.loads((alone / "run.json").read_text())["neurons_per_query"]
+    )
+
+
+@pytest.mark.slow
+def test_resumed_on_other_numbers(inputs, alone, tmp_path):
+    for number, count in enumerate((4, 3, 1)):
+        out = tmp_path / f"run{number}"
+        shutil.copytree(alone, out)
+        shutil.rmtree(out / "tables")
+        shutil.rmtree(out / "figures")
+        for path in sorted((out / "parts").glob("*.npz"))[number::2]:
+            path.unlink()
+        for name in (*FILES, "run.json"):
+            (out / name).unlink()
+        done(start([("locate", {**inputs, "out": str(out)})] * count))
+        compare(out, alone)
+
+
+def killed(tmp_path, victim, count=2):
+    """Kill one of some processes that wait for each other; what the others came to, and when."""
+    ill = {"process": victim, "how": "hangs"}
+    processes = start([("hold", {"out": str(tmp_path), "ill": ill})] * count)
+    while sum(1 for _ in tmp_path.iterdir()) < count:
+        time.sleep(0.05)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    started = time.monotonic()
+    results = ends(processes)
+    assert results[victim][0] == -signal.SIGKILL
+    return results[:victim] + results[victim + 1 :], time.monotonic() - started
+
+
+def test_process_0_is_killed(tmp_path):
+    ((code, _, err),), seconds = killed(tmp_path, 0)
+    assert code == 1, err
+    assert err.splitlines()[-1].startswith(
+        f"error: process 0 (host {HOST}) has ended or is out of reach; process 1"
+    )
+    assert seconds < 30
+
+
+@pytest.mark.slow
+def test_another_is_killed(tmp_path):
+    others, seconds = killed(tmp_path, 1, 3)
+    for code, _, err in others:
+        assert code == 1, err
+        assert err.splitlines()[-1].startswith(f"error: process 1 (host {HOST}) has ended")
+    assert seconds < 60
+
+
+def test_an_exception_ends_all(tmp_path):
+    ill = {"process": 0, "how": "raises"}
+    results = ends(start([("hold", {"out": str(tmp_path), "ill": ill})] * 2))
+    assert [code for code, _, _ in results] == [1, 1]
+    assert "RuntimeError: no more of this" in results[0][2].splitlines()[-1]
+    assert f"process 0 (host {HOST}) failed: RuntimeError: no more of this" in results[1][2]
+
+
+def test_one_that_never_joins():
+    (result,) = ends(start([("nothing", {})], processes=2, timeout=4))
+    code, _, err = result
+    assert code == 1
+    assert "not all processes have joined at 127.0.0.1:" in err.splitlines()[-1]
+    assert f"within 4 s (process 0 of 2, host {HOST}, waited)" in err.splitlines()[-1]
+
+
+def test_the_command_line(inputs, tmp_path):
+    """Settings that differ are named before anything is computed; nothing is written."""
+    port = free_port()
+    common = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", "2"]
+    words = ["qrnca", "locate", "--model", inputs["model"], "--queries", inputs["queries"]]
+    out = tmp_path / "run"
+    results = ends(
+        [
+            launch(["-m", "jaxneurons", *common, "--process", str(number), *words, *given])
+            for number, given in enumerate(
+                ("--threshold", t, "--out", str(out)) for t in ("0.2", "0.3")
+            )
+        ]
+    )
+    for code, _, err in results:
+        assert code == 1
+        assert '--threshold[0]: "0.3"' in err or "--threshold: " in err, err
+    assert not out.exists()

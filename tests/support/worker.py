@@ -1,0 +1,109 @@
+"""One of several processes that tests start: joins the others, and does what it is told.
+
+Run as a script with the arguments of `join` and the name and arguments of one of `JOBS`, as JSON.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+SECONDS = 120
+"""Until a test gives its processes up."""
+
+
+def locate(model, queries, out):
+    """Every stage of QRNCA, as tables; what it prints is compared by nobody."""
+    import jaxneurons
+    from jaxneurons import qrnca
+    from jaxneurons.qrnca.method import QRNCAConfig
+
+    lm = jaxneurons.load(model)
+    settings = QRNCAConfig(quadrature=jaxneurons.Quadrature("gauss", 2))
+    chosen = qrnca.read_queries(queries)
+    run = qrnca.locate(lm, chosen, out=out, settings=settings, batch_size=2)
+    qrnca.evaluate(run, out=out)
+    qrnca.predict(run, out=out)
+
+
+def hold(team, out, ill):
+    """Say that it is here; the ill one fails or hangs, the others wait for it."""
+    Path(out, f"{team.index}").write_text(str(os.getpid()))
+    if team.index == ill["process"]:
+        if ill["how"] == "raises":
+            raise RuntimeError("no more of this")
+        time.sleep(SECONDS)
+    team.wait("who never comes")
+
+
+def work(job: Mapping[str, Any]) -> None:
+    from jaxneurons.processes import join
+
+    with join(**job["join"]) as team:
+        what, how = job["job"]
+        if what == "hold":
+            hold(team, **how)
+        elif what == "locate":
+            locate(**how)
+        else:
+            assert what == "nothing"
+    print(f"process {team.index} is done")
+
+
+# --- of the tests ---------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start(
+    jobs: Sequence[tuple[str, Mapping[str, Any]]], **joining: Any
+) -> list[subprocess.Popen[str]]:
+    """A process for each job."""
+    port = free_port()
+    common = {"coordinator": f"127.0.0.1:{port}", "processes": len(jobs), "timeout": 60, **joining}
+    return [
+        launch([__file__, json.dumps({"join": {**common, "process": number}, "job": job})])
+        for number, job in enumerate(jobs)
+    ]
+
+
+def launch(words: Sequence[str]) -> subprocess.Popen[str]:
+    """A process of Python that compiles as the tests do."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, standard output and standard error of each, when it has ended."""
+    try:
+        streams = [process.communicate(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *both) for process, both in zip(processes, streams, strict=True)]
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))
