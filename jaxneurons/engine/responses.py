@@ -20,6 +20,7 @@ from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.model import finite
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.sets import check_site, site_width
@@ -157,9 +158,8 @@ class ResponseStore:
             arrays = {site: self._open(site, create=True) for site in together}
             for number in range(done, len(self._plan)):
                 batch = self._plan[number]
-                means = mean_responses(
-                    params, batch.tokens, batch.lengths, config=self.config, sites=together
-                )
+                spread = spread_batch(params, (batch.tokens, batch.lengths), config=self.config)
+                means = mean_responses(params, *spread, config=self.config, sites=together)
                 self._check(params, batch, means)
                 self._write(number, len(batch.index), arrays, means)
                 if progress is not None:
