@@ -29,7 +29,7 @@ from jaxneurons.terminal.console import (
     gib,
     load_and_say,
 )
-from jaxneurons.terminal.options import IgnoreKeys
+from jaxneurons.terminal.options import IgnoreKeys, on_mesh, placement
 from jaxneurons.terminal.services import Services, provide
 from jaxneurons.terminal.stopping import is_broken_pipe, lenient_streams, too_much, until_stopped
 
@@ -119,6 +119,7 @@ def _options_of(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 @app.command()
+@on_mesh
 def demo(
     model: Annotated[
         str,
@@ -144,6 +145,7 @@ def demo(
 
 
 @app.command("convert")
+@on_mesh
 def convert_command(
     source: Annotated[str, typer.Argument(help="Anything that load() takes.")],
     destination: Annotated[Path, typer.Argument(help="Directory to write; must not exist.")],
@@ -162,7 +164,9 @@ def convert_command(
     from jaxneurons.checkpoints.loading import load
 
     with counting_bytes("Reading") as progress:
-        lm = load(source, dtype=dtype, progress=progress, ignore_keys=ignore_key or ())
+        lm = load(
+            source, dtype=dtype, progress=progress, ignore_keys=ignore_key or (), **placement()
+        )
     with counting_bytes("Writing") as progress:
         save(lm, destination, to=format_, progress=progress)
     size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
@@ -170,6 +174,7 @@ def convert_command(
 
 
 @app.command("verify")
+@on_mesh
 def verify_command(
     directory: Annotated[Path, typer.Argument(help="A converted model.")],
     against: Annotated[str, typer.Option(help="The checkpoint it came from.")],
@@ -193,7 +198,7 @@ def verify_command(
     _check_dtype(dtype)
     reference, _ = locate_source(against)
     with errors.busy(f"Loading {directory} ..."):
-        lm = load(directory, dtype=dtype, ignore_keys=ignore_key or ())
+        lm = load(directory, dtype=dtype, ignore_keys=ignore_key or (), **placement())
     with counting("Comparing", "comparisons") as progress:
         certificate = verify(lm, reference, long=long, progress=progress)
     where = directory / CERTIFICATE if directory.is_dir() else directory.with_suffix(".json")

@@ -30,7 +30,7 @@ from jaxneurons.edit.method import (
 )
 from jaxneurons.errors import DataError
 from jaxneurons.terminal.console import console, counting, load_and_say
-from jaxneurons.terminal.options import IgnoreKeys, Text, settings_options
+from jaxneurons.terminal.options import IgnoreKeys, Text, on_mesh, settings_options
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
@@ -72,6 +72,7 @@ def _of_keys(settings: type, *, name: str, help: str) -> None:
     texts = {"prefix_tokens": NUMBERS, **({"layers": NUMBERS} if settings is not ROME else {})}
 
     @app.command(name, help=help)
+    @on_mesh
     @settings_options(settings, texts=texts)
     def command(
         model: Model,
@@ -109,6 +110,7 @@ _of_keys(
 
 
 @app.command()
+@on_mesh
 @settings_options(FineTune)
 def finetune(
     model: Model,
@@ -132,6 +134,7 @@ def _of_neurons(settings: type, *, name: str, help: str) -> None:
     texts = {"others": Text(_lines, "|".join)} if "others" in fields else {}
 
     @app.command(name, help=help)
+    @on_mesh
     @settings_options(settings, only=fields, texts=texts, changes=True, parameter="changes")
     def command(
         model: Model,

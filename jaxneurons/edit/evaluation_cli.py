@@ -21,7 +21,7 @@ from jaxneurons.edit.method import Settings
 from jaxneurons.edit.method_names import METHODS, SEQUENTIAL, SINGLE
 from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.terminal.console import console, counting, load_and_say, warn
-from jaxneurons.terminal.options import IgnoreKeys, names_of, settings_options
+from jaxneurons.terminal.options import IgnoreKeys, names_of, on_mesh, settings_options
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
@@ -53,6 +53,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("trace")(trace_command)
 
 
+@on_mesh
 def evaluate_command(
     model: Model,
     requests: Requests,
@@ -99,6 +100,7 @@ def evaluate_command(
     _say_written(out)
 
 
+@on_mesh
 def sequential_command(
     model: Model,
     requests: Requests,
@@ -153,6 +155,7 @@ def sequential_command(
     _say_written(out)
 
 
+@on_mesh
 def layers_command(
     model: Model,
     requests: Requests,
@@ -208,6 +211,7 @@ def layers_command(
     _say_written(out)
 
 
+@on_mesh
 def trace_command(
     model: Model,
     facts: Annotated[

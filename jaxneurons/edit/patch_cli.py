@@ -9,7 +9,7 @@ from jaxneurons.edit.arguments import Model
 from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.storage.printable import counted
 from jaxneurons.terminal.console import console, counting_bytes, gib, load_and_say
-from jaxneurons.terminal.options import IgnoreKeys
+from jaxneurons.terminal.options import IgnoreKeys, on_mesh, placement
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
@@ -34,6 +34,7 @@ def add_commands(app: typer.Typer) -> None:
         app.command(name)(command)
 
 
+@on_mesh
 def neurons_command(
     model: Model,
     neurons: Annotated[Path, typer.Option(help="CSV of site, layer, index: the neurons.")],
@@ -76,6 +77,7 @@ def write_neurons(
     console.print(f"Written: {out} ({gib(out.stat().st_size)})", soft_wrap=True)
 
 
+@on_mesh
 def apply_command(
     patches: Annotated[list[Path], typer.Argument(help="Patches, in order.", show_default=False)],
     model: Model,
@@ -109,6 +111,7 @@ def apply_command(
     _say_patches("Applied", read)
 
 
+@on_mesh
 def revert_command(
     patches: Annotated[
         list[Path], typer.Argument(help="The patches to take out.", show_default=False)
@@ -143,7 +146,13 @@ def revert_command(
     before = None
     if base is not None:
         with counting_bytes("Reading the base") as progress:
-            before = load(base, dtype=lm.dtype, progress=progress, ignore_keys=ignore_key or ())
+            before = load(
+                base,
+                dtype=lm.dtype,
+                progress=progress,
+                ignore_keys=ignore_key or (),
+                **placement(),
+            )
     _save(revert(lm, read, base=before, others=others), out, to)
     _say_patches("Reverted", read)
 
@@ -170,7 +179,9 @@ def _load(source: str, out: Path, dtype: str | None, ignore_keys: list[str] | No
 
     check_free(out)
     with counting_bytes("Reading") as progress:
-        return load(source, dtype=dtype, progress=progress, ignore_keys=ignore_keys or ())
+        return load(
+            source, dtype=dtype, progress=progress, ignore_keys=ignore_keys or (), **placement()
+        )
 
 
 def _save(lm: "LM", out: Path, to: str) -> None:

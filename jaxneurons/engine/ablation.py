@@ -20,6 +20,7 @@ from jaxneurons.model import finite
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.generation import NO_TOKEN, greedy
+from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import FFN, NeuronSet, check_site, site_width, stack_scales
@@ -121,9 +122,8 @@ def ablated(
         generated = np.zeros((len(group), len(prompts), steps), np.int32)
         on_device = jax.device_put(scales)
         for batch in plan:
-            ids = generate_ablated(
-                params, batch.tokens, batch.lengths, on_device, config=config, steps=steps
-            )
+            tokens, lengths = spread_batch(params, (batch.tokens, batch.lengths), config=config)
+            ids = generate_ablated(params, tokens, lengths, on_device, config=config, steps=steps)
             count = len(batch.index)
             ids = np.asarray(ids)[: len(group), :count]
             if lost := _first_lost(ids):
@@ -197,12 +197,13 @@ def generate(
             site: values[rows] if values.ndim == 3 else values
             for site, values in (scales or {}).items()
         }
+        spread, lengths = spread_batch(lm.params, (batch.tokens, batch.lengths), config=lm.config)
         ids = np.asarray(
             _greedy(
                 lm.params,
-                batch.tokens,
+                spread,
                 config=lm.config,
-                lengths=batch.lengths,
+                lengths=lengths,
                 steps=steps,
                 scales=here or None,
             )

@@ -21,6 +21,7 @@ from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.model import finite
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.sets import check_site, site_width
@@ -169,19 +170,17 @@ class ResponseStore:
         self, params: Params, batch: PromptBatch, sites: tuple[str, ...], chunk: ChunkSize
     ) -> Mapping[str, Any]:
         """`mean_responses` of a batch, in parts where memory does not hold all of it."""
-        of_rows = functools.partial(mean_responses, config=self.config, sites=sites)
         count = len(batch.tokens)
+
+        def of_rows(start: int, end: int) -> Mapping[str, Any]:
+            rows = (batch.tokens[start:end], batch.lengths[start:end])
+            spread = spread_batch(params, rows, config=self.config)
+            return mean_responses(params, *spread, config=self.config, sites=sites)
 
         def in_parts(size: int) -> Mapping[str, Any]:
             if size >= count:
-                return of_rows(params, batch.tokens, batch.lengths)
-            starts = range(0, count, size)
-            parts = [
-                jax.device_get(
-                    of_rows(params, batch.tokens[i : i + size], batch.lengths[i : i + size])
-                )
-                for i in starts
-            ]
+                return of_rows(0, count)
+            parts = [jax.device_get(of_rows(i, i + size)) for i in range(0, count, size)]
             return {site: np.concatenate([p[site] for p in parts], axis=1) for site in sites}
 
         return chunk.run(in_parts)

@@ -17,9 +17,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxneurons.errors import ConfigError, near_matches
@@ -28,11 +30,14 @@ from jaxneurons.model.parameters import (
     Parameter,
     Params,
     axes,
+    get,
     list_parameters,
     parameter_tree,
 )
 from jaxneurons.storage.printable import counted
 from jaxneurons.storage.settings import check_fields
+
+Batch = TypeVar("Batch")
 
 MESH_AXES = ("data", "model")
 """The axes of every mesh that this library makes."""
@@ -260,10 +265,7 @@ def whole_parameters(
     odd = undivided(config, sizes, rules)
     result = {}
     for parameter in list_parameters(config):
-        spec = specs
-        for key in parameter.path:
-            spec = spec[key]
-        names = [name for entry in spec for name in _names(entry)]
+        names = [name for entry in get(specs, parameter.path) for name in _names(entry)]
         if _devices(names, sizes) > 1:
             continue
         reasons = [
@@ -311,6 +313,45 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules = ShardingRules()) -> NamedS
     """
     check_rules(rules, mesh.shape)
     return NamedSharding(auto_mesh(mesh), PartitionSpec(_entry(rules.mesh_axes("batch"))))
+
+
+def spread_batch(params: Params, batch: Batch, *, config: ModelConfig) -> Batch:
+    """Arrays whose first axis is prompts, split over the axes of the parameters' mesh.
+
+    Over those that split no heads, feed-forward neurons, vocabulary or layers, as far as they
+    divide the prompts: then no two devices run the same prompt with the same part of the model.
+    Without a mesh, and inside of a trace, the arrays are what they were.
+
+    Args:
+      params: the model's parameters, wherever they lie.
+      batch: arrays, in any nesting.
+      config: the model's shape.
+    """
+    embedding = get(params, ("embed", "embedding"))
+    sharding = None if isinstance(embedding, Tracer) else getattr(embedding, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return batch
+    taken = {
+        axis
+        for parameter in list_parameters(config)
+        for name, entry in zip(
+            parameter.axes, get(params, parameter.path).sharding.spec, strict=False
+        )
+        if name != "hidden"
+        for axis in _names(entry)
+    }
+    free = [axis for axis in sharding.mesh.axis_names if axis not in taken]
+
+    def split(array: Any) -> Any:
+        if isinstance(array, Tracer) or not np.ndim(array):
+            return array
+        names: list[str] = []
+        for axis in free:
+            if len(array) % _devices([*names, axis], sharding.mesh.shape) == 0:
+                names.append(axis)
+        return jax.device_put(array, NamedSharding(sharding.mesh, PartitionSpec(_entry(names))))
+
+    return jax.tree.map(split, batch)
 
 
 def check_rules(rules: ShardingRules, sizes: Mapping[str, int]) -> None:

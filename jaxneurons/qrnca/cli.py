@@ -12,7 +12,7 @@ from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.qrnca.analyses import KINDS_LIMIT
 from jaxneurons.qrnca.method import QRNCAConfig
 from jaxneurons.terminal.console import console, counting, errors, load_and_say
-from jaxneurons.terminal.options import IgnoreKeys, changed, names_of, settings_options
+from jaxneurons.terminal.options import IgnoreKeys, changed, names_of, on_mesh, settings_options
 from jaxneurons.terminal.services import services
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Of unrelated queries, controls a
 
 
 @app.command()
+@on_mesh
 @settings_options(QRNCAConfig, changes=True, parameter="changes")
 def locate(
     model: Annotated[str, typer.Option(help="Model source: name, path, .gguf file or hub id.")],
@@ -153,6 +154,7 @@ def make_questions(
 
 
 @app.command()
+@on_mesh
 def evaluate(
     run: Directory,
     out: Out = None,
@@ -183,6 +185,7 @@ def evaluate(
 
 
 @app.command()
+@on_mesh
 def edit(
     run: Directory,
     out: Out = None,
@@ -258,6 +261,7 @@ def _members(run: "Run", neurons: Path | None, queries: list[str]) -> "NeuronSet
 
 
 @app.command()
+@on_mesh
 def predict(
     run: Directory,
     out: Out = None,
@@ -281,6 +285,7 @@ def predict(
 
 
 @app.command()
+@on_mesh
 def analyse(
     run: Directory,
     out: Out = None,

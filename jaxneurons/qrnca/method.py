@@ -27,6 +27,7 @@ from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.finite import NotFiniteError, explain
 from jaxneurons.model.parameters import Params
+from jaxneurons.model.sharding import spread_batch
 from jaxneurons.neurons.sets import Neuron, NeuronSet, Site
 from jaxneurons.prompts.answers import TargetForm
 from jaxneurons.prompts.batches import Batch
@@ -157,9 +158,14 @@ class QueryNeurons:
         return f"QueryNeurons({len(self.ranking)} at {self.site!r}: {', '.join(best)}{more})"
 
 
-@functools.partial(jax.jit, static_argnames=("config", "site"))
 def run_prompts(params: Params, batch: Batch, *, config: ModelConfig, site: str) -> Prefill:
     """`prefill` of a batch, with the activations of a site: the same program for every stage."""
+    batch = spread_batch(params, batch, config=config)
+    return _run_prompts(params, batch, config=config, site=site)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "site"))
+def _run_prompts(params: Params, batch: Batch, *, config: ModelConfig, site: str) -> Prefill:
     return prefill(
         params,
         jnp.asarray(batch.tokens),

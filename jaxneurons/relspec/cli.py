@@ -11,7 +11,7 @@ from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.relspec.method import RelSpecConfig
 from jaxneurons.relspec.views import show_comparison, show_study
 from jaxneurons.terminal.console import console, load_and_say, stages
-from jaxneurons.terminal.options import IgnoreKeys, Text, settings_options
+from jaxneurons.terminal.options import IgnoreKeys, Text, on_mesh, settings_options
 from jaxneurons.terminal.services import services
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ with_settings = settings_options(RelSpecConfig, texts={"k": Text(_parse_k, _show
 
 
 @app.command()
+@on_mesh
 @with_settings
 def run(
     model: Model,
@@ -78,6 +79,7 @@ def run(
 
 
 @app.command()
+@on_mesh
 @with_settings
 def collect(
     model: Model,
@@ -94,6 +96,7 @@ def collect(
 
 
 @app.command()
+@on_mesh
 def neurons(
     out: Out,
     write: Annotated[
@@ -134,12 +137,14 @@ def neurons(
 
 
 @app.command()
+@on_mesh
 def ablate(out: Out) -> None:
     """Stage 3: switch each relation's neurons off, ask all relations; random ones beside it."""
     _analyse(out, "ablation", None)
 
 
 @app.command()
+@on_mesh
 def analyse(out: Out, analyses: Analyses = "default", counts: CountsFile = None) -> None:
     """Stage 4: the analyses.
 

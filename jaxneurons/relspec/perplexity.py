@@ -16,6 +16,7 @@ from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.errors import DataError
 from jaxneurons.model import finite
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import NeuronSet, stack_scales
 from jaxneurons.prompts import batches
@@ -69,7 +70,8 @@ def _losses(
     stacked = stack_scales(sets, config, sites=study.settings.sites)
     losses = np.zeros((len(sets), len(sentences)))
     for batch in batches.by_length(sentences, default_shape().prompts):
-        values = _losses_with_sets(params, batch.tokens, batch.lengths, stacked, config=config)
+        spread = spread_batch(params, (batch.tokens, batch.lengths), config=config)
+        values = _losses_with_sets(params, *spread, stacked, config=config)
         losses[:, batch.index] = np.asarray(values)[:, : len(batch.index)]
         for row, index in enumerate(batch.index.tolist()):
             overflown = np.flatnonzero(~np.isfinite(losses[:, index]))

@@ -27,6 +27,7 @@ from rich.text import Text
 from jaxneurons.processes.team import current
 from jaxneurons.storage import progress as reports
 from jaxneurons.storage.printable import encodable, printable, shortened
+from jaxneurons.terminal.options import placement
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
@@ -129,7 +130,7 @@ def load_and_say(source: str, *, ignore_keys: Sequence[str] | None = None) -> "L
 
     here = source == LAB or Path(source).expanduser().exists()
     with errors.busy(f"Loading {source}{'' if here else ' (fetched once, then cached)'} ..."):
-        lm = load(source, ignore_keys=ignore_keys or ())
+        lm = load(source, ignore_keys=ignore_keys or (), **placement())
     config = lm.config
     console.print(
         f"{lm.source}: {config.num_layers} layers, {config.intermediate_size} neurons each, "

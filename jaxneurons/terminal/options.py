@@ -11,9 +11,12 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import typer
+
+from jaxneurons.errors import ConfigError
 
 IgnoreKeys = Annotated[
     list[str] | None,
@@ -26,6 +29,55 @@ IgnoreKeys = Annotated[
 ]
 
 Settings = TypeVar("Settings")
+
+_PLACEMENT: ContextVar[Mapping[str, Any] | None] = ContextVar("placement", default=None)
+
+
+def on_mesh(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator of typer commands that load a model: the options `--mesh` and `--sharding`.
+
+    What they say reaches whatever loads a model while the command runs, by `placement`.
+    """
+    mesh = typer.Option(
+        metavar="DATAxMODEL",
+        help="Devices to spread the model over, such as 4x2: prompts over 4, the model over 2.",
+    )
+    sharding = typer.Option(
+        metavar="NAME",
+        show_default="tensor",
+        help="With --mesh: tensor (the model over the second number of devices), fsdp (every "
+        "parameter over all), fsdp-tensor (both), or data (whole on each).",
+    )
+    hints = typing.get_type_hints(command, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [
+        inspect.Parameter(name, keyword, default=None, annotation=Annotated[str | None, option])
+        for name, option in (("mesh", mesh), ("sharding", sharding))
+    ]
+    parameters = [
+        each.replace(kind=keyword, annotation=hints[each.name])
+        for each in inspect.signature(command).parameters.values()
+    ]
+
+    @functools.wraps(command)
+    def run(*, mesh: str | None, sharding: str | None, **values: Any) -> Any:
+        if sharding is not None and mesh is None:
+            raise ConfigError("--sharding says how a model lies on a mesh: give --mesh too")
+        given = {"mesh": mesh, "rules": sharding}
+        token = _PLACEMENT.set({name: value for name, value in given.items() if value is not None})
+        try:
+            return command(**values)
+        finally:
+            _PLACEMENT.reset(token)
+
+    vars(run)["__signature__"] = inspect.Signature([*parameters, *added])
+    run.__annotations__ = {each.name: each.annotation for each in [*parameters, *added]}
+    return run
+
+
+def placement() -> Mapping[str, Any]:
+    """`mesh` and `rules` for `load`, as far as the command that runs was given them."""
+    return _PLACEMENT.get() or {}
 
 
 class Text(NamedTuple):

@@ -21,6 +21,7 @@ from jaxneurons.model.sharding import (
     partition_specs,
     resolve_rules,
     shard_params,
+    spread_batch,
     undivided,
     whole_parameters,
 )
@@ -191,3 +192,23 @@ def test_attribution_is_the_same(name, rule):
     assert np.linalg.norm(np.asarray(out.scores) - np.asarray(expected.scores)) < 1e-5 * size
     np.testing.assert_allclose(out.ablated, expected.ablated, atol=1e-6)
     np.testing.assert_array_equal(out.nodes, expected.nodes)
+
+
+def test_prompts_go_over_the_axes_that_split_no_part_of_the_model():
+    config = tiny_config(num_heads=8, num_kv_heads=8)
+    params, tokens = tiny_params(config), np.zeros((8, 5), np.int32)
+    for mesh, preset, places in (
+        ("4x2", "tensor", "data"),
+        ("4x2", "fsdp-tensor", "data"),
+        ("4x2", "fsdp", ("data", "model")),
+        ("2x4", "data", ("data", "model")),
+        ("1x8", "tensor", "data"),
+    ):
+        placed = shard_params(params, config, make_mesh(mesh), PRESETS[preset])
+        out, lengths = spread_batch(placed, (tokens, tokens[:, 0]), config=config)
+        assert out.sharding.spec[0] == lengths.sharding.spec[0] == places, (mesh, preset)
+        assert out.sharding.is_equivalent_to(batch_sharding(make_mesh(mesh), PRESETS[preset]), 2)
+    placed = shard_params(params, config, make_mesh("4x2"), PRESETS["data"])
+    out = spread_batch(placed, tokens[:6], config=config)  # six prompts: over no four, but two
+    assert out.sharding.spec[0] == "model"
+    assert spread_batch(params, tokens, config=config) is tokens
