@@ -78,7 +78,7 @@ class Prediction:
     unread: int
     operations: float
     bytes_moved: float
-    collectives: Mapping[str, float]
+    collectives: Mapping[str, int | float]
     seconds: Seconds
 
     @property
@@ -182,9 +182,9 @@ def arguments_of(program: Program) -> int:
 
 def _collectives(
     program: Program, kept: Held, config: ModelConfig, placement: Placement, itemsize: int
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Bytes that a device receives in one call: rings, in which each passes on what it has."""
-    moved: dict[str, float] = {}
+    moved: dict[str, int | float] = {}
     width = placement.parts("heads")
     if width > 1:
         # Of each token: after attention and after the feed-forward, and after the embedding.
@@ -211,7 +211,7 @@ def quick_seconds(
     itemsize = jnp.dtype(dtype).itemsize
     local, kept = on_one_device(config, placement), held(config, placement, itemsize)
     values = count_parameters(local)
-    total = Seconds(0, 0, 0)
+    total = Seconds(0.0, 0.0, 0.0)
     for program in programs_of(job, local, *share(job, work, chunks, placement), dtype):
         moved = _collectives(program, kept, config, placement, itemsize)
         seconds = Seconds(
@@ -229,7 +229,7 @@ def _times(seconds: Seconds, calls: int) -> Seconds:
 
 def total_seconds(predictions: tuple[Prediction, ...]) -> Seconds:
     """Of all calls of a job."""
-    total = Seconds(0, 0, 0)
+    total = Seconds(0.0, 0.0, 0.0)
     for prediction in predictions:
         total += _times(prediction.seconds, prediction.calls)
     return total

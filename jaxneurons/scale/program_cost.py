@@ -121,7 +121,10 @@ def cost(
 
 
 class Buffer(NamedTuple):
-    """An array that is alive from one tick of the program to another, both included."""
+    """An array that is alive from one tick of the program to another, both included.
+
+    It ends a tick after its last use: a kernel does not write where the one before it has read.
+    """
 
     size: int
     start: int

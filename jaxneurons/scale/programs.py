@@ -105,9 +105,9 @@ class Program:
     arguments: tuple[Any, ...]
     calls: int
     loops: int = 1
-    positions: float = 0.0
-    gradients: float = 0.0
-    passes: float = 1.0
+    positions: int | float = 0
+    gradients: int | float = 0
+    passes: int | float = 1
 
     @property
     def structs(self) -> tuple[Any, ...]:

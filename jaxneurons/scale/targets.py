@@ -51,9 +51,8 @@ class Device:
 # TPUs: cloud.google.com/tpu/docs, "System architecture" of each version: peak compute and HBM of a
 # chip, inter-chip interconnect (1,600, 3,200, 4,800, 2,400 Gbit/s, of all links together). What
 # their compiler lets a program have of the 16 GB of a v5e is 15.75 GiB; the others' are taken to be
-# in the same proportion. Vector memory (VMEM), where it puts what is small enough: 128 MiB of a core
-# of v5e and v6e, 64 of v5p, 32 of v4 (jax-ml.github.io/scaling-book, "How to Think About TPUs", and
-# the Pallas documentation's table of TPUs).
+# in the same proportion. Vector memory (VMEM), where it puts what is small enough: 128 MiB of v5e
+# and v6e, 64 of v5p, 16 of each of v4's two cores (docs.jax.dev, "TPU Hardware Reference").
 DEVICES = {
     device.name: device
     for device in (

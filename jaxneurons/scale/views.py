@@ -99,7 +99,7 @@ def _compiled(plan: Plan, compiled: Sequence[Compiled]) -> Table:
     return table
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes for people, in decimal units as makers state them."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6)):
         if count >= 10**power:
@@ -107,7 +107,7 @@ def size(count: float) -> str:
     return f"{count / 1000:.3g} kB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """A time for people."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"

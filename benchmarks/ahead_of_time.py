@@ -1,0 +1,125 @@
+"""The real programs compiled for TPU pods that are not there, beside what `plan` predicts of them.
+
+    python benchmarks/ahead_of_time.py [--only SETTING ...] [--out FILE]
+
+needs the extra `tpu-plan` (libtpu) and, for each setting, one to several minutes and a few GiB. Each
+is compiled in a process of its own; a line of the file is what came of it, and settings that the
+file has are not compiled again. Without `--only` all of them, the smallest first.
+
+Bytes are of one device: the compiler's analysis of the program against `plan`'s prediction.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SETTINGS = {
+    # model, target, mesh, preset, job, rule, prompts at once, program
+    "7B-v5e-2x4-right": ("7B", "v5e:2x4", (1, 8), "tensor", "locate", "right", 8, ""),
+    "70B-v5p-4x4x4-right": ("70B", "v5p:4x4x4", (8, 8), "fsdp-tensor", "locate", "right", 32, ""),
+    "70B-v5e-16x16-right": ("70B", "v5e:16x16", (32, 8), "fsdp-tensor", "locate", "right", 32, ""),
+    "70B-v6e-8x8-right": ("70B", "v6e:8x8", (8, 8), "tensor", "locate", "right", 32, ""),
+    "70B-v5p-4x4x4-responses": (
+        *("70B", "v5p:4x4x4", (8, 8), "tensor"),
+        *("responses", "right", 64, "mean_responses"),
+    ),
+    "70B-v5p-4x4x4-ablated": (
+        *("70B", "v5p:4x4x4", (8, 8), "tensor"),
+        *("sweep", "right", 64, "generate_ablated"),
+    ),
+    "70B-v5p-4x4x4-memit": (
+        *("70B", "v5p:4x4x4", (8, 8), "tensor"),
+        *("edit", "right", 8, "optimise_values"),
+    ),
+    "70B-v5p-4x4x4-adaptive": (
+        *("70B", "v5p:4x4x4", (8, 8), "fsdp-tensor"),
+        *("locate", "adaptive", 32, ""),
+    ),
+    "70B-v5e-16x16-adaptive": (
+        *("70B", "v5e:16x16", (32, 8), "fsdp-tensor"),
+        *("locate", "adaptive", 32, ""),
+    ),
+}
+TOKENS = 128
+
+
+def compile_one(name):
+    """A line of the results: what the compiler says of a setting, and the prediction."""
+    from jaxneurons.scale.compile_ahead import compile_job, devices_of
+    from jaxneurons.scale.placement import Placement
+    from jaxneurons.scale.prediction import predict
+    from jaxneurons.scale.programs import Chunks, Work
+    from jaxneurons.scale.shapes import read_shape
+    from jaxneurons.scale.targets import parse_target
+
+    model, target, mesh, preset, job, rule, prompts, only = SETTINGS[name]
+    there, config = parse_target(target), read_shape(model).config
+    placement, work = Placement(*mesh, preset), Work(tokens=TOKENS, rule=rule, sets=8)
+    chunks = Chunks(prompts, 1024, 8, 8)
+    how = (job, config, work, chunks, placement)
+    predictions = {p.name: p for p in predict(*how, dtype="bfloat16", device=there.device)}
+    row = {
+        "setting": name,
+        "model": model,
+        "target": target,
+        "mesh": placement.mesh,
+        "sharding": preset,
+        "job": job,
+        "rule": rule if job == "locate" else "",
+        "prompts": prompts,
+        "memory": there.device.memory,
+    }
+    devices = devices_of(there)
+    programs = compile_job(*how, dtype="bfloat16", devices=devices, only=(only,) if only else ())
+    for each in programs:
+        predicted = predictions[each.name]
+        row |= {
+            "program": each.name,
+            "peak": each.peak,
+            "arguments": each.arguments,
+            "temporaries": each.temporaries,
+            "predicted_peak": predicted.peak - predicted.unread,
+            "predicted_temporaries": predicted.temporaries,
+            "collectives": dict(each.collectives),
+            "seconds": round(each.seconds, 1),
+        }
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("ahead_of_time.jsonl"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(compile_one(arguments.one)))
+        return
+    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
+    there = {json.loads(line)["setting"] for line in lines}
+    for name in arguments.only:
+        if name in there:
+            continue
+        start = time.time()
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", name],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )
+        if done.returncode:
+            row = {"setting": name, "error": " ".join(done.stderr.split())[-600:]}
+        else:
+            row = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name}: {time.time() - start:.0f} s: {row}", flush=True)
+        if not done.returncode:
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
