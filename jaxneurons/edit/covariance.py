@@ -32,10 +32,11 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import LAYERS, Params
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import forward
+from jaxneurons.processes.sharing import Unit, open_parts, share_units, spread
 from jaxneurons.prompts.batches import bucket
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import as_path, check_argument, check_number
-from jaxneurons.storage.store import Memory, Parts, RunDirectory, digest, write_bytes
+from jaxneurons.storage.store import Parts, digest, write_bytes
 
 MULTIPLE = 4
 """Keys by default, in widths of the layer."""
@@ -204,10 +205,15 @@ def collect_covariance(
         "text_sha256": digest(texts),
         "vectors": count,
     }
-    parts = Memory() if out is None else RunDirectory(as_path("out", out), identity)
-    missing = [layer for layer in layers if parts.load(_part(layer)) is None]
-    if missing:
-        _collect(lm, missing, pieces, parts, progress)
+    parts = open_parts(None if out is None else as_path("out", out), identity)
+
+    def collect() -> None:
+        missing = [layer for layer in layers if parts.load(_part(layer)) is None]
+        if missing:
+            _collect(lm, missing, pieces, parts, progress)
+
+    share_units(parts, [Unit(tuple(map(_part, layers)), collect)], together=spread(lm.params))
+    collect()
     covariances = {}
     for layer in layers:
         matrix = (parts.load(_part(layer)) or {})["matrix"]

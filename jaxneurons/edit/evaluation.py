@@ -7,6 +7,7 @@ stopped evaluation goes on, to the same numbers.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -26,10 +27,11 @@ from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.plots.figures import check_places
+from jaxneurons.processes.sharing import Unit, open_parts, share_units, spread, write_once
+from jaxneurons.processes.team import current
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import check_argument, check_number
 from jaxneurons.storage.store import (
-    Memory,
     Parts,
     RunDirectory,
     check_writable,
@@ -93,8 +95,11 @@ def evaluate(
     started = time.perf_counter()
     size = measures.batch or edits_at_once(lm.config)
     done, total = 0, len(work.cases) * len(methods)
-    for start in range(0, len(work.cases), size):
-        chunk = Chunk(work, range(start, min(start + size, len(work.cases))))
+    count = len(work.cases)
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    _share(chunks, work, methods, progress)
+    for index in chunks:
+        chunk = Chunk(work, index)
         for name, settings in methods.items():
             chunk.run(name, settings)
             done += len(chunk.index)
@@ -108,8 +113,37 @@ def evaluate(
         "summary": summary_rows(rows, seed=seed),
         "differences": difference_rows(rows, seed=seed),
     }
-    seconds = {**work.seconds, "all": {"all": round(time.perf_counter() - started, 3)}}
+    of_all = {"all": {"all": round(time.perf_counter() - started, 3)}}
+    seconds = summed([*current().gather("seconds", work.seconds), of_all])
     return _written(lm, work, methods, tables, seconds, path)
+
+
+def _share(
+    chunks: Sequence[Sequence[int]],
+    work: Work,
+    methods: Mapping[str, Settings],
+    progress: Progress | None,
+) -> None:
+    """Leave to each of several processes some of the chunks."""
+
+    def names(index: Sequence[int]) -> tuple[str, ...]:
+        kinds = [(UNEDITED, None, "")]
+        kinds += [(name, s, control) for name, s in methods.items() for control in ("", RANDOM)]
+        return tuple(part_of(work, *kind, i) for kind in kinds for i in index)
+
+    def run(index: Sequence[int]) -> None:
+        chunk = Chunk(work, index)
+        for name, settings in methods.items():
+            chunk.run(name, settings)
+        chunk.keep_unedited()
+
+    share_units(
+        work.store,
+        [Unit(names(index), functools.partial(run, index)) for index in chunks],
+        together=spread(work.lm.params),
+        sizes=[len(index) * len(methods) for index in chunks],
+        progress=progress,
+    )
 
 
 def neutral_texts(lm: LM) -> list[str]:
@@ -163,11 +197,10 @@ def opened(path: Path | None, identity: Mapping[str, Any]) -> Parts:
       DataError: the directory holds another run.
       WriteError: it cannot be written to.
     """
-    if path is None:
-        return Memory()
-    RunDirectory.check(path, identity, whole=True)
-    check_writable(path)
-    return RunDirectory(path, identity)
+    if path is not None:
+        RunDirectory.check(path, identity, whole=True)
+        check_writable(path)
+    return open_parts(path, identity)
 
 
 def require_covariance(
@@ -317,7 +350,10 @@ def write_results(
     """
     seconds = seconds if path is None else with_earlier(seconds, path / "run.json", results)
     facts = {"model": lm.facts(), **results, "seconds": seconds, "versions": versions()}
-    if path is not None:
+    if path is None:
+        return Tables(tables, facts=facts)
+
+    def write() -> None:
         from jaxneurons.edit.figures import draw
 
         for table, rows in tables.items():
@@ -325,6 +361,8 @@ def write_results(
         write_json(path / f"{name}.json", null_for_nan({**results, **tables}))
         write_json(path / "run.json", null_for_nan(facts))
         draw(tables, path / FIGURES, source=lm.source)
+
+    write_once("results", write)
     return Tables(tables, facts=facts, path=path)
 
 
@@ -337,9 +375,20 @@ def with_earlier(
     except DataError:
         known = {}
     earlier = known.get("seconds") if known.get("identity") == results["identity"] else None
-    total = {name: dict(parts) for name, parts in seconds.items()}
-    for name, parts in earlier.items() if isinstance(earlier, dict) else ():
-        for what, value in parts.items() if isinstance(parts, dict) else ():
+    before = {
+        name: {what: float(value) for what, value in parts.items()}
+        for name, parts in (earlier.items() if isinstance(earlier, dict) else ())
+        if isinstance(parts, dict)
+    }
+    return summed([seconds, before])
+
+
+def summed(seconds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Seconds of several processes or runs together, by method and by what was done."""
+    total: dict[str, dict[str, float]] = {}
+    for each in seconds:
+        for name, parts in each.items():
             here = total.setdefault(name, {})
-            here[what] = round(here.get(what, 0.0) + float(value), 3)
+            for what, value in parts.items():
+                here[what] = round(here.get(what, 0.0) + value, 3)
     return total

@@ -8,6 +8,7 @@ says how far a few requests can tell candidates apart.
 """
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -43,9 +44,10 @@ from jaxneurons.edit.requests import EditRequest
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.processes.sharing import open_parts, share_parts, spread, write_once
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import as_path, check_argument
-from jaxneurons.storage.store import Memory, RunDirectory, digest, write_json
+from jaxneurons.storage.store import digest, write_json
 from jaxneurons.storage.tables import Row, Tables, html_table, write_table
 
 MEASURED = MeasureSettings(fluency_tokens=0, perplexity_tokens=0)
@@ -176,12 +178,16 @@ def choose_layers(
     if covariance is None:
         covariance = _needed_covariance(lm, method, spans)
     identity = _identity(lm, requests, method, covariance, measured)
-    store = Memory() if path is None else RunDirectory(path, identity)
+    store = open_parts(path, identity)
     attempt = _Attempts(lm, requests, method, covariance, cases, measured)
     values: dict[Layers, np.ndarray] = {}
     rows: list[Row] = []
-    for number, span in enumerate(spans):
-        part = store.part(f"layers-{'-'.join(map(str, span))}", lambda span=span: attempt(span))
+    jobs = {
+        f"layers-{'-'.join(map(str, span))}": functools.partial(attempt, span) for span in spans
+    }
+    share_parts(store, jobs, together=spread(lm.params), progress=progress)
+    for number, (span, (name, make)) in enumerate(zip(spans, jobs.items(), strict=True)):
+        part = store.part(name, make)
         values[span] = part["numbers"]
         rows += request_rows(span, requests, part)
         if progress is not None:
@@ -202,13 +208,19 @@ def choose_layers(
 
 
 def _written(tables: Tables) -> Tables:
-    if tables.path is not None:
+    path = tables.path
+    if path is None:
+        return tables
+
+    def write() -> None:
         from jaxneurons.edit.layer_figures import draw_layers
 
         for name in tables:
-            write_table(tables.path / "tables", name, tables.rows(name))
-        write_json(tables.path / "layers.json", tables.facts)
-        draw_layers(tables, tables.path / "figures")
+            write_table(path / "tables", name, tables.rows(name))
+        write_json(path / "layers.json", tables.facts)
+        draw_layers(tables, path / "figures")
+
+    write_once("tables", write)
     return tables
 
 

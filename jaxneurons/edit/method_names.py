@@ -18,8 +18,9 @@ from jaxneurons.edit.method import (
 )
 from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.model.axis_types import any_axes
+from jaxneurons.processes.sharing import open_parts, share_parts, spread
 from jaxneurons.storage.settings import as_path, check_argument
-from jaxneurons.storage.store import Memory, RunDirectory, digest
+from jaxneurons.storage.store import digest
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.loading import LM
@@ -123,7 +124,8 @@ def _located(
         return {"neurons": np.array([members.pairs("act") for members in sets])}
 
     identity = {"kind": "located neurons", "format": 1, "count": NEURONS}
-    store = Memory() if out is None else RunDirectory(as_path("out", out), identity)
+    store = open_parts(None if out is None else as_path("out", out), identity)
     name = digest([lm.identity(), [dataclasses.asdict(request) for request in requests]])
+    share_parts(store, {name[:16]: locate}, together=spread(lm.params))
     part = store.part(name[:16], locate)
     return tuple(NeuronSet.of(act=pairs) for pairs in part["neurons"])

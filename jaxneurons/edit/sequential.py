@@ -5,6 +5,7 @@ any more. Measured after 1, 10, 100 and 1,000 edits, say, against the model befo
 """
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -38,6 +39,7 @@ from jaxneurons.errors import DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.parameters import Params
 from jaxneurons.neurons.controls import generator
+from jaxneurons.processes.sharing import Unit, share_units, spread
 from jaxneurons.storage.printable import counted
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import check_argument, check_number
@@ -134,6 +136,7 @@ def evaluate_sequential(
         store=opened(path, identity),
         unedited={},
     )
+    _share(plan, methods, progress)
     seconds: dict[str, dict[str, float]] = {}
     rows: list[Row] = []
     for position, (name, settings) in enumerate(methods.items()):
@@ -153,6 +156,14 @@ def evaluate_sequential(
     rows = [*plan.unedited_rows(), *rows]
     tables = {"sequential": _summary(rows, seed), "edits": rows}
     return write_results(lm, tables, results, seconds, path, name="sequential")
+
+
+def _share(plan: "_Plan", methods: Mapping[str, Settings], progress: Progress | None) -> None:
+    """Leave to each of several processes some of the methods."""
+    runs = [_Method(plan, name, settings) for name, settings in methods.items()]
+    report = _reporting(progress, 0, len(runs), plan.sizes[-1])
+    units = [Unit(run.names, functools.partial(run.run, report)) for run in runs]
+    share_units(plan.store, units, together=spread(plan.lm.params))
 
 
 def fitting_sizes(sizes: Sequence[int], count: int) -> tuple[list[int], list[int]]:
@@ -300,6 +311,11 @@ class _Method:
         report(plan.sizes[-1])
         contents = [json.loads(str(part["json"])) for part in kept.values() if part is not None]
         return [row for content in contents for row in content["rows"]], contents[-1]["refused"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parts that hold its rows."""
+        return tuple(map(self._size, self.plan.sizes))
 
     def _size(self, size: int) -> str:
         return f"{self.key}-size-{size:06d}"

@@ -38,11 +38,12 @@ from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
+from jaxneurons.processes import sharing as processes
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import as_path, check_argument, check_number
-from jaxneurons.storage.store import Memory, RunDirectory, digest, write_json
+from jaxneurons.storage.store import digest, write_json
 from jaxneurons.storage.tables import Row, Tables, write_table
 
 FORMAT = 1
@@ -114,7 +115,7 @@ def trace(
     settings = _Settings(float(noise), samples, depth, tuple(dict.fromkeys(kinds)), seed)
     size = batch_size or batches.default_batch_size()
     path = None if out is None else as_path("out", out)
-    store = Memory() if path is None else RunDirectory(path, _identity(lm, facts, settings, size))
+    store = processes.open_parts(path, _identity(lm, facts, settings, size))
     began = time.perf_counter()
     encoded, left_out = _encoded(lm, facts)
     spread = _spread(lm.params, encoded) if encoded else 0.0
@@ -127,8 +128,15 @@ def trace(
         )
     planned = plan(encoded, size)
     done, rows, numbers = 0, [], {}
-    for number, members in enumerate(planned):
-        work = functools.partial(_batch, lm, encoded, members, spread, settings)
+    jobs = {
+        number: functools.partial(_batch, lm, encoded, members, spread, settings)
+        for number, members in enumerate(planned)
+    }
+    together = processes.spread(lm.params)
+    processes.share_parts(
+        store, jobs, together=together, sizes=[*map(len, planned)], progress=progress
+    )
+    for (number, work), members in zip(jobs.items(), planned, strict=True):
         part = store.part(number, work)
         for row, i in enumerate(members):
             numbers[i] = float(part["clean"][row]), float(part["noised"][row])
@@ -150,13 +158,19 @@ def trace(
 
 
 def _written(tables: Tables) -> Tables:
-    if tables.path is not None:
+    path = tables.path
+    if path is None:
+        return tables
+
+    def write() -> None:
         from jaxneurons.edit.tracing_figures import draw_tracing
 
         for name in tables:
-            write_table(tables.path / "tables", name, tables.rows(name))
-        write_json(tables.path / "tracing.json", tables.facts)
-        draw_tracing(tables, tables.path / "figures")
+            write_table(path / "tables", name, tables.rows(name))
+        write_json(path / "tracing.json", tables.facts)
+        draw_tracing(tables, path / "figures")
+
+    processes.write_once("tables", write)
     return tables
 
 

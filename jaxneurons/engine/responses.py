@@ -25,6 +25,8 @@ from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.sets import check_site, site_width
+from jaxneurons.processes.sharing import spread
+from jaxneurons.processes.team import ALONE, Processes, current
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.batches import PromptBatch
 from jaxneurons.storage.progress import Progress
@@ -108,7 +110,8 @@ class ResponseStore:
         """Batches finished, by site."""
         about = path / _ABOUT
         if not about.is_file():
-            if path.is_dir() and any(p.name[0] != "." for p in path.iterdir()):
+            others = path.is_dir() and any(p.name[0] != "." for p in path.iterdir())
+            if others and not about.is_file():  # another process may have begun meanwhile
                 raise DataError(f"{path}: holds files but no responses; give a new directory")
             return {}
         try:
@@ -152,19 +155,48 @@ class ResponseStore:
         """
         for site in sites:
             check_site(site)
+        team = self._team(params)
+        self._done = team.of_first("responses", lambda: self._done)
         self._write_about()  # before anything else: a stop leaves nothing that is nobody's
         chunk = ChunkSize(ROWS, what="prompts")
         # Sites that have come equally far go through the model together.
         for done in sorted({self._done.get(site, 0) for site in sites}):
             together = tuple(site for site in sites if self._done.get(site, 0) == done)
-            arrays = {site: self._open(site, create=True) for site in together}
-            for number in range(done, len(self._plan)):
-                batch = self._plan[number]
-                means = self._means(params, batch, together, chunk)
-                self._check(params, batch, means)
-                self._write(number, len(batch.index), arrays, means)
+            arrays = self._arrays_of(together, team)
+            for first in range(done, len(self._plan), team.count):
+                number = first + team.index
+                with team.all_or_none("responses"):
+                    if number < len(self._plan):
+                        self._take(params, number, arrays, chunk)
+                last = min(first + team.count, len(self._plan))
+                self._done |= dict.fromkeys(together, last)
+                self._write_about()
                 if progress is not None:
-                    progress(self._starts[number + 1], len(self))
+                    progress(self._starts[last], len(self))
+        team.wait("responses are there")
+
+    def _team(self, params: Params) -> Processes:
+        """The processes that take a batch each; only this one where none sees the others' disks."""
+        alone = self.path is None or current().local_disks or spread(params)
+        return ALONE if alone else current()
+
+    def _arrays_of(self, sites: Sequence[str], team: Processes) -> dict[str, Any]:
+        """The arrays of some sites; process 0 creates them before the others open them."""
+        if team.first:
+            arrays = {site: self._open(site, create=True) for site in sites}
+            team.wait("arrays")
+            return arrays
+        team.wait("arrays")
+        return {site: self._open(site) for site in sites}
+
+    def _take(
+        self, params: Params, number: int, arrays: Mapping[str, Any], chunk: ChunkSize
+    ) -> None:
+        """Take the responses of a batch and write them."""
+        batch = self._plan[number]
+        means = self._means(params, batch, tuple(arrays), chunk)
+        self._check(params, batch, means)
+        self._write(number, len(batch.index), arrays, means)
 
     def _means(
         self, params: Params, batch: PromptBatch, sites: tuple[str, ...], chunk: ChunkSize
@@ -174,8 +206,8 @@ class ResponseStore:
 
         def of_rows(start: int, end: int) -> Mapping[str, Any]:
             rows = (batch.tokens[start:end], batch.lengths[start:end])
-            spread = spread_batch(params, rows, config=self.config)
-            return mean_responses(params, *spread, config=self.config, sites=sites)
+            rows = spread_batch(params, rows, config=self.config)
+            return mean_responses(params, *rows, config=self.config, sites=sites)
 
         def in_parts(size: int) -> Mapping[str, Any]:
             if size >= count:
@@ -203,6 +235,8 @@ class ResponseStore:
         self._write_about()
         arrays = {site: self._open(site, create=True) for site in means}
         self._write(number, len(self._plan[number].index), arrays, means)
+        self._done |= dict.fromkeys(means, number + 1)
+        self._write_about()
 
     def _write(
         self, number: int, count: int, arrays: Mapping[str, Any], means: Mapping[str, Any]
@@ -221,12 +255,9 @@ class ResponseStore:
         for site, error in refused.items():  # all of them have ended
             if error is not None:
                 raise WriteError(self._place(site), error) from None
-        for site in arrays:
-            self._done[site] = number + 1
-        self._write_about()
 
     def _write_about(self) -> None:
-        if self.path is not None:
+        if self.path is not None and current().writes:
             make_directory(self.path)
             write_json(self.path / _ABOUT, {"identity": self._identity, "done": self._done})
 

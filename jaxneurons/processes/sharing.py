@@ -4,12 +4,13 @@ What a part holds does not depend on who makes it, nor on how many there are, so
 on another number of processes to the same results.
 """
 
+import functools
 import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -129,39 +130,96 @@ def share_parts(
 
     Raises:
       ToMerge: the processes write to disks of their own, and this one's parts are there.
-      DataError: other jobs in another process; parts of others that cannot be seen.
+      DataError: other jobs in another process; a part that another could not make, and why; parts
+        of others that cannot be seen.
     """
+    team = team or current()
+
+    def make(name: Name, work: Make) -> None:
+        if not together:
+            parts.part(name, work)
+            return
+        arrays = {key: np.asarray(value) for key, value in work().items()}
+        if team.writes:
+            parts.save(name, arrays)
+
+    units = [Unit((name,), functools.partial(make, name, work)) for name, work in jobs.items()]
+    return share_units(parts, units, together=together, sizes=sizes, progress=progress, team=team)
+
+
+class Unit(NamedTuple):
+    """Work that one process does at a time.
+
+    Attributes:
+      names: of the parts that it keeps.
+      run: does it; what is there is not made again.
+    """
+
+    names: tuple[Name, ...]
+    run: Callable[[], object]
+
+
+def share_units(
+    parts: Parts,
+    units: Sequence[Unit],
+    *,
+    together: bool = False,
+    sizes: Sequence[int] | None = None,
+    progress: Progress | None = None,
+    team: Processes | None = None,
+) -> int | None:
+    """`share_parts` where several parts are made at a time; a unit that lacks one is run."""
     team = team or current()
     if team.count == 1 or parts.path is None:
         return None
-    makes: dict[Name, Make] = dict(jobs.items())
-    names = list(makes)
+    names = [list(unit.names) for unit in units]
     team.compare("parts", {"parts": digest(names)})
     missing = _missing(parts, names, team)
     mine = missing if together else missing[team.index :: team.count]
-    sizes = sizes or [1] * len(names)
+    sizes = sizes or [1] * len(units)
     done, total = 0, sum(sizes[number] for number in mine)
-    for number in mine:
-        name = names[number]
-        if together:
-            arrays = makes[name]()
-            if team.writes:
-                parts.save(name, {key: np.asarray(value) for key, value in arrays.items()})
-        else:
-            parts.part(name, makes[name])
-        done += sizes[number]
-        if progress is not None:
-            progress(done, total)
-    team.wait("parts are made")
-    _check_there(parts, [names[number] for number in missing], team, together=together)
+    with team.all_or_none("parts are made") as troubled:
+        for number in mine:
+            if troubled():
+                break
+            units[number].run()
+            done += sizes[number]
+            if progress is not None:
+                progress(done, total)
+    wanted = [name for number in missing for name in names[number]]
+    _check_there(parts, wanted, team, together=together)
     return len(missing)
 
 
-def _missing(parts: Parts, names: Sequence[Name], team: Processes) -> list[int]:
-    """Numbers of the parts that no process has: as process 0 sees it, where all see the same."""
+def agreed_missing(parts: Parts, names: Mapping[str, Name]) -> list[str]:
+    """The keys of those parts that are not there: the same in all processes that share them."""
+
+    def look() -> list[str]:
+        return [key for key, name in names.items() if parts.load(name) is None]
+
+    team = current()
+    if team.local_disks or parts.path is None:
+        return look()
+    return team.of_first("missing", look)
+
+
+def write_once(label: str, write: Callable[[], object]) -> None:
+    """Let process 0 write results (on local disks each does), and go on when it has."""
+    team = current()
+    if team.writes:
+        write()
+    team.wait(label)
+
+
+def _missing(parts: Parts, names: Sequence[Sequence[Name]], team: Processes) -> list[int]:
+    """Numbers of the units that no process has: as process 0 sees it, where all see the same."""
 
     def look() -> list[int]:
-        return [number for number, name in enumerate(names) if parts.load(name) is None]
+        return [
+            number
+            for number, of_unit in enumerate(names)
+            if any(parts.load(name) is None for name in of_unit)
+        ]
 
     if not team.local_disks:
         return team.of_first("missing parts", look)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxneurons.errors import DataError
+from jaxneurons.errors import DataError, JaxneuronsError
 from jaxneurons.processes.channel import Channel
 from jaxneurons.processes.watching import Watch
 
@@ -119,8 +119,10 @@ class Processes:
         Raises:
           DataError: says which differ, between which processes, and how.
         """
-        for index, other in enumerate(self.gather(what, dict(values))):
-            mine = json.loads(json.dumps(dict(values)))
+        if self.count == 1:
+            return
+        mine = json.loads(json.dumps(dict(values)))
+        for index, other in enumerate(self.gather(what, mine)):
             if other == mine:
                 continue
             differences = list(_differences("", other, mine))
@@ -132,6 +134,41 @@ class Processes:
             raise DataError(
                 f"{what} differ between processes: {shown}; start every process in the same way"
             )
+
+    @contextlib.contextmanager
+    def all_or_none(self, label: str) -> Iterator[Callable[[], bool]]:
+        """Wait for all at the end of the context; an error of one is an error of all.
+
+        So that none goes on, or handles what the others have not met. What the input is not at
+        fault for passes at once, and ends all processes.
+
+        Args:
+          label: what is done here.
+
+        Yields:
+          Whether another has met an error: then there is no need to finish.
+
+        Raises:
+          DataError: another's error.
+        """
+        call = f"trouble/{self._calls}"
+
+        def troubled() -> bool:
+            return self._channel is not None and bool(self._channel.read(call))
+
+        error: JaxneuronsError | None = None
+        try:
+            yield troubled
+        except JaxneuronsError as mine:
+            error = mine
+            if self._channel is not None:
+                self._channel.set(f"{call}/{self.index}", str(error))
+        texts = self.gather(label, None if error is None else str(error))
+        if error is not None:
+            raise error
+        for index, text in enumerate(texts):
+            if text is not None:
+                raise DataError(f"{self.name(index)}: {text}")
 
     def fail(self, reason: str) -> None:
         """Tell the other processes that this one ends, and why: they end too."""

@@ -22,7 +22,7 @@ from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.controls import generator
 from jaxneurons.neurons.sets import Neuron, NeuronSet, site_width
 from jaxneurons.plots.figures import neuron_map
-from jaxneurons.processes.team import current
+from jaxneurons.processes.sharing import write_once
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca.arguments import check_model
@@ -181,10 +181,12 @@ def demo(
         "effects": [dataclasses.asdict(effect) for effect in effects],
     }
     figure = Path(out) / "neurons.png"
-    if current().writes:
-        write_json(Path(out) / "effects.json", record)
+
+    def write() -> None:
+        write_json(figure.with_name("effects.json"), record)
         draw(lm, facts, run, figure)
-    current().wait("the demonstration is written")
+
+    write_once("effects", write)
     return Demo(run, effects, unknown, figure)
 
 

@@ -21,8 +21,7 @@ from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.finite import NotFiniteError
 from jaxneurons.neurons.sets import site_width
-from jaxneurons.processes.sharing import open_parts, share_parts, spread
-from jaxneurons.processes.team import current
+from jaxneurons.processes.sharing import open_parts, share_parts, spread, write_once
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.prompts.queries import Query
@@ -92,8 +91,9 @@ def locate(
     prompts = encode_queries(lm, queries, settings)
     identity = _identity(lm, queries, settings, size, prompts)
     store = open_parts(path, identity)
-    if path is not None and current().writes:
-        write_json_lines(path / QUERIES, map(dataclasses.asdict, queries))
+    if path is not None:
+        lines = list(map(dataclasses.asdict, queries))
+        write_once("queries", lambda: write_json_lines(path / QUERIES, lines))
     work = _Work(lm, settings, store, Caches(path, cache_bytes))
     scores, seconds, computed = work.attribute(queries, prompts, size, progress)
     return _ranked(
@@ -260,16 +260,10 @@ def _ranked(run: Run, seconds: float, computed: int) -> Run:
         facts = facts_of(
             lm, run.queries, settings, scores=run.prompts, neurons=neurons, seconds=seconds
         )
-    if run.path is not None and current().writes:
-        write_results(
-            run.path,
-            run.queries,
-            neurons=neurons,
-            common=common,
-            scores=run.prompts,
-            facts=facts,
-        )
-    current().wait("the run is written")
+    if run.path is not None:
+        results = {"neurons": neurons, "common": common, "scores": run.prompts, "facts": facts}
+        write = functools.partial(write_results, run.path, run.queries, **results)
+        write_once("neurons", write)
     for category, text in caveats(
         run.queries, run.prompts, quadrature=settings.quadrature, decode=lm.tokenizer.decode
     ):

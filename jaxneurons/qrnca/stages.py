@@ -18,8 +18,7 @@ from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import NeuronSet, read_neurons
 from jaxneurons.plots.figures import check_places
-from jaxneurons.processes.sharing import open_parts
-from jaxneurons.processes.team import current
+from jaxneurons.processes.sharing import open_parts, write_once
 from jaxneurons.qrnca import analyses, prediction
 from jaxneurons.qrnca.arguments import check_progress, checked_directory
 from jaxneurons.qrnca.effects import change_rows, editing_rows, evaluation_rows
@@ -275,7 +274,8 @@ def _written(
     if out is None:
         return Tables(rows, facts=facts)
     path = Path(out)
-    if current().writes:
+
+    def write() -> None:
         from jaxneurons.qrnca.figures import draw
 
         for table, lines in rows.items():
@@ -283,5 +283,6 @@ def _written(
         draw(dict(rows), path / FIGURES, source=run.name)
         if name is not None:
             write_json(path / f"{name}.json", facts)
-    current().wait("tables are written")
+
+    write_once("tables", write)
     return Tables(rows, facts=facts, path=path)

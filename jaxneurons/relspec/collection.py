@@ -21,12 +21,13 @@ from jaxneurons.engine.responses import ResponseStore
 from jaxneurons.errors import DataError, near_matches
 from jaxneurons.neurons.controls import random_sets
 from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.processes.sharing import agreed_missing, open_parts, share_parts
 from jaxneurons.prompts.relations import Relation, Split, Triple, split
 from jaxneurons.relspec import method
 from jaxneurons.relspec.continuations import Continuations, check_steps
 from jaxneurons.relspec.method import Prompt, RelSpecConfig
 from jaxneurons.storage.progress import StageProgress
-from jaxneurons.storage.store import Memory, RunDirectory, digest
+from jaxneurons.storage.store import digest
 
 RESERVED = ("none", "random", "matched", "own")
 """What the tables call the controls."""
@@ -97,7 +98,7 @@ class Collection(Continuations):
             "settings": dataclasses.asdict(settings),
             "relations": digest([_plain(relation) for relation in relations]),
         }
-        parts = Memory() if out is None else RunDirectory(out, contents)
+        parts = open_parts(out, contents)
         super().__init__(lm, parts, settings, progress)
 
     # --- section 1: which prompts does the model answer? ------------------------------------------
@@ -222,14 +223,15 @@ class Collection(Continuations):
             ]
         )[:24]
         names = {site: f"experts-{kind}-{site}-{key}" for site in sites}
-        missing = [site for site, name in names.items() if self.parts.load(name) is None]
-
-        def make(site: str) -> dict[str, np.ndarray]:
-            responses.fill(  # all that is missing goes through the model once
+        missing = agreed_missing(self.parts, names)
+        if missing:  # all of it goes through the model once
+            responses.fill(
                 self.lm.params,
                 missing,
                 progress=lambda done, total: self.progress(f"Responses ({kind})", done, total),
             )
+
+        def make(site: str) -> dict[str, np.ndarray]:
             before, stage = missing.index(site), f"Average precision ({kind})"
             experts = expertise(
                 responses.read,
@@ -246,10 +248,9 @@ class Collection(Continuations):
                 for table in _TABLES
             }
 
-        parts = {
-            site: self.parts.part(name, functools.partial(make, site))
-            for site, name in names.items()
-        }
+        jobs = {site: functools.partial(make, site) for site in names}
+        share_parts(self.parts, {names[site]: job for site, job in jobs.items()})
+        parts = {site: self.parts.part(names[site], job) for site, job in jobs.items()}
         return {
             name: Expertise(
                 *({site: part[f"{table}-{i}"] for site, part in parts.items()} for table in _TABLES)

@@ -5,17 +5,21 @@ generations under a set of neurons are a part of the run, so that analyses share
 run goes on where it was, with identical results.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxneurons.checkpoints.loading import LM
-from jaxneurons.engine.ablation import Shape, ablated
+from jaxneurons.engine.ablation import Shape, ablated, default_shape
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.processes.sharing import agreed_missing, share_parts, spread, write_once
+from jaxneurons.processes.team import current
+from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import encode_answer, encode_prompt
 from jaxneurons.prompts.matching import any_answers
 from jaxneurons.relspec.method import FEWEST_STEPS, Prompt, RelSpecConfig
@@ -35,6 +39,59 @@ class Group(NamedTuple):
     members: list[int]
     steps: list[int]
     tokens: list[tuple[int, ...]]
+
+
+class Piece(NamedTuple):
+    """What one process generates at a time: names of the parts, and prompts of the group."""
+
+    sets: tuple[str, ...]
+    rows: tuple[int, ...]
+
+
+class Pieces(NamedTuple):
+    """A group's generations in pieces: a batch of prompts with as many sets as go through together.
+
+    A batch holds the same prompts, in the same shape, whoever runs it: see `batches.by_length`.
+
+    Attributes:
+      group: the prompts.
+      sets: neurons to turn off, by the name of the part.
+      sites: that are scaled.
+      shape: sets and prompts in a batch; None: what suits the platform.
+    """
+
+    group: Group
+    sets: dict[str, NeuronSet]
+    sites: tuple[str, ...]
+    shape: Shape | None
+
+    def pieces(self, missing: Sequence[str]) -> dict[str, Piece]:
+        """The pieces of some of the parts, by names of their own."""
+        shape = self.shape or default_shape()
+        plan = batches.by_length(self.group.tokens, shape.prompts)
+        # In chunks of all sets: a piece is the same one in a run that goes on.
+        names = list(self.sets)
+        chunks = [names[start : start + shape.sets] for start in range(0, len(names), shape.sets)]
+        return {
+            f"piece-{digest([chunk, batch.index.tolist()])[:40]}": Piece(
+                tuple(chunk), tuple(batch.index.tolist())
+            )
+            for chunk in chunks
+            if set(chunk) & set(missing)
+            for batch in plan
+        }
+
+
+def _joined(
+    pieces: Mapping[str, Piece], made: Mapping[str, np.ndarray], name: str
+) -> dict[str, np.ndarray]:
+    """The part of one set, from its pieces."""
+    of_set = [(piece, made[each]) for each, piece in pieces.items() if name in piece.sets]
+    count = sum(len(piece.rows) for piece, _ in of_set)
+    tokens = np.zeros((count, of_set[0][1].shape[-1]), np.int32)
+    for piece, values in of_set:
+        tokens[list(piece.rows)] = values[piece.sets.index(name)]
+    return {KEY: tokens}
 
 
 class Continuations:
@@ -124,6 +181,13 @@ class Continuations:
         tokens = np.full((len(sets), len(prompts), max(steps, default=0)), NO_STEP, np.int32)
         groups = self._groups(prompts, steps)
         names = [_part_names(group, sets) for group in groups]
+        # Of all sets, kept or not: a resumed run compiles and groups the same program.
+        sites = tuple(
+            dict.fromkeys([*self.settings.sites, *(s for neurons in sets for s in neurons.codes)])
+        )
+        for group, of_group in zip(groups, names, strict=True):
+            work = Pieces(group, dict(zip(of_group, sets, strict=True)), sites, shape)
+            self._share(work, stage)
         kept = [{name: self._load(name) for name in of_group} for of_group in names]
         done = 0
         total = sum(
@@ -136,10 +200,6 @@ class Continuations:
             done += count
             self.progress(stage, done, total)
 
-        # Of all sets, kept or not: a resumed run compiles and groups the same program.
-        sites = tuple(
-            dict.fromkeys([*self.settings.sites, *(s for neurons in sets for s in neurons.codes)])
-        )
         for group, of_group, parts in zip(groups, names, kept, strict=True):
             missing = {
                 name: neurons
@@ -171,6 +231,43 @@ class Continuations:
         part = self.parts.load(name)
         return None if part is None else part[KEY]
 
+    def _share(self, work: "Pieces", stage: str) -> None:
+        """Generate with the other processes what is missing of a group, piece by piece.
+
+        Where this one is alone, only what pieces of a stopped or merged run are there for.
+        """
+        if self.parts.path is None:
+            return
+        missing = agreed_missing(self.parts, {name: name for name in work.sets})
+        pieces = work.pieces(missing) if missing else {}
+        if not pieces:
+            return
+        alone = current().count == 1
+        if alone and all(self.parts.load(name) is None for name in pieces):
+            return
+        jobs = {name: functools.partial(self._piece, work, piece) for name, piece in pieces.items()}
+        share_parts(
+            self.parts,
+            jobs,
+            together=spread(self.lm.params),
+            sizes=[len(piece.sets) * len(piece.rows) for piece in pieces.values()],
+            progress=functools.partial(self.progress, stage),
+        )
+        made = {name: self.parts.part(name, make)[KEY] for name, make in jobs.items()}
+        whole = {name: functools.partial(_joined, pieces, made, name) for name in missing}
+        share_parts(self.parts, whole)
+        for name, make in whole.items():
+            self.parts.part(name, make)
+        write_once("pieces", lambda: [self.parts.remove(name) for name in pieces])
+
+    def _piece(self, work: "Pieces", piece: "Piece") -> dict[str, np.ndarray]:
+        tokens = [work.group.tokens[row] for row in piece.rows]
+        results = self._generations(
+            work.group, [work.sets[name] for name in piece.sets], tokens, work.sites, work.shape
+        )
+        values = np.stack([ids for _, ids in results])
+        return {KEY: self._needed_steps(work.group, piece.rows, values)}
+
     def _make(
         self,
         group: Group,
@@ -180,26 +277,49 @@ class Continuations:
         advance: Advance,
     ) -> dict[str, Int[np.ndarray, "prompt step"]]:
         """What the model says after a group's prompts with each of some sets off, by part."""
+        results = self._generations(
+            group, list(missing.values()), group.tokens, sites, shape, advance
+        )
+        rows = range(len(group.members))
+
+        def make_next() -> dict[str, np.ndarray]:
+            _, values = next(results)
+            return {KEY: self._needed_steps(group, rows, values)}
+
+        # Sets come out in their order.
+        return {name: self.parts.part(name, make_next)[KEY] for name in missing}
+
+    def _generations(
+        self,
+        group: Group,
+        sets: Sequence[NeuronSet],
+        tokens: Sequence[tuple[int, ...]],
+        sites: Sequence[str],
+        shape: Shape | None,
+        advance: Advance | None = None,
+    ) -> Iterator[tuple[int, Int[np.ndarray, "prompt step"]]]:
+        """What the model says after some of a group's prompts, by the group's program."""
         most = max(group.steps)
         room = self.lm.config.max_position - max(map(len, group.tokens))
-        results = ablated(
+        return ablated(
             self.lm.params,
-            list(missing.values()),
-            group.tokens,
+            sets,
+            tokens,
             config=self.lm.config,
             steps=max(most, min(self._program(most), room)),
             shape=shape,
             sites=sites,
             progress=advance,
         )
-        needed = np.arange(most) < np.array(group.steps)[:, None]
 
-        def make_next() -> dict[str, np.ndarray]:
-            _, values = next(results)
-            return {KEY: np.where(needed, values[:, :most], NO_STEP).astype(np.int32)}
-
-        # Sets come out in their order.
-        return {name: self.parts.part(name, make_next)[KEY] for name in missing}
+    def _needed_steps(
+        self, group: Group, rows: Sequence[int], values: Int[np.ndarray, "*sets prompt step"]
+    ) -> Int[np.ndarray, "*sets prompt most"]:
+        """Generations as they are kept: without the steps that a prompt does not need."""
+        steps = np.array([group.steps[row] for row in rows])
+        most = max(group.steps)
+        needed = np.arange(most) < steps[:, None]
+        return np.where(needed, values[..., :most], NO_STEP).astype(np.int32)
 
     def decode(self, tokens: Int[np.ndarray, " step"]) -> str:
         """Generated tokens as text, up to the end-of-sequence token."""

@@ -19,6 +19,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import NeuronSet, stack_scales
+from jaxneurons.processes.sharing import share_parts, spread
 from jaxneurons.prompts import batches
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows
@@ -30,32 +31,53 @@ def perplexity(study: Collection) -> TableRows:
     rows = []
     controls = study.random(study.settings.sweep_seeds)
     neurons = study.neurons()
-    for number, (name, relation_neurons) in enumerate(neurons.items()):
-        relation, prompts = study.relations[name], study.prompts[name]
-        answers = dict.fromkeys(triple.object for triple in prompts.split.evaluation)
-        texts = [relation.neutral.replace("{}", answer) for answer in answers]
-        texts = texts[: study.settings.evaluation]
-        sentences = study.encode([Prompt(name, "neutral", "", "", (), text) for text in texts])
-        sets = [NeuronSet(), relation_neurons, *controls]
-        labels = [("none", None), (name, None), *(("random", i) for i in range(len(controls)))]
-        make = functools.partial(_losses, study, name, sets, sentences, texts)
+    labels = {
+        name: [("none", None), (name, None), *(("random", i) for i in range(len(controls)))]
+        for name in neurons
+    }
+    texts = {name: _texts(study, name) for name in neurons}
+    sentences = {
+        name: study.encode([Prompt(name, "neutral", "", "", (), text) for text in of_relation])
+        for name, of_relation in texts.items()
+    }
+    jobs = {
+        f"perplexity-{name}": functools.partial(
+            _losses,
+            study,
+            name,
+            [NeuronSet(), of_relation, *controls],
+            sentences[name],
+            texts[name],
+        )
+        for name, of_relation in neurons.items()
+    }
+    share_parts(study.parts, jobs, together=spread(study.lm.params))
+    for number, (name, make) in enumerate(zip(neurons, jobs.values(), strict=True)):
         losses = study.parts.part(f"perplexity-{name}", make)["loss"]
-        count = sum(len(sentence) - 1 for sentence in sentences)
+        count = sum(len(sentence) - 1 for sentence in sentences[name])
         values = np.exp(losses.sum(1) / count)
         rows += [
             {
                 "relation": name,
                 "off": off,
                 "seed": seed,
-                "sentences": len(texts),
+                "sentences": len(texts[name]),
                 "tokens": count,
                 "perplexity": float(value),
                 "ratio": float(value / values[0]),
             }
-            for (off, seed), value in zip(labels, values, strict=True)
+            for (off, seed), value in zip(labels[name], values, strict=True)
         ]
         study.progress("perplexity", number + 1, len(neurons))
     return {"perplexity": rows}
+
+
+def _texts(study: Collection, name: str) -> list[str]:
+    """Sentences that end in an object of a relation and say nothing of it."""
+    relation, prompts = study.relations[name], study.prompts[name]
+    answers = dict.fromkeys(triple.object for triple in prompts.split.evaluation)
+    texts = [relation.neutral.replace("{}", answer) for answer in answers]
+    return texts[: study.settings.evaluation]
 
 
 def _losses(

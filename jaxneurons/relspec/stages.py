@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxneurons.errors import DataError
 from jaxneurons.neurons.sets import NeuronSet, read_neurons
+from jaxneurons.processes.sharing import write_once
 from jaxneurons.prompts.relations import Relation, bundled_relations, read_relations
 from jaxneurons.relspec.figures import draw
 from jaxneurons.relspec.method import RelSpecConfig
@@ -50,15 +51,13 @@ def begin(
     ignore_keys: Sequence[str] = (),
 ) -> None:
     """Write how the study was begun, so that its later stages need only its directory."""
-    write_json(
-        Path(out) / STUDY,
-        {
-            "model": os.path.abspath(model) if os.path.exists(model) else model,
-            "relations": [s if s == BUNDLED else os.path.abspath(s) for s in map(str, relations)],
-            "settings": dataclasses.asdict(settings),
-            **({"ignored_keys": list(ignore_keys)} if ignore_keys else {}),
-        },
-    )
+    record = {
+        "model": os.path.abspath(model) if os.path.exists(model) else model,
+        "relations": [s if s == BUNDLED else os.path.abspath(s) for s in map(str, relations)],
+        "settings": dataclasses.asdict(settings),
+        **({"ignored_keys": list(ignore_keys)} if ignore_keys else {}),
+    }
+    write_once("study.json", lambda: write_json(Path(out) / STUDY, record))
 
 
 def ignored_keys_of(out: str | os.PathLike[str]) -> list[str]:
@@ -101,7 +100,9 @@ def plot(out: str | os.PathLike[str]) -> list[Path]:
     if not tables:
         raise DataError(f"{directory}: no tables here; run the analyses first")
     source = short_source(_source(directory / "run.json"))
-    return draw(tables, directory / "figures", source=source)
+    drawn: list[Path] = []
+    write_once("figures", lambda: drawn.extend(draw(tables, directory / "figures", source=source)))
+    return drawn
 
 
 def _source(path: Path) -> str:

@@ -14,6 +14,7 @@ from jaxneurons.checkpoints.provenance import versions
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import NeuronSet, neuron_count, neuron_table
+from jaxneurons.processes.sharing import write_once
 from jaxneurons.prompts.relations import Relation
 from jaxneurons.relspec import analyses, drops, wordings
 from jaxneurons.relspec.analyses import Counts
@@ -108,19 +109,23 @@ class Study(Collection):
         if directory is None and self.out is None:
             raise ConfigError("no directory to write neurons to: this study is in memory; name one")
         place = Path(directory) if directory is not None else Path(self.out or "") / "neurons"
-        experts, written = self.experts(), []
-        make_directory(place)
+        experts, texts = self.experts(), {}
         for name, neurons in self.neurons().items():
             scores = experts[name]
-            text = neuron_table(
+            texts[place / f"{name}.csv"] = neuron_table(
                 neurons,
                 average_precision=scores.scores,
                 separation=scores.separations,
                 median_response=scores.medians,
             )
-            written.append(place / f"{name}.csv")
-            write_text(written[-1], text)
-        return written
+
+        def write() -> None:
+            make_directory(place)
+            for path, text in texts.items():
+                write_text(path, text)
+
+        write_once("neurons", write)
+        return list(texts)
 
     def analyse(
         self, names: str | Sequence[str] = "default", *, counts: Counts | None = None
@@ -319,11 +324,17 @@ class Study(Collection):
         return self._rows if self.out is None else read_tables(self.out / "tables")
 
     def _keep(self, tables: TableRows) -> None:
-        for name, rows in tables.items():
-            if rows and self.out is None:
-                self._rows[name] = rows
-            elif rows:
-                write_table(Path(self.out or "") / "tables", name, rows)
+        out = self.out
+        if out is None:
+            self._rows |= {name: rows for name, rows in tables.items() if rows}
+            return
+
+        def write() -> None:
+            for name, rows in tables.items():
+                if rows:
+                    write_table(out / "tables", name, rows)
+
+        write_once("tables", write)
 
     def _finish(self, seconds: Mapping[str, float], skipped: Mapping[str, str]) -> None:
         """The summary over all tables that are there, and run.json."""
@@ -332,16 +343,15 @@ class Study(Collection):
         self._keep({"summary": means})
         if self.out is None:
             return
-        write_json(
-            self.out / "run.json",
-            {
-                **self.facts(),
-                "tables": sorted({*tables, *(["summary"] if means else [])}),
-                "summary": null_for_nan([row for row in means if row["analysis"] == "ablation"]),
-                "seconds_of_this_call": dict(seconds),
-                "skipped_by_this_call": dict(skipped),
-            },
-        )
+        record = {
+            **self.facts(),
+            "tables": sorted({*tables, *(["summary"] if means else [])}),
+            "summary": null_for_nan([row for row in means if row["analysis"] == "ablation"]),
+            "seconds_of_this_call": dict(seconds),
+            "skipped_by_this_call": dict(skipped),
+        }
+        path = self.out / "run.json"
+        write_once("run.json", lambda: write_json(path, record))
 
     def facts(self) -> dict[str, Any]:
         """What run.json says: model, settings, versions."""

@@ -197,6 +197,10 @@ class Parts(abc.ABC):
     def save(self, name: int | str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a part."""
 
+    @abc.abstractmethod
+    def remove(self, name: int | str) -> None:
+        """Forget a part, if it is there."""
+
     def part(
         self, name: int | str, make: Callable[[], Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
@@ -226,6 +230,10 @@ class Memory(Parts):
         """Keep a part."""
         self._parts[name] = dict(arrays)
 
+    def remove(self, name: int | str) -> None:
+        """Forget a part, if it is there."""
+        self._parts.pop(name, None)
+
 
 class Overlay(Parts):
     """Parts that are looked for in several places; new ones go to the first, which alone changes.
@@ -254,6 +262,10 @@ class Overlay(Parts):
     def save(self, name: int | str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep a part in the first place."""
         self._first.save(name, arrays)
+
+    def remove(self, name: int | str) -> None:
+        """Forget a part of the first place, if it is there."""
+        self._first.remove(name)
 
 
 class RunDirectory(Parts):
@@ -338,6 +350,10 @@ class RunDirectory(Parts):
         np.savez(buffer, allow_pickle=False, **arrays)
         content = buffer.getvalue()
         write_bytes(self._part(name), content + hashlib.sha256(content).digest())
+
+    def remove(self, name: int | str) -> None:
+        """Delete a part, if it is there."""
+        self._part(name).unlink(missing_ok=True)
 
 
 def _is_new(path: Path) -> bool:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from support.fixtures import multi_choice, write_lm, write_queries
-from support.worker import ends, free_port, launch, locate, start
+from support.known import write_relations
+from support.worker import edits, ends, free_port, launch, locate, start, study
 
+import jaxneurons
 from jaxneurons.storage.tables import read_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.qrnca.caveats.CaveatWarning")
@@ -54,6 +56,15 @@ def compare(out: Path, alone: Path):
     assert (out / "figures").is_dir()
 
 
+def test_two_locate_what_one_locates(inputs, tmp_path):
+    locate(**inputs, out=tmp_path / "alone", stages=False)
+    out = tmp_path / "run"
+    done(start([("locate", {**inputs, "out": str(out), "stages": False})] * 2))
+    for name in FILES:
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+
+
+@pytest.mark.slow
 def test_two_write_what_one_writes(inputs, alone, tmp_path):
     out = tmp_path / "run"
     done(start([("locate", {**inputs, "out": str(out)})] * 2))
@@ -78,6 +89,46 @@ def test_resumed_on_other_numbers(inputs, alone, tmp_path):
             (out / name).unlink()
         done(start([("locate", {**inputs, "out": str(out)})] * count))
         compare(out, alone)
+
+
+@pytest.fixture(scope="module")
+def relations(inputs, tmp_path_factory):
+    """Arguments of the job, and the directory of one process."""
+    place = tmp_path_factory.mktemp("relations")
+    known = write_relations(place / "known", jaxneurons.load(inputs["model"]))
+    job = {"model": inputs["model"], "relations": str(known)}
+    study(**job, out=place / "run")
+    return job, place / "run"
+
+
+def compare_study(out, alone):
+    assert read_tables(out / "tables") == read_tables(alone / "tables")
+    assert {"ablation", "overlap", "perplexity"} <= read_tables(out / "tables").keys()
+    for path in (alone / "neurons").iterdir():
+        assert (out / "neurons" / path.name).read_bytes() == path.read_bytes()
+    parts = {path.name for path in (alone / "parts").iterdir()}
+    assert {path.name for path in (out / "parts").iterdir()} == parts
+
+
+@pytest.mark.slow
+def test_relations_in_two(relations, tmp_path):
+    job, alone = relations
+    out = tmp_path / "run"
+    done(start([("study", {**job, "out": str(out)})] * 2))
+    compare_study(out, alone)
+
+
+@pytest.mark.slow
+def test_edits_in_two(inputs, tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    edits(inputs["model"], alone)
+    done(start([("edits", {"model": inputs["model"], "out": str(out)})] * 2))
+    for name in ("", "-sequence"):
+        one, two = Path(f"{alone}{name}"), Path(f"{out}{name}")
+        assert read_tables(one / "tables") == read_tables(two / "tables")
+        assert read_tables(one / "tables")["edits"]
+        parts = {path.name for path in (one / "parts").iterdir()}
+        assert {path.name for path in (two / "parts").iterdir()} == parts
 
 
 def killed(tmp_path, victim, count=2):

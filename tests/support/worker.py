@@ -17,8 +17,8 @@ SECONDS = 120
 """Until a test gives its processes up."""
 
 
-def locate(model, queries, out):
-    """Every stage of QRNCA, as tables; what it prints is compared by nobody."""
+def locate(model, queries, out, *, stages=True):
+    """QRNCA, with the stages after it if they are wanted."""
     import jaxneurons
     from jaxneurons import qrnca
     from jaxneurons.qrnca.method import QRNCAConfig
@@ -27,8 +27,43 @@ def locate(model, queries, out):
     settings = QRNCAConfig(quadrature=jaxneurons.Quadrature("gauss", 2))
     chosen = qrnca.read_queries(queries)
     run = qrnca.locate(lm, chosen, out=out, settings=settings, batch_size=2)
-    qrnca.evaluate(run, out=out)
-    qrnca.predict(run, out=out)
+    if stages:
+        qrnca.evaluate(run, out=out)
+        qrnca.predict(run, out=out)
+
+
+def study(model, relations, out):
+    """A study of relations with the analyses that each keep parts of their own."""
+    import jaxneurons
+    from jaxneurons import relspec
+    from jaxneurons.prompts.relations import read_relations
+    from jaxneurons.relspec.stages import plot
+
+    lm = jaxneurons.load(model)
+    settings = relspec.RelSpecConfig(k=24, minimum=5, minimum_right=1, seeds=2, sweep_seeds=1)
+    whole = relspec.Study(lm, read_relations(relations), settings=settings, out=out)
+    whole.collect()
+    whole.write_neurons()
+    whole.analyse(["ablation", "overlap", "perplexity"])
+    plot(out)
+
+
+def edits(model, out):
+    """Edits by two methods, each alone and one after the other, in directories of their own."""
+    from support.tiny_edits import REQUESTS
+
+    import jaxneurons
+    from jaxneurons import edit
+
+    lm = jaxneurons.load(model)
+    methods = {
+        f"layer {layer}": edit.KnowledgeNeurons(jaxneurons.NeuronSet.of(act=[(layer, 3)]))
+        for layer in (0, 1)
+    }
+    measures = edit.MeasureSettings(steps=2, fluency_tokens=4, perplexity_tokens=0, batch=1)
+    common = {"measures": measures, "texts": ()}
+    edit.evaluate(lm, REQUESTS, methods, out=out, **common)
+    edit.evaluate_sequential(lm, REQUESTS, methods, sizes=(1, 3), out=f"{out}-sequence", **common)
 
 
 def hold(team, out, ill):
@@ -48,10 +83,8 @@ def work(job: Mapping[str, Any]) -> None:
         what, how = job["job"]
         if what == "hold":
             hold(team, **how)
-        elif what == "locate":
-            locate(**how)
-        else:
-            assert what == "nothing"
+        elif what != "nothing":
+            {"locate": locate, "study": study, "edits": edits}[what](**how)
     print(f"process {team.index} is done")
 
 
@@ -106,4 +139,5 @@ def ends(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     work(json.loads(sys.argv[1]))
