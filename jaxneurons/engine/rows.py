@@ -110,6 +110,7 @@ def row_probabilities(
     site: Site,
     entries: Entries | None = None,
     everywhere: Float[Array, "layer batch answer width"] | None = None,
+    owner: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch answer all_rows"]:
     """The answer's probability in each row: its layer's site scaled, all else untouched.
 
@@ -126,6 +127,8 @@ def row_probabilities(
         sorted by layer do no work below their group's first layer; default: all from layer 0.
       everywhere: one more row, which comes first: its site is scaled at every layer. All ones: the
         untouched model, and the gradient is every layer's at scale 1, for the price of one row.
+      owner: which prompt of the cache each entry of the batch reads, where the rest of `pre` was
+        picked from those of its prompts; default: its own.
 
     Returns:
       Probability in each row; with `everywhere`, of that row first.
@@ -139,7 +142,7 @@ def row_probabilities(
     # Rows outermost, so that a group of rows is a prefix.
     layer = layer.swapaxes(1, 2).reshape(batch, rows * answers)
     scales = scales.swapaxes(1, 2).reshape(batch, rows * answers, -1)
-    step = _layer_step(params, pre, layer, config=config, site=site)
+    step = _layer_step(params, pre, layer, config=config, site=site, owner=owner)
 
     x = jnp.zeros((batch, 0, config.hidden_size), pre.residual.dtype)
     ends = [first for first, _ in entries[1:]] + [config.num_layers]
@@ -163,8 +166,11 @@ def _layer_step(
     *,
     config: ModelConfig,
     site: Site,
+    owner: Array | None = None,
 ) -> Callable[[Array, Array, Array, Array | None], Array]:
     """One layer of all rows: rows that enter there take its residual, others go on.
+
+    `owner` as of `row_probabilities`.
 
     Returns:
       A function of the residual of the first rows [batch, row, hidden], their multipliers, the
@@ -173,7 +179,8 @@ def _layer_step(
     """
     batch, answers = pre.targets.shape
     positions = jnp.tile(pre.positions, (1, layer.shape[1] // answers))
-    cos, sin = layers.rope_angles(positions, config, pre.cache.length)
+    length = pre.cache.length if owner is None else pre.cache.length[owner]
+    cos, sin = layers.rope_angles(positions, config, length)
     keys = jnp.broadcast_to(jnp.arange(pre.cache.k.shape[2]), (batch, pre.cache.k.shape[2]))
     # The row itself is not in the cache: it sees strictly earlier keys, and itself.
     windows = config.layer_windows
@@ -194,6 +201,8 @@ def _layer_step(
 
         active = x.shape[1]
         k, v, residual = pick(pre.cache.k), pick(pre.cache.v), pick(pre.residual)
+        if owner is not None:
+            k, v = k[owner], v[owner]
         enters = (layer[:, :active] == index)[..., None]
         scales = jnp.where(enters, scales, 1)
         if everywhere is not None:
@@ -224,12 +233,25 @@ def evaluate(
     config: ModelConfig,
     site: Site,
     entries: Entries | None = None,
+    owner: Int[Array, " batch"] | None = None,
 ) -> tuple[Array, Array]:
-    """P [batch, answer, row] and dP/dscale [batch, answer, row, width] at each (layer, alpha)."""
+    """P [batch, answer, row] and dP/dscale [batch, answer, row, width] at each (layer, alpha).
+
+    `entries` and `owner` as of `row_probabilities`.
+    """
     scales = _same_for_all_neurons(alpha, config, site)
 
     def total(scales: Array) -> tuple[Array, Array]:
-        p = row_probabilities(params, pre, layer, scales, config=config, site=site, entries=entries)
+        p = row_probabilities(
+            params,
+            pre,
+            layer,
+            scales,
+            config=config,
+            site=site,
+            entries=entries,
+            owner=owner,
+        )
         return p.sum(), p
 
     (_, p), gradient = jax.value_and_grad(total, has_aux=True)(scales)

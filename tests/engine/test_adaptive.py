@@ -6,26 +6,43 @@ import numpy as np
 import pytest
 
 from jaxneurons import Quadrature
-from jaxneurons.engine import adaptive
-from jaxneurons.engine.adaptive import CAPACITY, FAR_OFF, INNER, Panels, Search, X
+from jaxneurons.engine import panels
+from jaxneurons.engine.panels import (
+    CAPACITY,
+    EXTENSION,
+    EXTENSION_X,
+    FAR_OFF,
+    INNER,
+    Extension,
+    Panels,
+    X,
+)
 from jaxneurons.engine.parametrisation import Parametrisation, first_panels
 
 # Compiled, since every operation by itself takes longer to compile.
-estimate = jax.jit(adaptive.estimate, static_argnames="tolerance")
-decide = jax.jit(adaptive.decide, static_argnames="max_nodes")
-refine = jax.jit(adaptive.refine, static_argnames="quadrature")
-cut = jax.jit(adaptive.cut)
+estimate = jax.jit(panels.estimate, static_argnames="tolerance")
+decide = jax.jit(panels.decide, static_argnames="max_nodes")
+refine = jax.jit(panels.refine, static_argnames="quadrature")
+cut = jax.jit(panels.cut)
 
 LAYERS, WIDTH = 3, 2
 STRAIGHT = Parametrisation(*(jnp.zeros(LAYERS) for _ in range(4)))  # alpha = t
 
 
-def panels_of(layer, functions, left=0.0, right=1.0):
-    """One panel for each function t -> dP/dscale [WIDTH]; its P, all nodes and inner values."""
+def panels_of(layer, functions, left=0.0, right=1.0, *, known=False):
+    """One panel for each function t -> dP/dscale [WIDTH], and the values of its extension."""
     count = len(layer)
     left, right = np.broadcast_to(left, count), np.broadcast_to(right, count)
-    nodes = left[:, None] + (right - left)[:, None] * X
-    gradient = np.stack([[f(t) for t in row] for f, row in zip(functions, nodes, strict=True)])
+
+    def values(places):
+        nodes = left[:, None] + (right - left)[:, None] * places
+        gradient = [[f(t) for t in row] for f, row in zip(functions, nodes, strict=True)]
+        p = [
+            [0.1 + change(f, start, t) for t in row]
+            for f, start, row in zip(functions, left, nodes, strict=True)
+        ]
+        return jnp.asarray(p, jnp.float32), jnp.asarray(np.array(gradient), jnp.float32)
+
     # P is the integral of the sum over neurons, here of polynomials, by a much finer rule.
     fine = list(zip(*np.polynomial.legendre.leggauss(12), strict=True))
 
@@ -33,42 +50,32 @@ def panels_of(layer, functions, left=0.0, right=1.0):
         middle, half = (a + b) / 2, (b - a) / 2
         return half * sum(w * f(middle + half * x).sum() for x, w in fine)
 
-    p = np.stack(
-        [[0.1 + change(f, row[0], t) for t in row] for f, row in zip(functions, nodes, strict=True)]
+    given = Panels(
+        jnp.asarray(layer),
+        jnp.asarray(left, jnp.float32),
+        jnp.asarray(right, jnp.float32),
+        jnp.full(count, known),
+        *values(X),
     )
-    panels = Panels(
-        layer=jnp.asarray(layer),
-        left=jnp.asarray(left, jnp.float32),
-        right=jnp.asarray(right, jnp.float32),
-        p_left=jnp.asarray(p[:, 0], jnp.float32),
-        p_right=jnp.asarray(p[:, -1], jnp.float32),
-        g_left=jnp.asarray(gradient[:, 0], jnp.float32),
-        g_right=jnp.asarray(gradient[:, -1], jnp.float32),
-        mass=jnp.zeros(count),
-    )
-    inner = (jnp.asarray(a[:, 1:-1], jnp.float32) for a in (p, gradient))
-    return panels, *inner
+    return given, Extension(*values(EXTENSION_X))
 
 
 def empty(nodes=0, size=0):
-    none, wide = jnp.zeros(CAPACITY), jnp.zeros((CAPACITY, WIDTH))
-    return Search(
-        total=jnp.zeros((LAYERS, WIDTH)),
-        error=jnp.zeros(LAYERS),
-        nodes=jnp.full(LAYERS, nodes, jnp.int32),
-        waiting=Panels(none.astype(jnp.int32), none, none, none, none, wide, wide, none),
-        size=jnp.asarray(size, jnp.int32),
-    )
+    search = panels.empty(jnp.full(LAYERS, nodes, jnp.int32), WIDTH)
+    return search._replace(size=jnp.asarray(size, jnp.int32))
 
 
 def power(degree):
     return lambda t: 0.1 * np.array([t**degree, 1.0])
 
 
+REAL = jnp.array([True, True, True])
+
+
 def test_estimates_of_polynomials_that_the_rule_integrates_exactly():
-    panels, p, gradient = panels_of([0, 2, 1], [power(1), power(7), power(3)])
+    given, _ = panels_of([0, 2, 1], [power(1), power(7), power(3)])
     valid = jnp.array([True, True, False])
-    found = estimate(empty(), STRAIGHT, panels, valid, p, gradient, tolerance=1e-2)
+    found = estimate(empty(), STRAIGHT, given, valid, None, tolerance=1e-2)
     exact = [[0.1 / 2, 0.1], [0.1 / 8, 0.1], [0.1 / 4, 0.1]]
     np.testing.assert_allclose(found.integral, exact, rtol=1e-6)
     # Simpson's rule is exact to degree 3, and the gap is rounding.
@@ -79,102 +86,134 @@ def test_estimates_of_polynomials_that_the_rule_integrates_exactly():
     np.testing.assert_array_equal(found.one_hot, [[1, 0, 0], [0, 0, 1], [0, 0, 0]])
 
 
+def test_the_extension_integrates_what_five_nodes_do_not():
+    functions = [power(13), power(7), power(13)]
+    known, extension = panels_of([0, 1, 2], functions, known=True)
+    found = estimate(empty(), STRAIGHT, known, REAL, extension, tolerance=1e-2)
+    np.testing.assert_allclose(found.integral[:, 0], 0.1 / np.array([14, 8, 14]), rtol=1e-6)
+    # Where the nodes of the extension were not asked for, their values say nothing.
+    plain = estimate(empty(), STRAIGHT, known._replace(known=~REAL), REAL, extension, tolerance=1.0)
+    without = estimate(empty(), STRAIGHT, known._replace(known=~REAL), REAL, None, tolerance=1.0)
+    np.testing.assert_array_equal(plain.integral, without.integral)
+    assert abs(plain.integral[0, 0] - 0.1 / 14) > 1e-5
+    # The error of five nodes, squared.
+    off = np.linalg.norm(plain.integral[0] - found.integral[0])
+    assert found.error[0] == pytest.approx(off**2 / np.linalg.norm(found.integral[0]), rel=0.1)
+
+
 def test_a_gap_of_completeness_is_an_error_that_is_not_allowed():
-    panels, p, gradient = panels_of([0], [power(1)])
-    wrong = panels._replace(p_right=panels.p_right + 0.02)
-    found = estimate(empty(), STRAIGHT, wrong, jnp.array([True]), p, gradient, tolerance=1e-3)
+    given, _ = panels_of([0], [power(1)])
+    wrong = given._replace(p=given.p.at[:, -1].add(0.02))
+    found = estimate(empty(), STRAIGHT, wrong, jnp.array([True]), None, tolerance=1e-3)
     assert found.error[0] == pytest.approx(0.02, rel=1e-3)
     assert found.excess[0] > 10
 
 
-def estimates(excess):
+def estimates(excess, *, known=True):
     count = len(excess)
-    panels, p, gradient = panels_of([n % LAYERS for n in range(count)], [power(1)] * count)
-    valid = jnp.ones(count, bool)
-    found = estimate(empty(), STRAIGHT, panels, valid, p, gradient, tolerance=1e-3)
-    return found._replace(excess=jnp.asarray(excess, jnp.float32))
+    given, _ = panels_of([n % LAYERS for n in range(count)], [power(1)] * count, known=known)
+    found = estimate(empty(), STRAIGHT, given, jnp.ones(count, bool), None, tolerance=1e-3)
+    return given, found._replace(excess=jnp.asarray(excess, jnp.float32))
 
 
-def test_the_worst_are_cut_first_and_the_far_off_at_all_their_nodes():
-    given = estimates([0.5, 2.0, 2 * FAR_OFF, 0.0, 1.5])
-    worst_first, parts = decide(empty(), given, max_nodes=1000)
-    assert parts.tolist() == [4, 2, 2, 0, 0]
-    assert worst_first.panels.layer.tolist() == [2, 1, 4 % LAYERS, 0, 3 % LAYERS]
-    assert worst_first.excess.tolist() == sorted(given.excess.tolist(), reverse=True)
+def test_panels_are_extended_first_then_cut_and_the_far_off_at_all_their_nodes():
+    excess = [0.5, 2.0, 2 * FAR_OFF, 0.0, 1.5]
+    assert decide(empty(), *estimates(excess), max_nodes=1000).tolist() == [0, 2, 4, 0, 2]
+    new = estimates(excess, known=False)
+    assert decide(empty(), *new, max_nodes=1000).tolist() == [0, 1, 1, 0, 1]
 
 
 def test_what_does_not_fit_is_accepted():
-    given = estimates([2.0, 3.0, 4.0])
-    # Room for one panel in two parts, on the stack or among the nodes.
-    assert decide(empty(size=CAPACITY - 3), given, max_nodes=1000)[1].tolist() == [2, 0, 0]
+    given = estimates([2.0, 4.0, 3.0])
+    # Room for one panel in two parts, among those that wait or among the nodes: the worst.
+    assert decide(empty(size=CAPACITY - 3), *given, max_nodes=1000).tolist() == [0, 2, 0]
     limit = (30 + 2 * INNER) // LAYERS
-    assert decide(empty(nodes=10), given, max_nodes=limit)[1].tolist() == [2, 0, 0]
-    assert decide(empty(nodes=10), given, max_nodes=limit - 1)[1].tolist() == [0, 0, 0]
-    assert decide(empty(size=CAPACITY), given, max_nodes=1000)[1].tolist() == [0, 0, 0]
+    assert decide(empty(nodes=10), *given, max_nodes=limit).tolist() == [0, 2, 0]
+    assert decide(empty(nodes=10), *given, max_nodes=limit - 1).tolist() == [0, 0, 0]
+    assert decide(empty(size=CAPACITY), *given, max_nodes=1000).tolist() == [0, 0, 0]
 
 
-def test_a_panel_is_accepted_or_its_parts_wait():
-    functions = [power(1), power(2), power(3)]
-    panels, p, gradient = panels_of([0, 1, 2], functions, left=[0, 0.5, 0.2], right=[1, 1, 0.6])
-    valid = jnp.ones(3, bool)
-    found = estimate(empty(), STRAIGHT, panels, valid, p, gradient, tolerance=1e-3)
+def test_a_panel_is_accepted_or_extended_or_its_parts_wait():
+    functions = [power(1), power(2), power(3), power(4)]
+    layers = [0, 1, 2, 1]
+    given, _ = panels_of(layers, functions, left=[0, 0.5, 0.2, 0.1], right=[1, 1, 0.6, 0.5])
+    found = estimate(empty(), STRAIGHT, given, jnp.ones(4, bool), None, tolerance=1e-3)
     before = empty(size=1)
-    after = cut(before, found, jnp.array([0, 2, 4]))
+    after = cut(before, given, found, jnp.array([0, 2, 4, 1]))
     np.testing.assert_allclose(after.total[0], found.integral[0])
     assert after.total[1:].tolist() == np.zeros((2, WIDTH)).tolist()
     assert after.error.tolist() == [found.error[0], 0, 0]
-    assert after.nodes.tolist() == [0, 2 * INNER, 4 * INNER]
-    assert after.size == 1 + 2 + 4
+    assert after.nodes.tolist() == [0, 2 * INNER + EXTENSION, 4 * INNER]
+    assert after.size == 1 + 2 + 4 + 1
 
-    waiting = [np.asarray(a) for a in after.waiting]
-    layer, left, right, p_left, p_right, g_left, g_right, mass = (a[1:7] for a in waiting)
-    assert layer.tolist() == [1, 1, 2, 2, 2, 2]
-    np.testing.assert_allclose(left, [0.5, 0.75, *(0.2 + 0.4 * X[:-1])], rtol=1e-6)
-    np.testing.assert_allclose(right, [0.75, 1, *(0.2 + 0.4 * X[1:])], rtol=1e-6)
-    for n, f in enumerate(functions[i] for i in layer):
-        np.testing.assert_allclose(g_left[n], f(left[n]), rtol=1e-5)
-        np.testing.assert_allclose(g_right[n], f(right[n]), rtol=1e-5)
-    # Parts share their ends, and a panel's mass is spread over its parts by their length.
-    assert p_right[0] == p_left[1]
-    np.testing.assert_array_equal(p_right[2:5], p_left[3:6])
-    norms = np.linalg.norm(found.integral, axis=-1)
-    np.testing.assert_allclose([mass[:2].sum(), mass[2:].sum()], norms[1:], rtol=1e-5)
-    assert all((a[7:] == 0).all() for a in waiting)
+    layer, left, right, known, p, gradient = (np.asarray(a)[1:8] for a in after.waiting)
+    assert layer.tolist() == [1, 1, 2, 2, 2, 2, 1]
+    np.testing.assert_allclose(left, [0.5, 0.75, *(0.2 + 0.4 * X[:-1]), 0.1], rtol=1e-6)
+    np.testing.assert_allclose(right, [0.75, 1, *(0.2 + 0.4 * X[1:]), 0.5], rtol=1e-6)
+    assert known.tolist() == [False] * 6 + [True]
+    for n, f in enumerate(functions[i] for i in (1, 1, 2, 2, 2, 2, 3)):
+        np.testing.assert_allclose(gradient[n, 0], f(left[n]), rtol=1e-5)
+        np.testing.assert_allclose(gradient[n, -1], f(right[n]), rtol=1e-5)
+    # Parts share their ends; what is extended keeps its values.
+    assert p[0, -1] == p[1, 0]
+    np.testing.assert_array_equal(p[2:5, -1], p[3:6, 0])
+    np.testing.assert_array_equal(p[6], given.p[3])
+    np.testing.assert_array_equal(gradient[6], given.gradient[3])
+    assert all((np.asarray(a)[8:] == 0).all() for a in after.waiting)
 
 
 def test_refining_a_path_until_nothing_waits_gives_its_integral():
-    """A peak that five nodes do not see: the stack is worked off by hand, four panels at a time."""
+    """A peak that five nodes do not see, worked off by hand."""
     quadrature = Quadrature(tolerance=1e-4, max_nodes=400)
-    peak = lambda t: np.array([0.05 / (0.05**2 + (t - 0.3) ** 2), 0.2]) / 10  # noqa: E731
-    panels, p, gradient = panels_of([1], [peak])
-    whole = 0.1 * (np.arctan(0.7 / 0.05) + np.arctan(0.3 / 0.05))
+
+    def gradient(t):
+        return np.stack([0.05 / (0.05**2 + (t - 0.3) ** 2), np.full_like(t, 0.2)], axis=-1) / 10
 
     def value(t):
         return 0.1 * (np.arctan((t - 0.3) / 0.05) + np.arctan(0.3 / 0.05)) + 0.02 * t
 
-    def with_p(panels):
-        nodes = panels.left[:, None] + (panels.right - panels.left)[:, None] * X
-        at = jnp.asarray(value(np.asarray(nodes)), jnp.float32)
-        return panels._replace(p_left=at[:, 0], p_right=at[:, -1]), at[:, 1:-1]
-
-    panels, p = with_p(panels)
-    search = refine(
-        empty(), STRAIGHT, panels, jnp.array([True]), p, gradient, quadrature=quadrature
-    )
-    assert search.size == 4  # far off: cut at all nodes
+    search, first = empty(), panels_of([1], [gradient])[0]
+    first = first._replace(p=jnp.asarray(value(X)[None], jnp.float32))
+    search = refine(search, STRAIGHT, first, jnp.array([True]), None, quadrature=quadrature)
+    assert search.size == 1
+    assert search.waiting.known[0]
     rounds = 0
     while search.size > 0 and rounds < 50:
-        at = jnp.maximum(search.size - 1 - jnp.arange(4), 0)
-        valid = search.size - 1 - jnp.arange(4) >= 0
-        top = Panels(*(np.asarray(a[at]) for a in search.waiting))
-        _, _, gradient = panels_of(top.layer, [peak] * 4, top.left, top.right)
-        top, p = with_p(Panels(*map(jnp.asarray, top)))
-        search = search._replace(size=jnp.maximum(search.size - 4, 0))
-        search = refine(search, STRAIGHT, top, valid, p, gradient, quadrature=quadrature)
+        waiting, valid = search.waiting, jnp.arange(CAPACITY) < search.size
+        t = np.asarray(panels.next_nodes(waiting), float)
+        new = jnp.asarray(value(t), jnp.float32), jnp.asarray(gradient(t), jnp.float32)
+        filled, extension = panels.evaluated(waiting, *new)
+        emptied = search._replace(size=jnp.zeros_like(search.size))
+        search = refine(emptied, STRAIGHT, filled, valid, extension, quadrature=quadrature)
         rounds += 1
     assert search.size == 0
+    assert 1 < rounds < 10
+    whole = 0.1 * (np.arctan(0.7 / 0.05) + np.arctan(0.3 / 0.05))
     np.testing.assert_allclose(search.total[1], [whole, 0.02], rtol=2e-4)
     assert (np.asarray(search.total)[[0, 2]] == 0).all()
+
+
+def test_nothing_is_refined_beneath_the_noise_of_the_dtype():
+    """A gap of 0.03 in log-odds: an error in float32, rounding in bfloat16."""
+    given, _ = panels_of([0, 1], [power(1), power(7)])
+    p = given.p
+    rounded = given._replace(p=p.at[0, -1].add(0.03 * p[0, -1] * (1 - p[0, -1])))
+    excess = {}
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        noise = panels.noise_of(np.dtype(dtype))
+        found = panels.estimate(
+            empty(), STRAIGHT, rounded, REAL[:2], None, tolerance=1e-5, noise=noise
+        )
+        excess[np.dtype(dtype).name] = found.excess
+    assert (excess["float32"] > 10).all()
+    assert (excess["bfloat16"] < 1).all()
+    # Of fewer bits' noise there is less.
+    assert excess["bfloat16"][0] < excess["float16"][0] < excess["float32"][0]
+    # What is larger than the noise is refined in any dtype.
+    wrong = given._replace(p=p.at[0, -1].add(0.2))
+    noise = panels.noise_of(np.dtype(jnp.bfloat16))
+    found = panels.estimate(empty(), STRAIGHT, wrong, REAL[:2], None, tolerance=1e-5, noise=noise)
+    assert found.excess[0] > 1
 
 
 def test_long_paths_get_the_panels_beyond_one_for_each_layer():

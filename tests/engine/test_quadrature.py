@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxneurons import ConfigError, Quadrature
-from jaxneurons.engine.quadrature import PANEL_NODES, lobatto, nodes_and_weights
+from jaxneurons.engine.quadrature import PANEL_NODES, kronrod, lobatto, nodes_and_weights
 
 
 def exactness(x, w):
@@ -39,6 +39,22 @@ def test_lobatto_of_three_nodes_is_simpsons_rule():
     x, w = lobatto(3)
     np.testing.assert_allclose(x, [0, 1 / 2, 1], atol=1e-15)
     np.testing.assert_allclose(w, [1 / 6, 4 / 6, 1 / 6], atol=1e-15)
+
+
+@pytest.mark.parametrize(("steps", "degree"), [(3, 7), (4, 9), (5, 13)])
+def test_the_extension_keeps_the_nodes_and_is_exact_much_further(steps, degree):
+    """Of four nodes Gander and Gautschi (2000) give the new ones and the degree."""
+    old, (new, kept, added) = lobatto(steps)[0], kronrod(steps)
+    assert len(new) == steps - 1
+    assert ((old[:-1] < new) & (new < old[1:])).all()  # one between any two
+    assert (kept > 0).all()
+    assert (added > 0).all()
+    x, w = np.concatenate([old, new]), np.concatenate([kept, added])
+    off = [abs(w @ x**k - 1 / (k + 1)) for k in range(degree + 3)]
+    assert max(off[: degree + 1]) < 1e-14
+    assert off[degree + 1] > 1e-10
+    if steps == 4:  # x = -sqrt(2/3), 0, sqrt(2/3) on [-1, 1]
+        np.testing.assert_allclose(2 * new - 1, [-np.sqrt(2 / 3), 0, np.sqrt(2 / 3)], atol=1e-14)
 
 
 def test_the_paper_and_its_code():
