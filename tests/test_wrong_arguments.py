@@ -64,8 +64,14 @@ LM = SimpleNamespace(params={}, config=None)  # looks like one
         (lambda: jaxneurons.load("lab", dtype=3), "unknown dtype 3"),
         (lambda: jaxneurons.load("lab", dtype={"a": 1}), "unknown dtype"),
         (lambda: jaxneurons.load("lab", dtype=jnp.int8), "cannot have dtype int8"),
-        (lambda: jaxneurons.load("lab", mesh=(2, 4)), "mesh must be a Mesh or None; got"),
-        (lambda: jaxneurons.load("lab", rules={}), "rules must be a ShardingRules; got {}"),
+        (
+            lambda: jaxneurons.load("lab", mesh=[2, 4]),
+            "mesh must be a Mesh or a string or a",
+        ),
+        (
+            lambda: jaxneurons.load("lab", rules={}),
+            "rules must be ShardingRules or a preset",
+        ),
         (lambda: jaxneurons.load("lab", progress=3), "progress must be a function or None"),
         (lambda: jaxneurons.load("lab", revision=1), "revision must be a string or None"),
         (lambda: jaxneurons.load("lab", ignore_keys=[1]), "ignore_keys.0. must be a string"),

@@ -36,13 +36,13 @@ def any_axes(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_text_or_ids)
+        leaves = [leaf for value in (*args, *kwargs.values()) for leaf in _leaves(value)]
         traced = [leaf for leaf in leaves if isinstance(leaf, Tracer)]
         if any(_is_explicit(jax.typeof(leaf).sharding.mesh) for leaf in traced):
-            return _traced(function, leaves, tree)
+            return _traced(function, args, kwargs)
         inside = _is_explicit(jax.sharding.get_abstract_mesh())
         if not traced and (inside or any(map(_explicit_mesh, leaves))):
-            return call(function, leaves, tree)
+            return call(function, args, kwargs, _mesh_of_results(leaves))
         return function(*args, **kwargs)
 
     for name in ("lower", "trace", "eval_shape", "clear_cache", "_cache_size"):  # of what jit made
@@ -51,33 +51,73 @@ def any_axes(function: Function) -> Function:
     return cast(Function, run)
 
 
-def _concrete(function: Callable[..., Any], leaves: list[Any], tree: Any) -> Any:
+def _concrete(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], back: Mesh | None
+) -> Any:
     """Call with `Auto` axes in place of `Explicit` ones, outside of any trace."""
-    back = _mesh_of_results(leaves)
+    same: dict[int, tuple[jax.Array, jax.Array]] = {}
     with _auto_context():
-        auto = [_seen_with_auto(leaf) for leaf in leaves]
-        args, kwargs = jax.tree.unflatten(tree, auto)
-        out = function(*args, **kwargs)
-    if back is None:
-        return out
-    same = {id(new): old for new, old in zip(auto, leaves, strict=True) if new is not old}
-    return jax.tree.map(lambda leaf: same.get(id(leaf), _explicit(leaf, back)), out)
+        out = function(
+            *(_with_auto(value, same) for value in args),
+            **{name: _with_auto(value, same) for name, value in kwargs.items()},
+        )
+    return _given_back(out, back, same)
 
 
 def _concrete_steps(
-    function: Callable[..., Iterator[Any]], leaves: list[Any], tree: Any
+    function: Callable[..., Iterator[Any]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    back: Mesh | None,
 ) -> Iterator[Any]:
     """`_concrete` of a generator, whose caller has its own context between two results."""
-    back = _mesh_of_results(leaves)
-    args, kwargs = jax.tree.unflatten(tree, [_seen_with_auto(leaf) for leaf in leaves])
-    results = function(*args, **kwargs)
+    results = function(
+        *(_with_auto(value, {}) for value in args),
+        **{name: _with_auto(value, {}) for name, value in kwargs.items()},
+    )
     while True:
         with _auto_context():
             try:
                 out = next(results)
             except StopIteration:
                 return
-        yield out if back is None else jax.tree.map(lambda leaf: _explicit(leaf, back), out)
+        yield _given_back(out, back, {})
+
+
+def _with_auto(value: Any, same: dict[int, tuple[jax.Array, jax.Array]]) -> Any:
+    """An argument whose arrays have `Auto` axes; `same` gets each new array with what it was."""
+    if not any(map(_explicit_mesh, _leaves(value))):
+        return value  # as it is, whatever it is
+
+    def auto(leaf: Any) -> Any:
+        mesh = _explicit_mesh(leaf)
+        if mesh is None:
+            return leaf
+        new = _seen_with(leaf, _auto(mesh))
+        same[id(new)] = (new, leaf)
+        return new
+
+    return jax.tree.map(auto, value, is_leaf=_is_text_or_ids)
+
+
+def _given_back(out: Any, back: Mesh | None, same: dict[int, tuple[jax.Array, jax.Array]]) -> Any:
+    """Results on a mesh with `Explicit` axes, if there is one to go back to.
+
+    What was handed through is the same object as before.
+    """
+    if back is None or not any(map(_mesh, _leaves(out))):
+        return out
+    return jax.tree.map(
+        lambda leaf: same[id(leaf)][1] if id(leaf) in same else _explicit(leaf, back), out
+    )
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The leaves of an argument, if it has any that JAX can see."""
+    try:
+        return jax.tree.leaves(value, is_leaf=_is_text_or_ids)
+    except (TypeError, ValueError):  # a mapping whose keys have no order, say
+        return []
 
 
 def _outer_mesh() -> Mesh | None:
@@ -100,8 +140,9 @@ def _mesh_of_results(leaves: list[Any]) -> Mesh | None:
     return outer if outer is not None else meshes[0] if explicit else None
 
 
-def _traced(function: Callable[..., Any], leaves: list[Any], tree: Any) -> Any:
+def _traced(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call inside of a trace whose types say how arrays are split."""
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_text_or_ids)
     mesh = next(
         mesh
         for leaf in leaves
@@ -120,7 +161,6 @@ def _traced(function: Callable[..., Any], leaves: list[Any], tree: Any) -> Any:
     shapes = jax.eval_shape(
         call, *(jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values)
     )
-    args, _ = jax.tree.unflatten(tree, leaves)
     whole = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: whole, shapes)
     if args and isinstance(args[0], Mapping) and _alike(args[0], shapes):
@@ -167,12 +207,6 @@ def _explicit_mesh(leaf: Any) -> Mesh | None:
 
 def _auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
-
-
-def _seen_with_auto(leaf: Any) -> Any:
-    """The same buffers with `Auto` axes; whatever is no array with `Explicit` ones as it is."""
-    mesh = _explicit_mesh(leaf)
-    return leaf if mesh is None else _seen_with(leaf, _auto(mesh))
 
 
 def _seen_with(array: jax.Array, mesh: Mesh) -> jax.Array:

@@ -71,7 +71,7 @@ def model():
         "params": params,
         "auto": shard_params(params, CONFIG, mesh),
         "explicit": with_axes(params, mesh),
-        "tokens": (tokens, LENGTHS),
+        "tokens": (jnp.asarray(tokens), jnp.asarray(LENGTHS)),
         "split": jax.device_put((tokens, LENGTHS), rows),
     }
 
