@@ -139,7 +139,7 @@ def _compile(program: Program, params: Any, mesh: Mesh, batch_axes: tuple[str, .
     except jax.errors.JaxRuntimeError as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{program.name} does not compile: {text[:400]}") from None
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     return Compiled(
         program.name,
         analysis.argument_size_in_bytes,
