@@ -191,6 +191,8 @@ def _topology(target: Target) -> Sequence[Any]:
     # Or the compiler looks for the machine's own TPUs and its metadata server.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # No TPU is used: several processes may compile at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     size = "x".join(map(str, target.topology))

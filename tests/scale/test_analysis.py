@@ -40,7 +40,9 @@ def predicted_and_compiled(name, devices):
 
     job, tokens, prompts, rows, sets, mesh, preset, dtype, rule = SETTINGS[name]
     # Of more layers than groups of rows: loops of one turn are not loops to the compiler.
-    config = ModelConfig(4000, 256, 704, 12 if job == "locate" or mesh != (1, 1) else 4, 8, 4, 32, 4096)
+    config = ModelConfig(
+        4000, 256, 704, 12 if job == "locate" or mesh != (1, 1) else 4, 8, 4, 32, 4096
+    )
     work = Work(prompts=100, tokens=tokens, rule=rule, sets=8, generated=4)
     chunks, placement = Chunks(prompts, rows, sets, sets), Placement(*mesh, preset)
     target = parse_target(devices)
