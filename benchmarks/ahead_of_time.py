@@ -2,7 +2,7 @@
 
     python benchmarks/ahead_of_time.py [--only SETTING ...] [--out FILE]
 
-needs the extra `tpu-plan` (libtpu) and, for each setting, one to several minutes and a few GiB. Each
+needs the extra `tpu-plan` (libtpu) and, for each setting, some minutes and a few GiB. Each
 is compiled in a process of its own; a line of the file is what came of it, and settings that the
 file has are not compiled again. Without `--only` all of them, the smallest first.
 
@@ -52,7 +52,7 @@ def compile_one(name):
     from jaxneurons.scale.compile_ahead import compile_job, devices_of
     from jaxneurons.scale.placement import Placement
     from jaxneurons.scale.prediction import predict
-    from jaxneurons.scale.programs import Chunks, Work
+    from jaxneurons.scale.programs import Chunks, Work, check_job
     from jaxneurons.scale.shapes import read_shape
     from jaxneurons.scale.targets import parse_target
 
@@ -60,7 +60,7 @@ def compile_one(name):
     there, config = parse_target(target), read_shape(model).config
     placement, work = Placement(*mesh, preset), Work(tokens=TOKENS, rule=rule, sets=8)
     chunks = Chunks(prompts, 1024, 8, 8)
-    how = (job, config, work, chunks, placement)
+    how = (check_job(job), config, work, chunks, placement)
     predictions = {p.name: p for p in predict(*how, dtype="bfloat16", device=there.device)}
     row = {
         "setting": name,
@@ -91,7 +91,7 @@ def compile_one(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("ahead_of_time.jsonl"))
     parser.add_argument("--one", help=argparse.SUPPRESS)

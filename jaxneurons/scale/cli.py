@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxneurons.scale.programs import Work
+from jaxneurons.scale.programs import Work, check_job
 from jaxneurons.terminal.console import console, errors
 from jaxneurons.terminal.options import settings_options
 
@@ -43,7 +43,7 @@ def plan(
     from jaxneurons.scale.planning import plan as make_plan
     from jaxneurons.scale.views import show_plan
 
-    made = make_plan(model, job=job, target=target, work=work, dtype=dtype)
+    made = make_plan(model, job=check_job(job), target=target, work=work, dtype=dtype)
     compiled = []
     if compile:
         with errors.busy(f"Compiling for {target} ..."):

@@ -139,7 +139,7 @@ def _compile(program: Program, params: Any, mesh: Mesh, batch_axes: tuple[str, .
     except jax.errors.JaxRuntimeError as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{program.name} does not compile: {text[:400]}") from None
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     return Compiled(
         program.name,
         analysis.argument_size_in_bytes,
@@ -191,6 +191,8 @@ def _topology(target: Target) -> Sequence[Any]:
     # Or the compiler looks for the machine's own TPUs and its metadata server.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # No TPU is used: several processes may compile at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     size = "x".join(map(str, target.topology))

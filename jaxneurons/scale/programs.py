@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxneurons.engine.quadrature import Rule
-from jaxneurons.errors import ConfigError
+from jaxneurons.errors import ConfigError, near_matches
 from jaxneurons.storage.settings import check_fields, check_number
 
 Job = Literal["locate", "evaluate", "responses", "relspec", "edit", "sweep"]
@@ -125,8 +125,6 @@ def check_job(job: str) -> Job:
     Raises:
       ConfigError: there is no such job, with near matches.
     """
-    from jaxneurons.errors import near_matches
-
     if job not in JOBS:
         raise ConfigError(f"unknown job {job!r}; {near_matches(str(job), JOBS)}")
     return job

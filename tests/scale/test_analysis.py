@@ -14,7 +14,7 @@ SETTINGS = {
     "adaptive": ("locate", 64, 8, 640, 1, (1, 1), "data", "float32", "adaptive"),
     "few rows, long prompts": ("locate", 512, 2, 300, 1, (1, 1), "data", "float32", "right"),
     "trials": ("evaluate", 64, 8, 1, 8, (1, 1), "data", "float32", "right"),
-    "responses": ("responses", 128, 16, 1, 1, (1, 1), "data", "float32", "right"),
+    "responses": ("responses", 32, 64, 1, 1, (1, 1), "data", "float32", "right"),
     "responses, bfloat16": ("responses", 128, 16, 1, 1, (1, 1), "data", "bfloat16", "right"),
     "generation": ("sweep", 32, 16, 1, 4, (1, 1), "data", "float32", "right"),
     "edits": ("edit", 32, 2, 1, 1, (1, 1), "data", "float32", "right"),
@@ -40,7 +40,9 @@ def predicted_and_compiled(name, devices):
 
     job, tokens, prompts, rows, sets, mesh, preset, dtype, rule = SETTINGS[name]
     # Of more layers than groups of rows: loops of one turn are not loops to the compiler.
-    config = ModelConfig(4000, 256, 704, 4 if job != "locate" else 12, 8, 4, 32, 4096)
+    config = ModelConfig(
+        4000, 256, 704, 12 if job == "locate" or mesh != (1, 1) else 4, 8, 4, 32, 4096
+    )
     work = Work(prompts=100, tokens=tokens, rule=rule, sets=8, generated=4)
     chunks, placement = Chunks(prompts, rows, sets, sets), Placement(*mesh, preset)
     target = parse_target(devices)
@@ -112,7 +114,7 @@ def peak_of_a_process():
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     config = ModelConfig(8000, 1024, 2816, 8, 16, 8, 64, 4096)
-    work, chunks = Work(prompts=64, tokens=256), Chunks(64, 1, 1, 1)
+    work, chunks = Work(prompts=128, tokens=64), Chunks(128, 1, 1, 1)
     (prediction,) = predict(
         "responses",
         config,
@@ -123,12 +125,12 @@ def peak_of_a_process():
         device=parse_target("cpu").device,
     )
     small = ModelConfig(100, 64, 64, 2, 2, 2, 32, 4096)
-    for each, prompts in ((small, 2), (config, 64)):
+    for each, prompts in ((small, 2), (config, 128)):
         if each is config:  # the libraries, the compiler and a first program are there
             before = taken()
         params = parameter_tree(each, lambda p: jnp.full(p.shape, 0.01, jnp.float32))
-        tokens = jnp.ones((prompts, 256), jnp.int32)
-        lengths = jnp.full(prompts, 256, jnp.int32)
+        tokens = jnp.ones((prompts, 64), jnp.int32)
+        lengths = jnp.full(prompts, 64, jnp.int32)
         jax.block_until_ready(mean_responses(params, tokens, lengths, config=each, sites=FFN))
     return prediction.peak, taken() - before
 
