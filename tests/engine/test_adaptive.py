@@ -1,5 +1,7 @@
 """The three steps of the adaptive rule, on paths whose integrals are known."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,14 @@ LAYERS, WIDTH = 3, 2
 STRAIGHT = Parametrisation(*(jnp.zeros(LAYERS) for _ in range(4)))  # alpha = t
 
 
-def panels_of(layer, functions, left=0.0, right=1.0, *, known=False):
+def panels_of(
+    layer,
+    functions,
+    left: Any = 0.0,
+    right: Any = 1.0,
+    *,
+    known=False,
+):
     """One panel for each function t -> dP/dscale [WIDTH], and the values of its extension."""
     count = len(layer)
     left, right = np.broadcast_to(left, count), np.broadcast_to(right, count)
