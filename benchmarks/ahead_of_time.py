@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-SETTINGS = {
+SETTINGS: dict[str, tuple[Any, ...]] = {
     # model, target, mesh, preset, job, rule, prompts at once, program
     "7B-v5e-2x4-right": ("7B", "v5e:2x4", (1, 8), "tensor", "locate", "right", 8, ""),
     "70B-v5p-4x4x4-right": ("70B", "v5p:4x4x4", (8, 8), "fsdp-tensor", "locate", "right", 32, ""),
