@@ -59,7 +59,8 @@ def compile_one(name):
 
     model, target, mesh, preset, job, rule, prompts, only = SETTINGS[name]
     there, config = parse_target(target), read_shape(model).config
-    placement, work = Placement(*mesh, preset), Work(tokens=TOKENS, rule=rule, sets=8)
+    placement = Placement(mesh[0], mesh[1], preset)
+    work = Work(tokens=TOKENS, rule=rule, sets=8)
     chunks = Chunks(prompts, 1024, 8, 8)
     how = (check_job(job), config, work, chunks, placement)
     predictions = {p.name: p for p in predict(*how, dtype="bfloat16", device=there.device)}
