@@ -22,6 +22,7 @@ from jaxneurons.model.generation import NO_TOKEN, greedy
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import FFN, NeuronSet, check_site, site_width, stack_scales
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import encode_prompt
 from jaxneurons.storage.printable import counted
@@ -122,7 +123,7 @@ def ablated(
                 params, batch.tokens, batch.lengths, on_device, config=config, steps=steps
             )
             count = len(batch.index)
-            ids = np.asarray(ids)[: len(group), :count]
+            ids = fetch(ids)[: len(group), :count]
             if lost := _first_lost(ids):
                 number, row = lost
                 of_set = {site: values[number] for site, values in scales.items()}
@@ -193,7 +194,7 @@ def generate(
             site: values[rows] if values.ndim == 3 else values
             for site, values in (scales or {}).items()
         }
-        ids = np.asarray(
+        ids = fetch(
             _greedy(
                 lm.params,
                 batch.tokens,

@@ -22,7 +22,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.sets import check_site, site_width
-from jaxneurons.processes.sharing import spread
+from jaxneurons.processes.sharing import fetch, spread
 from jaxneurons.processes.team import ALONE, Processes, current
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.batches import PromptBatch
@@ -186,8 +186,10 @@ class ResponseStore:
     def _take(self, params: Params, number: int, arrays: Mapping[str, Any]) -> None:
         """Take the responses of a batch and write them."""
         batch = self._plan[number]
-        means = mean_responses(
-            params, batch.tokens, batch.lengths, config=self.config, sites=tuple(arrays)
+        means = fetch(
+            mean_responses(
+                params, batch.tokens, batch.lengths, config=self.config, sites=tuple(arrays)
+            )
         )
         self._check(params, batch, means)
         self._write(number, len(batch.index), arrays, means)

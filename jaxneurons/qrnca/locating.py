@@ -236,8 +236,9 @@ class _Work:
         lm, settings = self.lm, self.settings
         pre = qrnca.run_prompts(lm.params, batch, config=lm.config, site=settings.site)
         scores = qrnca.attribute_batch(lm.params, batch, pre, config=lm.config, settings=settings)
-        kept = prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
-        self.caches.keep(number, batch, kept)
+        if not spread(lm.params):  # each process has but some of the heads
+            kept = prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
+            self.caches.keep(number, batch, kept)
         computed.append(number)
         return pack(scores, time.perf_counter() - start)
 

@@ -27,6 +27,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.finite import NotFiniteError, explain
 from jaxneurons.model.parameters import Params
 from jaxneurons.neurons.sets import Neuron, NeuronSet, Site
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts.answers import TargetForm
 from jaxneurons.prompts.batches import Batch
 from jaxneurons.storage.settings import check_fields
@@ -233,9 +234,7 @@ def attribute_batch(
     Raises:
       NotFiniteError: scores of a prompt that are not finite: float16 overflows in some models.
     """
-    attribution, answered = jax.device_get(
-        _attribute(params, batch, pre, config=config, settings=settings)
-    )
+    attribution, answered = fetch(_attribute(params, batch, pre, config=config, settings=settings))
     results = {}
     for row, index in enumerate(batch.index.tolist()):
         if index < 0:

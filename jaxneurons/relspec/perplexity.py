@@ -18,7 +18,7 @@ from jaxneurons.model import finite
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import NeuronSet, stack_scales
-from jaxneurons.processes.sharing import share_parts, spread
+from jaxneurons.processes.sharing import fetch, share_parts, spread
 from jaxneurons.prompts import batches
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows
@@ -92,7 +92,7 @@ def _losses(
     losses = np.zeros((len(sets), len(sentences)))
     for batch in batches.by_length(sentences, default_shape().prompts):
         values = _losses_with_sets(params, batch.tokens, batch.lengths, stacked, config=config)
-        losses[:, batch.index] = np.asarray(values)[:, : len(batch.index)]
+        losses[:, batch.index] = fetch(values)[:, : len(batch.index)]
         for row, index in enumerate(batch.index.tolist()):
             overflown = np.flatnonzero(~np.isfinite(losses[:, index]))
             if len(overflown):
