@@ -151,11 +151,11 @@ def test_a_model_on_the_devices_of_two(inputs, alone, tmp_path):
     run = Path(f"{out}-run")
     for line, other in zip(lines(run), lines(alone), strict=True):
         assert line["neurons"] == other["neurons"]
-        np.testing.assert_allclose(line["naica"], other["naica"], rtol=1e-4)
+        np.testing.assert_allclose(line["naica"], other["naica"], rtol=0, atol=1e-5)
     for row, other in zip(
         *(read_tables(o / "tables")["changes"] for o in (run, alone)), strict=True
     ):
-        assert row == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True)
+        assert row == pytest.approx(other, rel=1e-3, abs=2e-4, nan_ok=True)
 
 
 def killed(tmp_path, victim, count=2):
