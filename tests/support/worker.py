@@ -104,21 +104,20 @@ def spread_values(lm):
         return jaxneurons.forward(params, jnp.asarray(tokens), config=lm.config).logits
 
     logits = jax.jit(run)(lm.params)
-    attribute = jax.jit(
-        lambda p: (
-            jaxneurons.integrated_gradients(
-                p,
-                tokens,
-                np.array([[7], [8]], np.int32),
-                config=lm.config,
-                lengths=np.array([10, 8], np.int32),
-                answer_lengths=np.array([1, 1], np.int32),
-                site="up",
-                quadrature=jaxneurons.Quadrature("gauss", 3),
-            ).scores
-        )
-    )
-    return {"logits": logits, "scores": attribute(lm.params)}
+
+    def attribute(params):
+        return jaxneurons.integrated_gradients(
+            params,
+            jnp.asarray(tokens),
+            jnp.array([[7], [8]], jnp.int32),
+            config=lm.config,
+            lengths=jnp.array([10, 8], jnp.int32),
+            answer_lengths=jnp.array([1, 1], jnp.int32),
+            site="up",
+            quadrature=jaxneurons.Quadrature("gauss", 3),
+        ).scores
+
+    return {"logits": logits, "scores": jax.jit(attribute)(lm.params)}
 
 
 def hold(team, out, ill):
