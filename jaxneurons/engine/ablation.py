@@ -24,6 +24,7 @@ from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import FFN, NeuronSet, check_site, site_width, stack_scales
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import encode_prompt
 from jaxneurons.storage.printable import counted
@@ -125,7 +126,7 @@ def ablated(
             tokens, lengths = spread_batch(params, (batch.tokens, batch.lengths), config=config)
             ids = generate_ablated(params, tokens, lengths, on_device, config=config, steps=steps)
             count = len(batch.index)
-            ids = np.asarray(ids)[: len(group), :count]
+            ids = fetch(ids)[: len(group), :count]
             if lost := _first_lost(ids):
                 number, row = lost
                 of_set = {site: values[number] for site, values in scales.items()}
@@ -197,13 +198,13 @@ def generate(
             site: values[rows] if values.ndim == 3 else values
             for site, values in (scales or {}).items()
         }
-        spread, lengths = spread_batch(lm.params, (batch.tokens, batch.lengths), config=lm.config)
-        ids = np.asarray(
+        rows = spread_batch(lm.params, (batch.tokens, batch.lengths), config=lm.config)
+        ids = fetch(
             _greedy(
                 lm.params,
-                spread,
+                rows[0],
                 config=lm.config,
-                lengths=lengths,
+                lengths=rows[1],
                 steps=steps,
                 scales=here or None,
             )

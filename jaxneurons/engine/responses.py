@@ -25,7 +25,7 @@ from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.sets import check_site, site_width
-from jaxneurons.processes.sharing import spread
+from jaxneurons.processes.sharing import fetch, spread
 from jaxneurons.processes.team import ALONE, Processes, current
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.batches import PromptBatch
@@ -194,7 +194,7 @@ class ResponseStore:
     ) -> None:
         """Take the responses of a batch and write them."""
         batch = self._plan[number]
-        means = self._means(params, batch, tuple(arrays), chunk)
+        means = fetch(self._means(params, batch, tuple(arrays), chunk))
         self._check(params, batch, means)
         self._write(number, len(batch.index), arrays, means)
 
@@ -212,7 +212,7 @@ class ResponseStore:
         def in_parts(size: int) -> Mapping[str, Any]:
             if size >= count:
                 return of_rows(0, count)
-            parts = [jax.device_get(of_rows(i, i + size)) for i in range(0, count, size)]
+            parts = [fetch(of_rows(i, i + size)) for i in range(0, count, size)]
             return {site: np.concatenate([p[site] for p in parts], axis=1) for site in sites}
 
         return chunk.run(in_parts)

@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import dataclasses
 import itertools
-import os
 import platform
 import re
 import socket
@@ -202,5 +201,5 @@ def _end_late(job: Job) -> None:
         f"not all processes have joined{where} within {job.timeout:g} s ({this}host "
         f"{socket.gethostname()}, waited): start every process with the same coordinator and "
         "number of processes, each with its own number, where that address can be reached; or give "
-        f"them longer with --timeout (pid {os.getpid()})"
+        "them longer with --timeout"
     )

@@ -57,7 +57,10 @@ def _runs(source: Path) -> list[Path]:
 def _merge(sources: Sequence[Path], out: Path) -> int:
     identity = read_json(sources[0] / PARTS / IDENTITY)
     for source in (*sources[1:], out):
-        RunDirectory.check(source, identity, whole=True)
+        try:
+            RunDirectory.check(source, identity, whole=True)
+        except DataError as error:
+            raise DataError(f"{source} is not of the run of {sources[0]}: {error}") from None
     check_writable(out)
     target = RunDirectory(out, identity)
     return sum(_join(source, target) for source in sources)

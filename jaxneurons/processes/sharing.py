@@ -76,8 +76,8 @@ def check_shared(path: Path, team: Processes) -> None:
     blind = [index for index, sees in enumerate(seen) if not sees]
     if blind:
         raise DataError(
-            f"{path}: {team.name(0)} writes there, and {team.names(blind)} does not see it; give a "
-            "directory on a disk that all share, or --local-disks and `jaxneurons merge` afterwards"
+            f"{path}: made by {team.name(0)}, not seen by {team.names(blind)}; give a directory on "
+            "a disk that all share, or --local-disks and `jaxneurons merge` afterwards"
         )
 
 
@@ -102,6 +102,22 @@ def spread(params: Any) -> bool:
         isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         for leaf in jax.tree.leaves(params)
     )
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays on the host, those too that lie on the devices of several processes.
+
+    All processes of these devices call it together.
+    """
+
+    def get(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(get, tree) if spread(tree) else jax.device_get(tree)
 
 
 def share_parts(

@@ -243,8 +243,9 @@ class _Work:
         scores = qrnca.attribute_batch(
             lm.params, batch, pre, config=lm.config, settings=settings, rows=self.rows
         )
-        kept = prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
-        self.caches.keep(number, batch, kept)
+        if not spread(lm.params):  # each process has but some of the heads
+            kept = prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
+            self.caches.keep(number, batch, kept)
         computed.append(number)
         return pack(scores, time.perf_counter() - start)
 

@@ -29,6 +29,7 @@ from jaxneurons.model.finite import NotFiniteError, explain
 from jaxneurons.model.parameters import Params
 from jaxneurons.model.sharding import spread_batch
 from jaxneurons.neurons.sets import Neuron, NeuronSet, Site
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts.answers import TargetForm
 from jaxneurons.prompts.batches import Batch
 from jaxneurons.storage.settings import check_fields
@@ -258,7 +259,7 @@ def attribute_batch(
     Raises:
       NotFiniteError: scores of a prompt that are not finite: float16 overflows in some models.
     """
-    attribution, answered = jax.device_get(
+    attribution, answered = fetch(
         (rows or row_memory()).run(
             lambda budget: _attribute(
                 params, batch, pre, config=config, settings=settings, memory_budget=budget

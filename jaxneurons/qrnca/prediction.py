@@ -37,7 +37,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.controls import generator, layer_matched_at_most
 from jaxneurons.neurons.sets import NeuronSet, Site
-from jaxneurons.processes.sharing import share_parts, spread
+from jaxneurons.processes.sharing import fetch, share_parts, spread
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import past_shared_tokens
 from jaxneurons.qrnca import method as qrnca
@@ -57,7 +57,12 @@ FORMAT = 2
 
 @functools.partial(jax.jit, static_argnames=("config", "site"))
 def _read(
-    params: Params, batch: batches.Batch, where: jax.Array, *, config: ModelConfig, site: Site
+    params: Params,
+    batch: batches.Batch,
+    where: jax.Array | np.ndarray,
+    *,
+    config: ModelConfig,
+    site: Site,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Option log-probabilities [row, option]; activations, contributions [row, option, neuron]."""
     pre = prefill(
@@ -222,8 +227,8 @@ def _read_batch(
     rows = [groups[i if i >= 0 else int(batch.index[0])] for i in batch.index.tolist()]
     where = np.stack([np.pad(pairs[g], ((0, size - len(pairs[g])), (0, 0))) for g in rows])
     config, site = run.lm.config, run.settings.site
-    at = jnp.asarray(where.astype(np.int32))
-    read = jax.device_get(_read(run.lm.params, batch, at, config=config, site=site))
+    at = where.astype(np.int32)
+    read = fetch(_read(run.lm.params, batch, at, config=config, site=site))
     arrays = dict(zip(("chance", "presented", "direct"), read, strict=True))
     return {"right": batch.answers_by_option.argmax(1), **arrays}
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +17,7 @@ from jaxneurons.engine.last_position import Answers, changes, scaled_answers
 from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.neurons.controls import activation_matched, generator
 from jaxneurons.neurons.sets import NeuronSet, Ranking
-from jaxneurons.processes.sharing import share_parts, spread
+from jaxneurons.processes.sharing import fetch, share_parts, spread
 from jaxneurons.prompts import batches
 from jaxneurons.qrnca.baselines import MATCHED, METHODS, method_sets
 from jaxneurons.qrnca.method import run_prompts
@@ -289,7 +288,7 @@ def _run_batch(
     if prompts is None:
         pre = run_prompts(run.lm.params, batch, config=config, site=site)
         prompts = prompts_of(pre, site=site, seq=batch.tokens.shape[1])
-    active = np.abs(np.asarray(prompts.active, np.float32)).swapaxes(0, 1)
+    active = np.abs(fetch(prompts.active).astype(np.float32)).swapaxes(0, 1)
     owners = run.owners()
     rows: list[list[tuple[NeuronSet, float]]] = [
         plan.changes(owners[index], index, {site: active[row]}) if index >= 0 else []
@@ -300,7 +299,7 @@ def _run_batch(
         [row[trial] if trial < len(row) else UNTOUCHED for row in rows]
         for trial in range(max(map(len, rows)))
     ]
-    answers = jax.device_get(
+    answers = fetch(
         scaled_answers(
             run.lm.params,
             prompts.last,

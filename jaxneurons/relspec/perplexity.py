@@ -19,7 +19,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import NeuronSet, stack_scales
-from jaxneurons.processes.sharing import share_parts, spread
+from jaxneurons.processes.sharing import fetch, share_parts, spread
 from jaxneurons.prompts import batches
 from jaxneurons.relspec.collection import Collection
 from jaxneurons.relspec.drops import TableRows
@@ -92,9 +92,9 @@ def _losses(
     stacked = stack_scales(sets, config, sites=study.settings.sites)
     losses = np.zeros((len(sets), len(sentences)))
     for batch in batches.by_length(sentences, default_shape().prompts):
-        spread = spread_batch(params, (batch.tokens, batch.lengths), config=config)
-        values = _losses_with_sets(params, *spread, stacked, config=config)
-        losses[:, batch.index] = np.asarray(values)[:, : len(batch.index)]
+        rows = spread_batch(params, (batch.tokens, batch.lengths), config=config)
+        values = _losses_with_sets(params, *rows, stacked, config=config)
+        losses[:, batch.index] = fetch(values)[:, : len(batch.index)]
         for row, index in enumerate(batch.index.tolist()):
             overflown = np.flatnonzero(~np.isfinite(losses[:, index]))
             if len(overflown):

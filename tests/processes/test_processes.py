@@ -8,10 +8,11 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.fixtures import multi_choice, write_lm, write_queries
 from support.known import write_relations
-from support.worker import edits, ends, free_port, launch, locate, start, study
+from support.worker import edits, ends, free_port, launch, locate, spread_values, start, study
 
 import jaxneurons
 from jaxneurons.storage.tables import read_tables
@@ -129,6 +130,36 @@ def test_edits_in_two(inputs, tmp_path):
         assert read_tables(one / "tables")["edits"]
         parts = {path.name for path in (one / "parts").iterdir()}
         assert {path.name for path in (two / "parts").iterdir()} == parts
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "neurons.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_model_on_the_devices_of_two(inputs, alone, tmp_path):
+    out = tmp_path / "values.npz"
+    done(start([("spread", {**inputs, "out": str(out)})] * 2))
+    lm = jaxneurons.load(inputs["model"])
+    values, expected = np.load(out), spread_values(lm)
+    assert values["whole"]
+    for name, array in expected.items():
+        scale = np.abs(array).max()
+        np.testing.assert_allclose(values[name], array, atol=1e-5 * max(1, scale), rtol=0)
+    (said,) = jaxneurons.generate(lm, ["The capital of France is"], steps=3)
+    assert [Path(f"{out}-{number}.txt").read_text() for number in range(2)] == [said] * 2
+    run = Path(f"{out}-run")
+    for line, other in zip(lines(run), lines(alone), strict=True):
+        assert line["neurons"] == other["neurons"]
+        np.testing.assert_allclose(line["naica"], other["naica"], rtol=0, atol=1e-5)
+    for row, other in zip(
+        *(read_tables(o / "tables")["changes"] for o in (run, alone)), strict=True
+    ):
+        for name, value in row.items():
+            numbers = isinstance(value, float) and isinstance(other[name], float)
+            assert value == (
+                pytest.approx(other[name], rel=1e-3, abs=2e-4) if numbers else other[name]
+            )
 
 
 def killed(tmp_path, victim, count=2):

@@ -194,9 +194,9 @@ def test_a_directory_that_not_all_see(tmp_path, monkeypatch):
     results, _ = together(work)
     for error in results:
         assert isinstance(error, DataError)
-        assert "process 0 (host a) writes there" in str(error)
-        assert "process 1 (host b) does not see it" in str(error)
+        assert "made by process 0 (host a), not seen by process 1 (host b);" in str(error)
         assert "process 2" not in str(error)
+        assert "--local-disks" in str(error)
     assert not (tmp_path / "diskTrue").exists()
     left = [path.name for path in (tmp_path / "diskFalse" / "run" / "parts").iterdir()]
     assert left == ["identity.json"]
@@ -229,7 +229,7 @@ def test_local_disks_are_merged(tmp_path):
 def test_merging_what_does_not_belong_together(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         RunDirectory(tmp_path / name, {"seed": seed})
-    with pytest.raises(DataError, match=r"another seed \(0 there, 1 here\)|another seed"):
+    with pytest.raises(DataError, match=r"b is not of the run of .*/a: .* another seed \(1 there"):
         merge_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     with pytest.raises(DataError, match="no parts of a run"):
         merge_runs([tmp_path / "a", tmp_path / "c"], tmp_path / "out")

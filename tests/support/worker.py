@@ -13,17 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120
+import numpy as np
+
+SECONDS = 600
 """Until a test gives its processes up."""
 
 
-def locate(model, queries, out, *, stages=True):
+def locate(model, queries, out, *, stages=True, mesh=None):
     """QRNCA, with the stages after it if they are wanted."""
     import jaxneurons
     from jaxneurons import qrnca
     from jaxneurons.qrnca.method import QRNCAConfig
 
-    lm = jaxneurons.load(model)
+    lm = jaxneurons.load(model, mesh=mesh)
     settings = QRNCAConfig(quadrature=jaxneurons.Quadrature("gauss", 2))
     chosen = qrnca.read_queries(queries)
     run = qrnca.locate(lm, chosen, out=out, settings=settings, batch_size=2)
@@ -66,6 +68,58 @@ def edits(model, out):
     edit.evaluate_sequential(lm, REQUESTS, methods, sizes=(1, 3), out=f"{out}-sequence", **common)
 
 
+def spread(model, queries, out):
+    """Logits and attribution of a model that lies on the devices of all processes."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    import jaxneurons
+
+    count = len(jax.devices())
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, count), ("data", "model"), axis_types=kinds)
+    lm = jaxneurons.load(model, mesh=mesh)
+    values = {
+        name: multihost_utils.process_allgather(array, tiled=True)
+        for name, array in spread_values(lm).items()
+    }
+    if jax.process_index() == 0:
+        whole = all(not leaf.is_fully_addressable for leaf in jax.tree.leaves(lm.params))
+        np.savez(out, whole=whole, **values)
+    said = jaxneurons.generate(lm, ["The capital of France is"], steps=3)
+    Path(f"{out}-{jax.process_index()}.txt").write_text("\n".join(said))
+    locate(model, queries, f"{out}-run", mesh=mesh)
+
+
+def spread_values(lm):
+    """Logits and attribution of two prompts."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxneurons
+
+    tokens = np.arange(20).reshape(2, 10).astype(np.int32) * 7 % 200
+
+    def run(params):
+        return jaxneurons.forward(params, jnp.asarray(tokens), config=lm.config).logits
+
+    logits = jax.jit(run)(lm.params)
+
+    def attribute(params):
+        return jaxneurons.integrated_gradients(
+            params,
+            jnp.asarray(tokens),
+            jnp.array([[7], [8]], jnp.int32),
+            config=lm.config,
+            lengths=jnp.array([10, 8], jnp.int32),
+            answer_lengths=jnp.array([1, 1], jnp.int32),
+            site="up",
+            quadrature=jaxneurons.Quadrature("gauss", 3),
+        ).scores
+
+    return {"logits": logits, "scores": jax.jit(attribute)(lm.params)}
+
+
 def hold(team, out, ill):
     """Say that it is here; the ill one fails or hangs, the others wait for it."""
     Path(out, f"{team.index}").write_text(str(os.getpid()))
@@ -84,7 +138,7 @@ def work(job: Mapping[str, Any]) -> None:
         if what == "hold":
             hold(team, **how)
         elif what != "nothing":
-            {"locate": locate, "study": study, "edits": edits}[what](**how)
+            {"locate": locate, "study": study, "edits": edits, "spread": spread}[what](**how)
     print(f"process {team.index} is done")
 
 
