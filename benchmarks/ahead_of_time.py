@@ -50,20 +50,10 @@ TOKENS = 128
 
 def compile_one(name):
     """A line of the results: what the compiler says of a setting, and the prediction."""
-    from jaxneurons.scale.compile_ahead import compile_job, devices_of
-    from jaxneurons.scale.placement import Placement
-    from jaxneurons.scale.prediction import predict
-    from jaxneurons.scale.programs import Chunks, Work, check_job
-    from jaxneurons.scale.shapes import read_shape
-    from jaxneurons.scale.targets import parse_target
+    import jaxneurons as jn
 
     model, target, mesh, preset, job, rule, prompts, only = SETTINGS[name]
-    there, config = parse_target(target), read_shape(model).config
-    placement = Placement(mesh[0], mesh[1], preset)
-    work = Work(tokens=TOKENS, rule=rule, sets=8)
-    chunks = Chunks(prompts, 1024, 8, 8)
-    how = (check_job(job), config, work, chunks, placement)
-    predictions = {p.name: p for p in predict(*how, dtype="bfloat16", device=there.device)}
+    placement = jn.scale.Placement(mesh[0], mesh[1], preset)
     row = {
         "setting": name,
         "model": model,
@@ -73,12 +63,18 @@ def compile_one(name):
         "job": job,
         "rule": rule if job == "locate" else "",
         "prompts": prompts,
-        "memory": there.device.memory,
+        "memory": jn.scale.parse_target(target).device.memory,
     }
-    devices = devices_of(there)
-    programs = compile_job(*how, dtype="bfloat16", devices=devices, only=(only,) if only else ())
-    for each in programs:
-        predicted = predictions[each.name]
+    programs = jn.scale.compile_ahead(
+        model,
+        placement,
+        job=job,
+        target=target,
+        prompts=prompts,
+        work=jn.scale.Work(tokens=TOKENS, rule=rule, sets=8),
+        only=(only,) if only else (),
+    )
+    for each, predicted in programs:
         row |= {
             "program": each.name,
             "peak": each.peak,

@@ -39,7 +39,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Whether a job fits on a machine or pod, how it would run, and how long. Loads no weight."""
-    from jaxneurons.scale.compile_ahead import compile_plan
+    from jaxneurons.scale.ahead_of_time import compile_plan
     from jaxneurons.scale.planning import plan as make_plan
     from jaxneurons.scale.views import show_plan
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from jaxneurons.scale.compile_ahead import Compiled
+from jaxneurons.scale.ahead_of_time import Compiled
 from jaxneurons.scale.planning import Plan
 from jaxneurons.terminal.console import console
 

@@ -4,6 +4,7 @@ import errno
 import gc
 import hashlib
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -285,7 +286,7 @@ def test_a_destination_that_is_taken(tmp_path, tokenizer):
     (tmp_path / "empty").mkdir()
     save(lm, tmp_path / "empty")
     with pytest.raises(ConfigError, match="unknown format 'nativ'; did you mean 'native'"):
-        save.__wrapped__(lm, tmp_path / "x", to="nativ")  # before the types are checked
+        inspect.unwrap(save)(lm, tmp_path / "x", to="nativ")  # before the types are checked
 
 
 def test_a_failure_leaves_nothing(tmp_path, tokenizer, monkeypatch):

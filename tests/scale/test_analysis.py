@@ -32,7 +32,7 @@ MOST = 0.15
 def predicted_and_compiled(name, devices):
     """Bytes on a device by program: (predicted, the compiler's)."""
     from jaxneurons.model.config import ModelConfig
-    from jaxneurons.scale.compile_ahead import compile_job, devices_of
+    from jaxneurons.scale.ahead_of_time import compile_job, devices_of
     from jaxneurons.scale.placement import Placement
     from jaxneurons.scale.prediction import predict
     from jaxneurons.scale.programs import Chunks, Work

@@ -26,8 +26,8 @@ from jaxneurons.model.sharding import MESH_AXES, param_shardings
 from jaxneurons.scale.jobs import programs_of
 from jaxneurons.scale.placement import Placement
 from jaxneurons.scale.planning import Plan
-from jaxneurons.scale.prediction import batch_parts
-from jaxneurons.scale.programs import Argument, Chunks, Job, Program, Work
+from jaxneurons.scale.prediction import Prediction, batch_parts, predict
+from jaxneurons.scale.programs import Argument, Chunks, Job, Program, Work, check_job
 from jaxneurons.scale.shapes import read_shape
 from jaxneurons.scale.targets import Target, parse_target
 
@@ -79,6 +79,40 @@ def compile_plan(plan: Plan, model: str | os.PathLike[str] | ModelConfig) -> Ite
         dtype=plan.dtype,
         devices=devices_of(target),
     )
+
+
+def compile_ahead(
+    model: str | os.PathLike[str] | ModelConfig,
+    placement: Placement,
+    *,
+    job: Job,
+    target: str,
+    prompts: int,
+    work: Work = Work(),
+    dtype: str = "bfloat16",
+    only: Sequence[str] = (),
+) -> Iterator[tuple[Compiled, Prediction]]:
+    """Compile a job's programs for a target with a mesh of your own, beside what is predicted.
+
+    Args:
+      model: as `plan` takes it.
+      placement: the mesh and the preset.
+      job: which.
+      target: "v5e:2x4", "cpu:8".
+      prompts: that are run at once.
+      work: how much of the job.
+      dtype: of the parameters.
+      only: names of the programs that are wanted; (): all.
+
+    Raises:
+      ConfigError: a target that nothing here can compile for; a program that the compiler refuses.
+    """
+    there, config = parse_target(target), read_shape(model).config
+    chunks = Chunks(prompts, rows=1024, sets=8, trials=8)
+    how = (check_job(job), config, work, chunks, placement)
+    predicted = {p.name: p for p in predict(*how, dtype=dtype, device=there.device)}
+    for compiled in compile_job(*how, dtype=dtype, devices=devices_of(there), only=only):
+        yield compiled, predicted[compiled.name]
 
 
 def compile_job(
