@@ -71,11 +71,15 @@ class Watch:
         self.stop()
         with contextlib.suppress(Exception):  # the store may be what is lost
             self._channel.set(f"{FAILED}/{self.index}", reason)
-            deadline = time.monotonic() + FAREWELL
-            while self.index == 0 and time.monotonic() < deadline:
-                if len({*self._channel.read(GONE), *self._channel.read(FAILED)}) >= self.count:
-                    break
-                time.sleep(self._period / 10)
+            self._see_off(self.count)
+
+    def _see_off(self, count: int) -> None:
+        """In process 0, whose store goes with it: wait until so many have left, or some seconds."""
+        deadline = time.monotonic() + FAREWELL
+        while self.index == 0 and time.monotonic() < deadline:
+            if len({*self._channel.read(GONE), *self._channel.read(FAILED)}) >= count:
+                break
+            time.sleep(self._period / 10)
 
     @property
     def count(self) -> int:
@@ -91,6 +95,7 @@ class Watch:
             if reason is not None and not self._stopped.is_set():
                 with contextlib.suppress(Exception):
                     self._channel.set(f"{GONE}/{self.index}", reason)
+                    self._see_off(self.count - 1)  # all but the one that is lost
                 self._end(reason)
 
     def _await_answers(self) -> None:
@@ -110,12 +115,15 @@ class Watch:
         """Give a sign and see to the others; why this process must end, if it must."""
         try:
             self._channel.set(f"{ALIVE}/{self.index}", str(beat))
-            signs, failed = self._channel.read(ALIVE), self._channel.read(FAILED)
+            signs, failed, gone = (self._channel.read(key) for key in (ALIVE, FAILED, GONE))
         except Exception:  # JAX has no type for a store that is out of reach
             return f"{self._name(0)} has ended or is out of reach"
         for index, reason in sorted(failed.items()):
             if int(index) != self.index:
                 return f"{self._name(int(index))} failed: {reason}"
+        for index, reason in sorted(gone.items()):
+            if int(index) != self.index:  # what it knows may not have come here yet
+                return reason
         for index in range(self.count):
             sign = signs.get(str(index), "")
             before, missed = self._seen.get(index, ("", 0))

@@ -165,12 +165,13 @@ COUNTS = {
     ("attribution", "4x2", "data"): {},
     ("attribution", "1x8", "tensor"): {"all-reduce": 17},
     ("attribution", "8x1", "tensor"): {},
-    ("adaptive", "4x2", "tensor"): {"all-reduce": 29},
-    ("adaptive", "4x2", "data"): {"all-reduce": 1},  # whether any prompt is not done yet
+    ("adaptive", "4x2", "tensor"): {"all-reduce": 47, "all-gather": 1},
+    # Whether any prompt is not done yet, and the panels of all that wait.
+    ("adaptive", "4x2", "data"): {"all-reduce": 9, "all-gather": 1},
     ("adaptive", "2x4", "fsdp-tensor"): {
-        "all-gather": 48,
-        "all-reduce": 72,
-        "collective-permute": 16,
+        "all-gather": 37,
+        "all-reduce": 104,
+        "collective-permute": 13,
     },
     ("generation", "4x2", "tensor"): {"all-reduce": 8, "all-gather": 4},
     ("generation", "4x2", "fsdp"): {"all-reduce": 6, "all-gather": 16},
