@@ -28,7 +28,7 @@ PORTABILITY = ("a question with options", "backwards", "in the other language")
 
 INTRODUCTION = """# What edits did, in full
 
-Written by `python benchmarks/editing.py --out DIR --data counterfact_3000.json --write
+Written by `python benchmarks/editing.py --out DIR --data counterfact_3000.json{only} --write
 docs/editing_results.md`; without `--data`, the sections of the lab model alone. Two cores of an AMD
 EPYC server, float32. The file is counterfact-edit, 3,000 cases of the CounterFact set (Apache 2.0).
 
@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="sections: evaluate sequential layers export")
     options = parser.parse_args()
     models = [("smollm2-135m", options.data)] if options.data else []
-    text = [INTRODUCTION]
+    only = f" --only {' '.join(options.only)}" if options.only else ""
+    text = [INTRODUCTION.format(only=only)]
     for model, data in [*models, ("lab", None)]:
         lm = jn.load(model)
         for name, section in SECTIONS.items():

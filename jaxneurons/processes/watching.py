@@ -67,10 +67,17 @@ class Watch:
         self._stopped.set()
 
     def fail(self, reason: str) -> None:
-        """Tell the others why this process ends; process 0 waits until they have read it."""
-        self.stop()
-        with contextlib.suppress(Exception):  # the store may be what is lost
+        """Tell the others why this process ends; process 0 waits until they have read it.
+
+        Where it ends because the store is lost, that is what is said. Until the others are told the
+        thread looks on: a store that goes now would keep this call for ever.
+        """
+        if self.index != 0 and self._channel.is_closed():
+            self._end(f"{self._name(0)} has ended or is out of reach")
+        with contextlib.suppress(Exception):
             self._channel.set(f"{FAILED}/{self.index}", reason)
+        self.stop()
+        with contextlib.suppress(Exception):
             self._see_off(self.count)
 
     def _see_off(self, count: int) -> None:
@@ -103,7 +110,7 @@ class Watch:
         while not self._stopped.wait(self._period / 4):
             waited = time.monotonic() - self._answered
             long = waited > SILENT * self._period
-            if long or (waited > 1.75 * self._period and self._channel.is_closed()):
+            if long or (waited > 1.2 * self._period and self._channel.is_closed()):
                 self._end(f"{self._name(0)} has ended or is out of reach")
 
     def _end(self, reason: str) -> None:
