@@ -82,12 +82,12 @@ def evaluated(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
     tables = jn.edit.evaluate(
         lm, requests, methods, covariance=collect(lm, methods.values(), path), out=path
     )
-    summary, seconds = tables.rows("summary"), tables.facts["seconds"]
+    summary = tables.rows("summary")
     what = f"{CASES} {'published requests' if data else 'facts of its world'}"
     text = [f"## `{model}`: {what}, each edited alone\n"]
     text += markdown(
         "**The new answer**: exact match, %",
-        ("", "forced", "free", "paraphrases, forced", "paraphrases, free", "reached", "seconds"),
+        ("", "forced", "free", "paraphrases, forced", "paraphrases, free", "reached"),
         (
             (
                 label(row),
@@ -97,7 +97,6 @@ def evaluated(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
                     for how in ("forced", "free")
                 ),
                 "" if row["control"] else reached(tables.rows("edits"), row["method"]),
-                "" if row["control"] else elapsed(seconds.get(row["method"], {})),
             )
             for row in summary
         ),
@@ -112,7 +111,7 @@ def evaluated(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
                 spread(row, "locality_free", percent),
                 spread(row, "locality_kl", lambda x: f"{x:.3f}"),
                 spread(row, "fluency", lambda x: f"{x:.2f}"),
-                spread(row, "perplexity_ratio", lambda x: f"{x:.3f}"),
+                spread(row, "perplexity_ratio", ratio),
                 norm(tables.rows("edits"), row),
                 str(row["failed"] or ""),
             )
@@ -141,10 +140,6 @@ def norm(rows: Sequence[Row], of: Row) -> str:
     key = (of["method"], of["control"])
     values = [row["norm"] for row in rows if (row["method"], row["control"]) == key]
     return f"{sum(values) / len(values):.2f}" if any(values) else ""
-
-
-def elapsed(seconds: Row) -> str:
-    return f"{sum(seconds.values()):.0f}" if seconds else ""
 
 
 def differences(rows: Sequence[Row]) -> Iterable[tuple[str, ...]]:
@@ -310,7 +305,7 @@ def export(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
     return [
         f"## `{model}`: out of the building\n",
         f"Request {request.id}, {request.subject}: {request.ground_truth} to {request.target}, by "
-        f"ROME. The patch has {size:,} bytes, {size / whole:.2%} of the exported model's "
+        f"ROME. The patch has {size:,} bytes, {size / whole:.4%} of the exported model's "
         f"{whole:,}. Greedy continuations of eight tokens:\n",
         *markdown(
             "**Asked in PyTorch transformers**, from the exported directory",
@@ -333,6 +328,10 @@ def label(row: Row) -> str:
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.1e}"
 
 
 def points(value: float) -> str:
