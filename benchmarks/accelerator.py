@@ -32,17 +32,7 @@ from jaxneurons.engine import ablated, mean_responses
 from jaxneurons.model import count_parameters, param_shapes
 from jaxneurons.neurons import FFN, random_neurons
 
-LLAMA_2_7B = jn.ModelConfig(
-    vocab_size=32_000,
-    hidden_size=4_096,
-    intermediate_size=11_008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    max_position=4_096,
-    rope=jn.RopeConfig(),
-)
+LLAMA_2_7B = jn.scale.read_shape("7B").config
 TINY = dataclasses.replace(
     LLAMA_2_7B,
     vocab_size=8_192,  # the tokenizer's of the lab model at least

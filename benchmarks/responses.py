@@ -22,22 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from jaxneurons import ModelConfig, RopeConfig, Transformer
+from jaxneurons import ModelConfig, Transformer, scale
 from jaxneurons.engine import Examples, ResponseStore, expertise, mean_responses
 from jaxneurons.neurons import FFN, neuron_count, site_width
 
 ROWS = 64  # prompts that `ResponseStore.fill` runs together
-LLAMA_2_7B = ModelConfig(
-    vocab_size=32_000,
-    hidden_size=4_096,
-    intermediate_size=11_008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    max_position=4_096,
-    rope=RopeConfig(),
-)
+LLAMA_2_7B = scale.read_shape("7B").config
 
 
 def forward_pass(config: ModelConfig, tokens: int) -> int:

@@ -5,6 +5,7 @@ each edit, and a decoder reads all of them for every token. As `left @ right` be
 is a few vectors. In exact arithmetic the two are the same.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -37,15 +38,14 @@ def low_rank_terms(
     """
     if not changes or params_dtype(params) != jnp.float32:
         return None
+    kept = [change for change in changes if isinstance(change, LowRank | Rows)]
+    uses = Counter((change.module, change.layer) for change in kept)
+    shared = any(isinstance(c, Rows) and uses[c.module, c.layer] > 1 for c in kept)
+    if shared or len(kept) < len(changes):
+        return None
     factors: dict[str, dict[int, list[_Factors]]] = {}
-    for change in changes:
-        if not isinstance(change, LowRank | Rows):
-            return None
+    for change in kept:
         layers = factors.setdefault(change.module, {})
-        if isinstance(change, Rows) and change.layer in layers:
-            return None
-        if any(isinstance(before, Rows) and _same(before, change) for before in changes):
-            return None
         layers.setdefault(change.layer, []).append(_factors(params, change))
     terms = {}
     for module, layers in factors.items():
@@ -65,24 +65,13 @@ def stacked_terms(terms: Sequence[LowRankTerms]) -> LowRankTerms:
     for module in terms[0]:
         most = max(of_edit[module][0].shape[-1] for of_edit in terms)
         rank = 1 << (most - 1).bit_length()
-        missing = [rank - of_edit[module][0].shape[-1] for of_edit in terms]
-        left = [
-            jnp.pad(of_edit[module][0], ((0, 0), (0, 0), (0, more)))
-            for of_edit, more in zip(terms, missing, strict=True)
-        ]
-        right = [
-            jnp.pad(of_edit[module][1], ((0, 0), (0, more), (0, 0)))
-            for of_edit, more in zip(terms, missing, strict=True)
-        ]
+        left, right = [], []
+        for of_edit in terms:
+            more = rank - of_edit[module][0].shape[-1]
+            left.append(jnp.pad(of_edit[module][0], ((0, 0), (0, 0), (0, more))))
+            right.append(jnp.pad(of_edit[module][1], ((0, 0), (0, more), (0, 0))))
         stacked[module] = (jnp.stack(left), jnp.stack(right))
     return stacked
-
-
-def _same(rows: Rows, change: Change) -> bool:
-    """Whether another change is about the same kernel."""
-    if change is rows or not isinstance(change, LowRank | Rows):
-        return False
-    return (change.module, change.layer) == (rows.module, rows.layer)
 
 
 def _factors(params: Params, change: LowRank | Rows) -> _Factors:

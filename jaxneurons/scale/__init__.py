@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxneurons.scale.planning import Plan, plan
     from jaxneurons.scale.prediction import Prediction
     from jaxneurons.scale.programs import Work
+    from jaxneurons.scale.shapes import Shape, read_shape
     from jaxneurons.scale.targets import Target, parse_target
 
 __getattr__, __dir__ = face(__name__, __file__)
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "Prediction",
     "Processes",
+    "Shape",
     "Target",
     "Work",
     "compile_ahead",
@@ -31,4 +33,5 @@ __all__ = [
     "merge_runs",
     "parse_target",
     "plan",
+    "read_shape",
 ]
