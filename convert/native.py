@@ -5,7 +5,6 @@ DIR/params/              Orbax, uncompressed Zarr, in chunks: a process reads wh
 DIR/config.json ...      configuration, generation configuration and tokenizer, as they came
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -28,7 +27,7 @@ from jaxneurons.convert.hf import read_json
 from jaxneurons.convert.rules import Place
 from jaxneurons.convert.zarr_chunks import open_array, read_array
 from jaxneurons.errors import ConfigError, SourceError, WriteError
-from jaxneurons.model.config import ModelConfig, RopeConfig
+from jaxneurons.model.config import ModelConfig, config_of_values, config_values
 from jaxneurons.model.parameters import Params, get, list_parameters, param_shapes, put
 from jaxneurons.storage.hashes import hash_each
 from jaxneurons.storage.progress import Advance
@@ -105,7 +104,7 @@ def write_marker(directory: Path, *, config: ModelConfig, facts: Mapping[str, An
     """
     digests = hash_each(sorted(p for p in (directory / PARAMS).rglob("*") if p.is_file()))
     files = {path.relative_to(directory).as_posix(): digest for path, digest in digests.items()}
-    values = {"format": FORMAT, "config": dataclasses.asdict(config), **facts, "sha256": files}
+    values = {"format": FORMAT, "config": config_values(config), **facts, "sha256": files}
     values = json.loads(json.dumps(values))
     values[_CHECKSUM] = _digest(values)
     write_json(directory / MARKER, values)
@@ -202,11 +201,7 @@ def read_marker(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not isinstance(values.get("dtype"), str) or not isinstance(dtypes, dict):
         raise SourceError(f"{where}: dtype or stored_dtypes are malformed; convert the model again")
     try:
-        rope = dict(config["rope"])
-        if rope["inv_freq_divisors"] is not None:
-            rope["inv_freq_divisors"] = tuple(rope["inv_freq_divisors"])
-        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        parsed = ModelConfig(**{**rest, "rope": RopeConfig(**rope)})
+        parsed = config_of_values(config)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except (TypeError, KeyError, ValueError, AttributeError):

@@ -25,7 +25,9 @@ _NAMES: dict[Naming, dict[str, str]] = {
     "hf": {
         "embed": "model.embed_tokens",
         "layers.attn_norm": "model.layers.{i}.input_layernorm",
+        "layers.attn_post_norm": "model.layers.{i}.post_attention_layernorm",
         "layers.ffn_norm": "model.layers.{i}.post_attention_layernorm",
+        "layers.ffn_post_norm": "model.layers.{i}.post_feedforward_layernorm",
         "final_norm": "model.norm",
         "unembed": "lm_head",
     },

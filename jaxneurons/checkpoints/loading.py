@@ -41,7 +41,7 @@ from jaxneurons.convert.native import (
 )
 from jaxneurons.convert.rules import Place
 from jaxneurons.errors import ConfigError
-from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.config import ModelConfig, config_values
 from jaxneurons.model.parameters import Params, params_dtype
 from jaxneurons.model.sharding import (
     ShardingRules,
@@ -223,7 +223,7 @@ class LM:
             "sha256": self.hash,
             "tokenizer_sha256": self.tokenizer_hash,
             "dtype": self.dtype.name,
-            "config": dataclasses.asdict(self.config),
+            "config": config_values(self.config),
             **({"edited": True} if self.edited else {}),
             **self.patch_facts(),
             **({"ignored_keys": list(self.ignored_keys)} if self.ignored_keys else {}),

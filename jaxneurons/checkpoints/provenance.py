@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxneurons.convert.hf import read_json
 from jaxneurons.errors import SourceError
-from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.config import ModelConfig, config_values
 from jaxneurons.model.parameters import LAYERS, Params, get, list_parameters
 
 _THREADS = 4  # that hash parameters: each holds one layer's array
@@ -151,7 +151,7 @@ def hash_params(config: ModelConfig, params: Params) -> str:
     Raises:
       SourceError: some of them are on devices of other processes.
     """
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(config_values(config), sort_keys=True).encode())
     for name, leaf in sorted(_named_leaves(params).items()):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             raise SourceError(

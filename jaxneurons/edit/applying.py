@@ -16,6 +16,7 @@ from jaxneurons.edit.entries import Region, regions
 from jaxneurons.edit.patch import Patch, plain, recorded_name
 from jaxneurons.errors import DataError
 from jaxneurons.model.axis_types import any_axes
+from jaxneurons.model.config import config_values
 from jaxneurons.model.parameters import LAYERS, Params, get
 from jaxneurons.storage.settings import check_argument
 
@@ -135,7 +136,7 @@ def _in_model(lm: LM) -> tuple[Any, ...]:
 
 
 def _check_config(lm: LM, patch: Patch) -> None:
-    ours = plain(dataclasses.asdict(lm.config))
+    ours = plain(config_values(lm.config))
     other = [
         name
         for name in sorted({*ours, *patch.config})

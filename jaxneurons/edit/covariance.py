@@ -300,14 +300,8 @@ def _lower_layers(config: ModelConfig, params: Params, count: int) -> tuple[Mode
     """The model up to some layer."""
     if count == config.num_layers:
         return config, params
-    windows: dict[str, Any] = {}
-    if config.sliding_layers is not None:
-        slides = config.sliding_layers[:count]
-        windows["sliding_layers"] = slides if len(set(slides)) > 1 else None
-        if not any(slides):
-            windows["sliding_window"] = None
     lower = jax.tree.map(lambda x: x[:count], params[LAYERS])
-    return dataclasses.replace(config, num_layers=count, **windows), {**params, LAYERS: lower}
+    return config.first_layers(count), {**params, LAYERS: lower}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layers"))

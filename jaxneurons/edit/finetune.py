@@ -41,6 +41,7 @@ from jaxneurons.edit.teacher_forcing import (
     run_layers,
 )
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model import layers
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 from jaxneurons.storage.progress import Progress
@@ -81,7 +82,7 @@ class Stream(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "layer"))
 def up_to_layer(params: Params, answers: Answers, *, config: ModelConfig, layer: int) -> Stream:
     """Run prompts with their answers up to a layer, once."""
-    x = params["embed"]["embedding"][answers.tokens]
+    x = layers.embed(params, answers.tokens, config)
     x = run_layers(params, x, answers.lengths, config=config, end=layer)
     step = layer_step(params, x.shape[:2], answers.lengths, config=config)
     leaving, activations = step(x, layer)

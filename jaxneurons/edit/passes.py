@@ -66,11 +66,11 @@ def before_subject(params: Params, split: Split, *, config: ModelConfig) -> Cach
     positions = jnp.broadcast_to(jnp.arange(seq), split.before.shape)
 
     def attend(window: Array, index: Array, q: Array, k: Array, v: Array) -> Array:
-        return causal_attention(q, k, v, positions, positions, window)
+        return causal_attention(q, k, v, positions, positions, window, config)
 
     _, kv = _run(
         params,
-        embed(params, split.before),
+        layers.embed(params, split.before, config),
         positions,
         split.length,
         attend,
@@ -87,8 +87,8 @@ def from_subject(
     """The stream as it leaves a layer from the subject's last token on, and that token itself."""
     x, seen = _run(
         params,
-        embed(params, split.after),
-        *_following(split, cached),
+        layers.embed(params, split.after, config),
+        *_following(split, cached, config),
         span=range(layer + 1),
         config=config,
         emit=lambda y, activations, *_: _at(y, activations, jnp.zeros_like(split.last)),
@@ -109,7 +109,7 @@ def above(
     x, _ = _run(
         params,
         x,
-        *_following(split, cached),
+        *_following(split, cached, config),
         span=range(layer + 1, config.num_layers),
         config=config,
         differentiable=True,
@@ -140,7 +140,7 @@ def at_subject(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def attend(window: Array, index: Array, q: Array, k: Array, v: Array) -> Array:
-        return causal_attention(q, k, v, positions, positions, window)
+        return causal_attention(q, k, v, positions, positions, window, config)
 
     def carry(y: Array, activations: dict[str, Array], index: Array) -> Array:
         act = activations["act"]
@@ -150,7 +150,7 @@ def at_subject(
 
     _, seen = _run(
         params,
-        embed(params, tokens),
+        layers.embed(params, tokens, config),
         positions,
         split.length,
         attend,
@@ -160,11 +160,6 @@ def at_subject(
         carry=carry,
     )
     return seen
-
-
-def embed(params: Params, tokens: Array) -> Array:
-    """The stream as it enters the first layer."""
-    return params["embed"]["embedding"][tokens]
 
 
 def _at(y: Array, activations: dict[str, Array], at: Array) -> AtSubject:
@@ -178,7 +173,9 @@ def _pick(stack: Array, index: Array) -> Array:
     return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
 
-def _following(split: Split, cached: Cached) -> tuple[Array, Array, Callable[..., Array]]:
+def _following(
+    split: Split, cached: Cached, config: ModelConfig
+) -> tuple[Array, Array, Callable[..., Array]]:
     """Positions from the subject's last token on, whole lengths, and attention to the cache."""
     positions = split.last[:, None] + jnp.arange(split.after.shape[1])
     held = cached.k.shape[2]
@@ -194,6 +191,7 @@ def _following(split: Split, cached: Cached) -> tuple[Array, Array, Callable[...
             _pick(cached.k, index),
             _pick(cached.v, index),
             layers.visible(positions, keys, window) & real,
+            config,
         )
 
     return positions, split.length, attend
@@ -218,21 +216,21 @@ def _run(
       The stream after the last of them; by layer what `emit` takes of the stream as it leaves it,
       its activations, rotated keys and values.
     """
-    cos, sin = layers.rope_angles(positions, config, lengths)
-    by_layer = jnp.asarray(config.every_window, jnp.int32)
+    angles = layers.rope_angles(positions, config, lengths)
 
     def step(x: Array, index: Array) -> tuple[Array, Any]:
         new: list[Array] = []
+        kind = layers.layer_kind(config, index)
 
         def attend_here(q: Array, k: Array, v: Array) -> Array:
             new.extend((k, v))
-            return attend(by_layer[index], index, q, k, v)
+            return attend(kind.window, index, q, k, v)
 
         y, activations = layers.block(
             jax.tree.map(functools.partial(_pick, index=index), params["layers"]),
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, cos, sin),
+            rotate=lambda heads: layers.rotate(heads, angles, kind.rope),
             attend=attend_here,
         )
         y = carry(y, activations, index)

@@ -34,7 +34,7 @@ from jaxneurons.edit.fingerprint import differing
 from jaxneurons.edit.method import Edit
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
-from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.config import ModelConfig, config_values
 from jaxneurons.neurons.sets import NeuronSet, Ranking
 from jaxneurons.storage.printable import counted
 from jaxneurons.storage.settings import check_argument
@@ -243,7 +243,7 @@ def make_patch(
     return Patch(
         changes=changes,
         base=lm.values_hash,
-        config=plain(dataclasses.asdict(lm.config)),
+        config=plain(config_values(lm.config)),
         facts=plain(
             {
                 **known,

@@ -85,10 +85,8 @@ class Restored(NamedTuple):
 class _Setting(NamedTuple):
     """What all layers of a run share."""
 
-    cos: Array
-    sin: Array
+    angles: layers.Angles
     positions: Array
-    windows: Array
 
 
 def window_of(config: ModelConfig) -> int:
@@ -121,7 +119,7 @@ def restored_probabilities(
     window = window_of(config) if window is None else window
     tokens, lengths = jnp.asarray(prompts.tokens), jnp.asarray(prompts.lengths)
     setting = _setting(tokens, lengths, config)
-    embedded = params["embed"]["embedding"][tokens]
+    embedded = layers.embed(params, tokens, config)
     answer = prompts.targets.shape[1]
     at = (lengths - answer)[:, None] + jnp.arange(answer)
     targets = jnp.asarray(prompts.targets)
@@ -175,8 +173,7 @@ def _chunks(count: int, kinds: tuple[Kind, ...], window: int) -> tuple[Array, Ar
 
 def _setting(tokens: Array, lengths: Array, config: ModelConfig) -> _Setting:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cos, sin = layers.rope_angles(positions, config, lengths)
-    return _Setting(cos, sin, positions, jnp.asarray(config.every_window, jnp.int32))
+    return _Setting(layers.rope_angles(positions, config, lengths), positions)
 
 
 def run(
@@ -185,24 +182,28 @@ def run(
     """The states of a run that begins with these embeddings."""
 
     def step(x: Array, per_layer: tuple[Params, Array]) -> tuple[Array, tuple[Array, ...]]:
-        layer, window = per_layer
+        layer, index = per_layer
+        kind = layers.layer_kind(config, index)
         kept: list[Array] = []
 
         def attend(q: Array, k: Array, v: Array) -> Array:
             positions = setting.positions
-            kept.append(causal_attention(q, k, v, positions, positions, window))
+            mixed = causal_attention(q, k, v, positions, positions, kind.window, config)
+            kept.append(mixed)
             return kept[0]
 
         y, activations = layers.block(
             layer,
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, setting.cos, setting.sin),
+            rotate=lambda heads: layers.rotate(heads, setting.angles, kind.rope),
             attend=attend,
         )
         return y, (x, kept[0], activations["down"])
 
-    end, (residual, mixed, down) = jax.lax.scan(step, x, (params["layers"], setting.windows))
+    end, (residual, mixed, down) = jax.lax.scan(
+        step, x, (params["layers"], jnp.arange(config.num_layers))
+    )
     return States(jnp.concatenate([residual, end[None]]), mixed, down)
 
 
@@ -228,26 +229,27 @@ def _restored(
         each prompt.
       config: the model's shape.
     """
-    kind, low, high, place = what
+    state, low, high, place = what
     at_place = setting.positions == place[:, None]
 
     def step(number: Array, x: Array) -> Array:
         here = at_place & (low <= number) & (number < high)
+        kind = layers.layer_kind(config, number)
 
         def restore(name: Kind, new: Array, old: Array) -> Array:
-            chosen = here & (kind == KINDS.index(name))
+            chosen = here & (state == KINDS.index(name))
             return jnp.where(chosen.reshape(*chosen.shape, *(1,) * (old.ndim - 2)), new, old)
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            positions, window = setting.positions, setting.windows[number]
-            mixed = causal_attention(q, k, v, positions, positions, window)
+            positions = setting.positions
+            mixed = causal_attention(q, k, v, positions, positions, kind.window, config)
             return restore("o", clean.mixed[number], mixed)
 
         y, activations = layers.block(
             jax.tree.map(lambda array: array[number], params["layers"]),
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, setting.cos, setting.sin),
+            rotate=lambda heads: layers.rotate(heads, setting.angles, kind.rope),
             attend=attend,
         )
         down = activations["down"]

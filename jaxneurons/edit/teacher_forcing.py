@@ -100,19 +100,21 @@ def layer_step(
       multipliers by site, which returns the stream as it leaves and the sites' activations.
     """
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    cos, sin = layers.rope_angles(positions, config, lengths)
+    angles = layers.rope_angles(positions, config, lengths)
 
     def step(x: Array, index: Any, scales: Any = None) -> tuple[Array, dict[str, Array]]:
         def pick(stack: Array) -> Array:
             return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
 
-        window = jnp.asarray(config.every_window, jnp.int32)[index]
+        kind = layers.layer_kind(config, index)
         return layers.block(
             jax.tree.map(pick, params[LAYERS]),
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, cos, sin),
-            attend=lambda q, k, v: causal_attention(q, k, v, positions, positions, window),
+            rotate=lambda heads: layers.rotate(heads, angles, kind.rope),
+            attend=lambda q, k, v: causal_attention(
+                q, k, v, positions, positions, kind.window, config
+            ),
             scales=scales,
         )
 
@@ -170,7 +172,7 @@ def entering(
     end: int,
 ) -> Float[Array, "batch seq hidden"]:
     """The stream as it enters layer `end`, at all positions."""
-    x = params["embed"]["embedding"][tokens]
+    x = layers.embed(params, tokens, config)
     return run_layers(params, x, lengths, config=config, end=end)
 
 

@@ -226,25 +226,26 @@ def _teacher_forced(
     """The stream as it leaves the last layer before each of the tokens, a site scaled there."""
     steps = tokens.shape[1]
     positions = last.position[:, None] + jnp.arange(steps)
-    cos, sin = layers.rope_angles(positions, config, last.length)
+    angles = layers.rope_angles(positions, config, last.length)
     keys = jnp.broadcast_to(jnp.arange(last.k.shape[2]), (len(tokens), last.k.shape[2]))
 
     def step(x: Array, per_layer: Any) -> tuple[Array, None]:
-        layer, k, v, scales, window = per_layer
+        layer, k, v, scales, index = per_layer
+        window, rope = layers.layer_kind(config, index)
         # The last position is in the cache as it was: it sees earlier keys, and itself anew.
         mask = layers.visible(positions, keys, window) & (keys < last.position[:, None])[:, None]
 
         def attend(q: Array, new_k: Array, new_v: Array) -> Array:
             if steps == 1:
-                return layers.row_attention(q, new_k, new_v, k, v, mask)
+                return layers.row_attention(q, new_k, new_v, k, v, mask, config)
             new_mask = layers.visible(positions, positions, window)
-            return layers.continued_attention(q, new_k, new_v, new_mask, k, v, mask)
+            return layers.continued_attention(q, new_k, new_v, new_mask, k, v, mask, config)
 
         y, _ = layers.block(
             layer,
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, cos, sin),
+            rotate=lambda heads: layers.rotate(heads, angles, rope),
             attend=attend,
             scales=scales,
         )
@@ -252,9 +253,9 @@ def _teacher_forced(
 
     x = jnp.asarray(last.residual)[:, None]
     if steps > 1:
-        after = params["embed"]["embedding"][jnp.maximum(tokens[:, :-1], 0)]
+        after = layers.embed(params, jnp.maximum(tokens[:, :-1], 0), config)
         x = jnp.concatenate([x, after.astype(x.dtype)], axis=1)
-    stack = (params["layers"], last.k, last.v, scales, jnp.asarray(config.every_window, jnp.int32))
+    stack = (params["layers"], last.k, last.v, scales, jnp.arange(config.num_layers))
     return jax.lax.scan(step, x, stack)[0]
 
 

@@ -180,11 +180,11 @@ def _layer_step(
     batch, answers = pre.targets.shape
     positions = jnp.tile(pre.positions, (1, layer.shape[1] // answers))
     length = pre.cache.length if owner is None else pre.cache.length[owner]
-    cos, sin = layers.rope_angles(positions, config, length)
+    angles = layers.rope_angles(positions, config, length)
     keys = jnp.broadcast_to(jnp.arange(pre.cache.k.shape[2]), (batch, pre.cache.k.shape[2]))
     # The row itself is not in the cache: it sees strictly earlier keys, and itself.
-    windows = config.layer_windows
-    mask = layers.visible(positions, keys, None if windows else config.sliding_window)
+    differ = config.layer_windows is not None
+    mask = layers.visible(positions, keys, None if differ else config.sliding_window)
     mask &= keys[:, None, :] < positions[..., None]
 
     # Keep only matmul results for the backward pass: without this policy every layer's weights
@@ -207,16 +207,18 @@ def _layer_step(
         scales = jnp.where(enters, scales, 1)
         if everywhere is not None:
             scales = jnp.concatenate([everywhere, scales[:, answers:]], axis=1)
-        seen = mask[:, :active]
-        if windows is not None:
-            window = jnp.asarray(windows, jnp.int32)[index]
-            seen = seen & layers.visible(positions[:, :active], keys, window)
+        seen, kind = mask[:, :active], layers.layer_kind(config, index)
+        if differ:
+            seen = seen & layers.visible(positions[:, :active], keys, kind.window)
+        here = layers.Angles(angles.cos[:, :, :active], angles.sin[:, :, :active])
         y, _ = layers.block(
             jax.tree.map(pick, params["layers"]),
             jnp.where(enters, jnp.tile(residual, (1, active // answers, 1)), x),
             config=config,
-            rotate=lambda heads: layers.rotate(heads, cos[:, :active], sin[:, :active]),
-            attend=lambda q, row_k, row_v: layers.row_attention(q, row_k, row_v, k, v, seen),
+            rotate=lambda heads: layers.rotate(heads, here, kind.rope),
+            attend=lambda q, row_k, row_v: layers.row_attention(
+                q, row_k, row_v, k, v, seen, config
+            ),
             scales={site: scales},
         )
         return y

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.layers import attention, visible
 
 MOST_SCORES = 1 << 20
@@ -29,6 +30,7 @@ def causal_attention(
     positions: Int[Array, "batch query"],
     keys: Int[Array, "batch key"],
     window: int | Array | None,
+    config: ModelConfig,
 ) -> Float[Array, "batch query heads dim"]:
     """Grouped-query attention of consecutive queries to the keys before them and their own.
 
@@ -41,10 +43,11 @@ def causal_attention(
       positions: of the queries.
       keys: positions of the keys: those of the queries, or 0, 1, ... of a cache.
       window: how many keys a query sees at most; None: all.
+      config: the model's shape.
     """
     queries, held = q.shape[1], k.shape[1]
     if queries == 1 or queries * held <= MOST_SCORES:
-        return attention(q, k, v, visible(positions, keys, window))
+        return attention(q, k, v, visible(positions, keys, window), config)
     size = -(-queries // PARTS)
     parts = []
     for start in range(0, queries, size):
@@ -52,7 +55,12 @@ def causal_attention(
         # A cache has room for all queries, so before the first one are at most held - queries keys.
         seen = end + held - queries
         attend = functools.partial(
-            _attend, k=k[:, :seen], v=v[:, :seen], keys=keys[:, :seen], window=window
+            _attend,
+            k=k[:, :seen],
+            v=v[:, :seen],
+            keys=keys[:, :seen],
+            window=window,
+            config=config,
         )
         count = -(-(end - start) * seen // MOST_SCORES)
         parts.append(_in_blocks(attend, q[:, start:end], positions[:, start:end], count))
@@ -60,9 +68,16 @@ def causal_attention(
 
 
 def _attend(
-    q: Array, positions: Array, *, k: Array, v: Array, keys: Array, window: int | Array | None
+    q: Array,
+    positions: Array,
+    *,
+    k: Array,
+    v: Array,
+    keys: Array,
+    window: int | Array | None,
+    config: ModelConfig,
 ) -> Array:
-    return attention(q, k, v, visible(positions, keys, window))
+    return attention(q, k, v, visible(positions, keys, window), config)
 
 
 def _in_blocks(

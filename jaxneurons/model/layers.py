@@ -1,4 +1,4 @@
-"""The parts of a Llama block as plain functions of arrays.
+"""The parts of a block as plain functions of arrays.
 
 Each function takes its parameters first and knows nothing of the others; `block` puts them
 together. A *site* is a named point of the block whose output can be scaled: see `block`.
@@ -6,6 +6,7 @@ together. A *site* is a named point of the block whose output can be scaled: see
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,23 +23,54 @@ Attend = Callable[[Array, Array, Array], Array]
 
 
 def rms_norm(
-    x: Float[Array, "*batch hidden"], scale: Float[Array, " hidden"], eps: float
+    x: Float[Array, "*batch hidden"],
+    scale: Float[Array, " hidden"],
+    eps: float,
+    offset: float = 0.0,
 ) -> Float[Array, "*batch hidden"]:
-    """Root-mean-square normalisation, in float32, then weighted in the dtype of `x`."""
+    """Root-mean-square normalisation, in float32, then weighted in the dtype of `x`.
+
+    With an offset the weight is `offset + scale`, and the product is float32 too (Gemma).
+    """
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    if offset:
+        return (normed * (offset + scale.astype(jnp.float32))).astype(x.dtype)
     return scale * normed.astype(x.dtype)
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Inverse frequencies of the rotary embedding, float32 [head_dim / 2], in radians per token.
+def norm(x: Array, params: Params, config: ModelConfig) -> Array:
+    """A norm of the model, by its parameters (`{"scale": ...}`)."""
+    return rms_norm(x, params["scale"], config.norm_eps, config.norm_offset)
 
-    For `dynamic`: those of sequences within the original context.
+
+def norm_weight(params: Params, config: ModelConfig) -> Array:
+    """What a norm multiplies by, in the parameters' dtype."""
+    return params["scale"] + config.norm_offset if config.norm_offset else params["scale"]
+
+
+def embed(
+    params: Params, tokens: Int[Array, "*batch"], config: ModelConfig
+) -> Float[Array, "*batch hidden"]:
+    """The stream as it enters the first layer."""
+    embedded = params["embed"]["embedding"][tokens]
+    if config.embed_scale == 1:
+        return embedded
+    return embedded * jnp.asarray(config.embed_scale, embedded.dtype)
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Inverse frequencies of the rotary embedding, float32 [dimensions / 2], in radians per token.
+
+    For `dynamic` and `longrope`: those of sequences within the original context.
     """
+    head_dim = rope.dim or head_dim
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv_freq = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
     if rope.inv_freq_divisors is not None:
         return (inv_freq / np.asarray(rope.inv_freq_divisors, np.float32)).astype(np.float32)
+    if rope.short_divisors is not None:
+        return (inv_freq / np.asarray(rope.short_divisors, np.float32)).astype(np.float32)
     if rope.rope_type == "linear":
         return (inv_freq / np.float32(rope.factor)).astype(np.float32)
     if rope.rope_type in ("llama3", "yarn"):
@@ -71,41 +103,97 @@ def _kept(rope: RopeConfig, head_dim: int, inv_freq: np.ndarray) -> np.ndarray:
     return 1 - np.clip(ramp, 0.0, 1.0)
 
 
+class Angles(NamedTuple):
+    """Cosines and sines of rotary angles at some positions, float32, for each of `config.ropes`.
+
+    Attributes:
+      cos: for each pair of dimensions that rotates.
+      sin: the same.
+    """
+
+    cos: Float[Array, "rope batch seq pair"]
+    sin: Float[Array, "rope batch seq pair"]
+
+
+class LayerKind(NamedTuple):
+    """In what layers differ beside their parameters.
+
+    Attributes:
+      window: how many keys a query sees at most; None: all.
+      rope: index of the layer's rotary embedding in `config.ropes`; -1: it has none.
+    """
+
+    window: Any
+    rope: Any
+
+
+def layer_kind(config: ModelConfig, index: Any) -> LayerKind:
+    """The kind of a layer, by its index, which may be traced: plain numbers if all are alike."""
+    windows, ropes = config.layer_windows, config.layer_ropes
+    return LayerKind(
+        config.sliding_window if windows is None else jnp.asarray(windows, jnp.int32)[index],
+        ropes[0] if len(set(ropes)) == 1 else jnp.asarray(ropes, jnp.int32)[index],
+    )
+
+
 def rope_angles(
     positions: Int[Array, "batch seq"],
     config: ModelConfig,
     lengths: Int[Array, " batch"],
-) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
-    """Cosines and sines of the rotary angles at `positions`, float32.
+) -> Angles:
+    """Cosines and sines of the rotary angles at `positions`.
 
     Args:
       positions: of the tokens.
       config: the model's shape.
-      lengths: tokens of each whole sequence, which `dynamic` depends on.
+      lengths: tokens of each whole sequence, which `dynamic` and `longrope` depend on.
     """
-    rope, dim = config.rope, config.head_dim
-    frequencies: Array = jnp.asarray(rope_frequencies(rope, dim))
+    every = [_angles(positions, rope, config.head_dim, lengths) for rope in config.ropes]
+    return Angles(*(jnp.stack(values) for values in zip(*every, strict=True)))
+
+
+def _angles(
+    positions: Array, rope: RopeConfig, head_dim: int, lengths: Array
+) -> tuple[Float[Array, "batch seq pair"], Float[Array, "batch seq pair"]]:
+    dim = rope.dim or head_dim
+    frequencies: Array = jnp.asarray(rope_frequencies(rope, head_dim))
+    context = rope.original_max_position
     if rope.rope_type == "dynamic":
-        context = rope.original_max_position
         longest = jnp.maximum(lengths, context).astype(jnp.float32)
         stretch = rope.factor * longest / context - (rope.factor - 1)
         theta = rope.theta * stretch ** (dim / (dim - 2))
         exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
         scaled = 1.0 / theta[:, None] ** exponents
         frequencies = jnp.where(lengths[:, None] > context, scaled, frequencies)[:, None]
+    if rope.long_divisors is not None:
+        short, long = np.asarray(rope.short_divisors), np.asarray(rope.long_divisors)
+        stretched = frequencies * jnp.asarray(short / long, jnp.float32)
+        frequencies = jnp.where(lengths[:, None] > context, stretched, frequencies)[:, None]
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def rotate(
-    x: Float[Array, "*batch heads dim"],
-    cos: Float[Array, "*batch half"],
-    sin: Float[Array, "*batch half"],
-) -> Float[Array, "*batch heads dim"]:
-    """Rotate each head's (i, i + dim / 2) pairs by the given angles."""
+    x: Float[Array, "batch seq heads dim"], angles: Angles, rope: int | Array = 0
+) -> Float[Array, "batch seq heads dim"]:
+    """Rotate each head's (i, i + pairs) pairs of dimensions; the dimensions behind them stay.
+
+    Args:
+      x: queries or keys.
+      angles: at their positions.
+      rope: which of the angles' embeddings, as `LayerKind.rope`; it may be traced.
+    """
+    if isinstance(rope, int):
+        if rope < 0:
+            return x
+        cos, sin = angles.cos[rope], angles.sin[rope]
+    else:  # the last entry, -1, leaves all as it is
+        cos = jnp.concatenate([angles.cos, jnp.ones_like(angles.cos[:1])])[rope]
+        sin = jnp.concatenate([angles.sin, jnp.zeros_like(angles.sin[:1])])[rope]
     cos, sin = cos[..., None, :].astype(x.dtype), sin[..., None, :].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    pairs = cos.shape[-1]
+    first, second, rest = jnp.split(x, (pairs, 2 * pairs), axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def visible(
@@ -121,9 +209,10 @@ def attention(
     k: Float[Array, "batch key kv_heads dim"],
     v: Float[Array, "batch key kv_heads dim"],
     mask: Bool[Array, "batch query key"],
+    config: ModelConfig,
 ) -> Float[Array, "batch query heads dim"]:
     """Grouped-query attention: each key/value head serves heads / kv_heads query heads."""
-    scores = _scores(q, k, mask)
+    scores = _scores(q, k, mask, config)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return _mix(weights, v)
 
@@ -135,6 +224,7 @@ def row_attention(
     cached_k: Float[Array, "batch key kv_heads dim"],
     cached_v: Float[Array, "batch key kv_heads dim"],
     mask: Bool[Array, "batch row key"],
+    config: ModelConfig,
 ) -> Float[Array, "batch row heads dim"]:
     """Attention of independent one-token rows: each sees the cached keys under `mask` and itself.
 
@@ -143,8 +233,8 @@ def row_attention(
     batch, rows, heads, dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, rows, kv_heads, heads // kv_heads, dim)
-    to_itself = jnp.einsum("brkgd,brkd->bkgr", grouped, k).astype(jnp.float32) / math.sqrt(dim)
-    scores = jnp.concatenate([_scores(q, cached_k, mask), to_itself[..., None]], axis=-1)
+    to_itself = _scaled(jnp.einsum("brkgd,brkd->bkgr", grouped, k), config)
+    scores = jnp.concatenate([_scores(q, cached_k, mask, config), to_itself[..., None]], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     from_itself = jnp.einsum("bkgr,brkd->brkgd", weights[..., -1], v).reshape(q.shape)
     return _mix(weights[..., :-1], cached_v) + from_itself
@@ -158,23 +248,40 @@ def continued_attention(
     cached_k: Float[Array, "batch key kv_heads dim"],
     cached_v: Float[Array, "batch key kv_heads dim"],
     mask: Bool[Array, "batch query key"],
+    config: ModelConfig,
 ) -> Float[Array, "batch query heads dim"]:
     """Attention of tokens that follow a cache, which is neither written nor copied.
 
     Each sees the cached keys under `mask` and those of the tokens themselves under `mask_of_new`.
     """
     count = cached_k.shape[1]
-    scores = jnp.concatenate([_scores(q, cached_k, mask), _scores(q, k, mask_of_new)], axis=-1)
+    both = _scores(q, cached_k, mask, config), _scores(q, k, mask_of_new, config)
+    scores = jnp.concatenate(both, axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return _mix(weights[..., :count], cached_v) + _mix(weights[..., count:], v)
 
 
-def _scores(q: Array, k: Array, mask: Array) -> Array:
+def _scaled(products: Array, config: ModelConfig) -> Array:
+    """Scores of products of queries and keys, float32."""
+    scores = products.astype(jnp.float32)
+    if config.query_scale is None:
+        scores = scores / math.sqrt(config.head_dim)
+    else:
+        scores = scores * config.query_scale
+    return _softcap(scores, config.attention_softcap)
+
+
+def _softcap(x: Array, most: float | None) -> Array:
+    """c tanh(x / c): about x where it is small, never beyond c."""
+    return x if most is None else most * jnp.tanh(x / most)
+
+
+def _scores(q: Array, k: Array, mask: Array, config: ModelConfig) -> Array:
     """Scaled and masked scores, float32 [batch, kv_heads, group, query, key]."""
     batch, queries, heads, dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k).astype(jnp.float32) / math.sqrt(dim)
+    scores = _scaled(jnp.einsum("bqkgd,bskd->bkgqs", grouped, k), config)
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
@@ -193,48 +300,75 @@ def block(
     rotate: Rotate,
     attend: Attend,
     scales: Mapping[str, Array] | None = None,
+    added: Mapping[str, Array] | None = None,
     low_rank: Mapping[str, tuple[Array, Array]] | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], dict[str, Array]]:
-    """One Llama block: attention and gated feed-forward, each around a residual connection.
+    """One block: attention and gated feed-forward, each around a residual connection.
 
     Args:
-      params: this layer's parameters: `attn_norm`, `attn`, `ffn_norm`, `ffn`.
+      params: this layer's parameters, nested as `parameters.TABLE` says.
       x: residual stream as it enters the layer.
       config: the model's shape.
       rotate: applies the rotary embedding to [batch, seq, heads, dim].
       attend: rotated q, rotated k and v to [batch, seq, heads, dim].
       scales: multipliers by site, broadcastable to [batch, seq, width]; absent = untouched.
+      added: what is added to a site's activation, after its multipliers; absent = nothing.
       low_rank: by module ("ffn.down"), factors [input, rank] and [rank, output] whose product is
         added to its kernel, but never formed.
 
     Returns:
       The residual stream as it leaves the layer, and the activation at every site after scaling:
-      `q`, `k`, `v` before the rotary embedding, `o` and `down` as they are added to the residual,
-      `up`, `gate` (before SiLU) and their product `act` as it enters the down projection.
+      `q`, `k`, `v` as they leave their projections (before their norm and the rotary embedding),
+      `o` and `down` as they leave theirs (before their norm, where there is one, and the residual),
+      `up`, `gate` (before its activation function) and `act`, the product of the two, as it enters
+      the down projection.
     """
     activations: dict[str, Array] = {}
 
     def site(name: str, value: Array) -> Array:
         if scales is not None and name in scales:
             value = value * scales[name].astype(value.dtype)
+        if added is not None and name in added:
+            value = value + added[name].astype(value.dtype)
         activations[name] = value
         return value
 
     def linear(group: str, name: str, value: Array) -> Array:
         return _project_by(params[group][name], value, (low_rank or {}).get(f"{group}.{name}"))
 
-    h = rms_norm(x, params["attn_norm"]["scale"], config.norm_eps)
-    q = _heads(site("q", linear("attn", "q", h)), config.head_dim)
-    k = _heads(site("k", linear("attn", "k", h)), config.head_dim)
+    h = norm(x, params["attn_norm"], config) if config.pre_norms else x
+    q = _normed_heads(site("q", linear("attn", "q", h)), params["attn"].get("q_norm"), config)
+    k = _normed_heads(site("k", linear("attn", "k", h)), params["attn"].get("k_norm"), config)
     v = _heads(site("v", linear("attn", "v", h)), config.head_dim)
     mixed = attend(rotate(q), rotate(k), v)
-    x = x + site("o", linear("attn", "o", mixed.reshape(*x.shape[:-1], -1)))
+    o = site("o", linear("attn", "o", mixed.reshape(*x.shape[:-1], -1)))
+    x = x + (norm(o, params["attn_post_norm"], config) if config.post_norms else o)
 
-    h = rms_norm(x, params["ffn_norm"]["scale"], config.norm_eps)
+    h = norm(x, params["ffn_norm"], config) if config.pre_norms else x
     up = site("up", linear("ffn", "up", h))
     gate = site("gate", linear("ffn", "gate", h))
-    act = site("act", up * jax.nn.silu(gate))
-    return x + site("down", linear("ffn", "down", act)), activations
+    act = site("act", up * activate(gate, config))
+    return add_down(params, x, site("down", linear("ffn", "down", act)), config), activations
+
+
+def activate(gate: Array, config: ModelConfig) -> Array:
+    """The activation function of the gate."""
+    return jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+
+
+def add_down(params: Params, x: Array, down: Array, config: ModelConfig) -> Array:
+    """The stream as it leaves a layer: what its feed-forward adds, normed where it is."""
+    return x + (norm(down, params["ffn_post_norm"], config) if config.post_norms else down)
+
+
+def _normed_heads(x: Array, params: Params | None, config: ModelConfig) -> Array:
+    """Queries or keys [batch, seq, heads, dim], normed where the model norms them."""
+    if params is not None and config.qk_norm == "width":
+        x = norm(x, params, config)
+    x = _heads(x, config.head_dim)
+    if params is not None and config.qk_norm == "head":
+        x = norm(x, params, config)
+    return x
 
 
 def _project_by(params: Params, x: Array, term: tuple[Array, Array] | None) -> Array:
@@ -252,7 +386,7 @@ def unembed(
     params: Params, x: Float[Array, "*batch hidden"], config: ModelConfig
 ) -> Float[Array, "*batch vocab"]:
     """Final norm and projection to the vocabulary: logits, float32."""
-    return project(params, rms_norm(x, params["final_norm"]["scale"], config.norm_eps), config)
+    return project(params, norm(x, params["final_norm"], config), config)
 
 
 def token_probability(
@@ -267,12 +401,13 @@ def token_probability(
     moves P by P (1 - P) times as much, also where P is close to 1, and the gradient needs no
     scatter into an array of the vocabulary's size.
     """
-    h = rms_norm(x, params["final_norm"]["scale"], config.norm_eps)
+    h = norm(x, params["final_norm"], config)
     if config.tied:
         chosen = params["embed"]["embedding"][tokens]
     else:
         chosen = jnp.moveaxis(params["unembed"]["kernel"][:, tokens], 0, -1)
     logit = jnp.einsum("...h,...h->...", h, chosen, preferred_element_type=jnp.float32)
+    logit = _softcap(logit, config.final_softcap)
     is_target = jnp.arange(config.vocab_size) == tokens[..., None]
     others = jnp.where(is_target, MASKED, project(params, h, config))
     return jax.nn.sigmoid(logit - jax.nn.logsumexp(others, axis=-1))
@@ -282,4 +417,5 @@ def project(params: Params, h: Array, config: ModelConfig) -> Array:
     """A normed residual times the unembedding: logits, float32."""
     weights = params["embed"]["embedding"] if config.tied else params["unembed"]["kernel"]
     equation = "...h,vh->...v" if config.tied else "...h,hv->...v"
-    return jnp.einsum(equation, h, weights, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(equation, h, weights, preferred_element_type=jnp.float32)
+    return _softcap(logits, config.final_softcap)

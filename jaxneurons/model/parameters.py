@@ -71,7 +71,7 @@ SITE_AXES = {
     "v": "kv_heads",
     "o": "hidden",
 }
-"""The axis that the neurons of a site lie along."""
+"""The axis that the neurons of a site (of one expert, where there are any) lie along."""
 
 
 def check_site(site: str) -> None:
@@ -81,9 +81,10 @@ def check_site(site: str) -> None:
 
 
 def site_widths(config: ModelConfig) -> dict[str, int]:
-    """Neurons of every site in one layer."""
-    sizes = axes(config)
-    return {site: sizes[axis].size for site, axis in SITE_AXES.items()}
+    """Neurons of every site in one layer: at `up`, `gate` and `act` those of all experts."""
+    sizes = {name: axis.size for name, axis in axes(config).items()}
+    sizes["intermediate"] = config.neurons_per_layer
+    return {site: sizes[axis] for site, axis in SITE_AXES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,22 @@ def _never(config: ModelConfig) -> bool:
 
 def _untied(config: ModelConfig) -> bool:
     return not config.tied
+
+
+def _pre_norms(config: ModelConfig) -> bool:
+    return config.pre_norms
+
+
+def _post_norms(config: ModelConfig) -> bool:
+    return config.post_norms
+
+
+def _norms_heads(config: ModelConfig) -> bool:
+    return config.qk_norm == "head"
+
+
+def _norms_width(config: ModelConfig) -> bool:
+    return config.qk_norm == "width"
 
 
 def _names_bias(config: ModelConfig, projection: str) -> bool:
@@ -165,15 +182,21 @@ def projection(
 
 TABLE: tuple[Module, ...] = (
     embedding("embed", "vocab", "hidden"),
-    norm("layers.attn_norm", "hidden"),
+    norm("layers.attn_norm", "hidden", when=_pre_norms),
     projection("layers.attn.q", "hidden", "heads"),
     projection("layers.attn.k", "hidden", "kv_heads"),
     projection("layers.attn.v", "hidden", "kv_heads"),
+    norm("layers.attn.q_norm", "head_dim", when=_norms_heads),
+    norm("layers.attn.k_norm", "head_dim", when=_norms_heads),
+    norm("layers.attn.q_norm", "heads", when=_norms_width),
+    norm("layers.attn.k_norm", "kv_heads", when=_norms_width),
     projection("layers.attn.o", "heads", "hidden"),
-    norm("layers.ffn_norm", "hidden"),
+    norm("layers.attn_post_norm", "hidden", when=_post_norms),
+    norm("layers.ffn_norm", "hidden", when=_pre_norms),
     projection("layers.ffn.gate", "hidden", "intermediate"),
     projection("layers.ffn.up", "hidden", "intermediate"),
     projection("layers.ffn.down", "intermediate", "hidden"),
+    norm("layers.ffn_post_norm", "hidden", when=_post_norms),
     norm("final_norm", "hidden"),
     projection("unembed", "hidden", "vocab", when=_untied),
 )

@@ -1,4 +1,4 @@
-"""The Llama/Mistral-family decoder as a Flax Linen module with explicit activation scaling.
+"""The decoder as a Flax Linen module with explicit activation scaling.
 
 `Transformer(config).apply({"params": params}, tokens, scales=...)` is the whole model; `forward`
 is the same call as a plain function. This is the only file that imports Flax.
@@ -106,8 +106,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, per_layer: Any, shared: Any) -> tuple[Array, Any]:
         """Carry the residual through; emit the layer's new keys, values and activations."""
-        scales, low_rank, cached, window = per_layer
-        cos, sin, positions, at, real = shared
+        scales, low_rank, cached, index = per_layer
+        angles, positions, at, real = shared
+        kind = layers.layer_kind(self.config, index)
         store: tuple[Array, Array] | None = None
 
         def attend(q: Array, k: Array, v: Array) -> Array:
@@ -117,8 +118,7 @@ class Block(nn.Module):
                 k, v = _write(cached[0], k, positions), _write(cached[1], v, positions)
                 keys = jnp.broadcast_to(jnp.arange(k.shape[1]), (k.shape[0], k.shape[1]))
                 store = (k, v)
-            most = self.config.sliding_window if window is None else window
-            return causal_attention(q, k, v, positions, keys, most)
+            return causal_attention(q, k, v, positions, keys, kind.window, self.config)
 
         declared = _declared(self.config)[LAYERS]
         params = {name: Weights(group, name=name)() for name, group in declared.items()}
@@ -126,7 +126,7 @@ class Block(nn.Module):
             params,
             x,
             config=self.config,
-            rotate=lambda heads: layers.rotate(heads, cos, sin),
+            rotate=lambda heads: layers.rotate(heads, angles, kind.rope),
             attend=attend,
             scales=scales,
             low_rank=low_rank,
@@ -191,7 +191,7 @@ def _mean(x: Array, real: Array) -> Array:
 
 
 class Transformer(nn.Module):
-    """A Llama/Mistral-family decoder: embedding, `nn.scan` over stacked blocks, unembedding."""
+    """A decoder: embedding, `nn.scan` over stacked blocks, unembedding."""
 
     config: ModelConfig
 
@@ -219,8 +219,7 @@ class Transformer(nn.Module):
         real = jnp.arange(seq) < lengths[:, None]
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         positions = start[:, None] + jnp.arange(seq)
-        cos, sin = layers.rope_angles(positions, config, start + lengths)
-        windows = config.layer_windows
+        angles = layers.rope_angles(positions, config, start + lengths)
 
         params = {
             name: Weights(group, name=name)()
@@ -236,14 +235,14 @@ class Transformer(nn.Module):
             length=config.num_layers,
         )(config, capture, reduce, name=LAYERS)
         x, (store, activations) = stack(
-            params["embed"]["embedding"][tokens],
+            layers.embed(params, tokens, config),
             (
                 _by_layer(scales) if scales else None,
                 dict(low_rank) if low_rank else None,
                 None if cache is None else (cache.k, cache.v),
-                None if windows is None else jnp.asarray(windows, jnp.int32),
+                jnp.arange(config.num_layers),
             ),
-            (cos, sin, positions, at, real),
+            (angles, positions, at, real),
         )
         if cache is not None:
             cache = Cache(store[0], store[1], cache.length + lengths)

@@ -72,9 +72,10 @@ SOON = ("gqa", "window", "five", "cache-window")
 )
 def test_values_and_gradients_are_those_of_plain_attention(case, small_blocks):
     q, k, v, positions, keys, window = drawn(case)
+    config = tiny_config(head_dim=q.shape[-1])
     ways = {
-        "blocks": lambda q, k, v: causal_attention(q, k, v, positions, keys, window),
-        "plain": lambda q, k, v: attention(q, k, v, visible(positions, keys, window)),
+        "blocks": lambda q, k, v: causal_attention(q, k, v, positions, keys, window, config),
+        "plain": lambda q, k, v: attention(q, k, v, visible(positions, keys, window), config),
     }
     jaxpr = str(jax.make_jaxpr(ways["blocks"])(q, k, v))
     assert "scan" in jaxpr  # it is cut
@@ -98,7 +99,13 @@ def test_values_and_gradients_are_those_of_plain_attention(case, small_blocks):
 
 def test_inside_vmap(small_blocks):
     q, k, v, positions, keys, window = drawn("cache-window")
-    attend = functools.partial(causal_attention, positions=positions, keys=keys, window=window)
+    attend = functools.partial(
+        causal_attention,
+        positions=positions,
+        keys=keys,
+        window=window,
+        config=tiny_config(head_dim=q.shape[-1]),
+    )
     scaled = jnp.stack([q, 2 * q, -q])
     many = compiled(jax.vmap(lambda q: attend(q, k, v)))(scaled)
     one = compiled(lambda q: attend(q, k, v))

@@ -348,7 +348,7 @@ def test_scan_is_a_loop_over_blocks(shape):
     config = SHAPES[shape]
     params, tokens = tiny_params(config), random_tokens(config, (2, 7))
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    cos, sin = layers.rope_angles(positions, config, jnp.full(len(tokens), positions.shape[1]))
+    angles = layers.rope_angles(positions, config, jnp.full(len(tokens), positions.shape[1]))
     mask = layers.visible(positions, positions, config.sliding_window)
     x = params["embed"]["embedding"][tokens]
     for index in range(config.num_layers):
@@ -356,8 +356,8 @@ def test_scan_is_a_loop_over_blocks(shape):
             jax.tree.map(lambda a, index=index: a[index], params["layers"]),
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, cos, sin),
-            attend=lambda q, k, v: layers.attention(q, k, v, mask),
+            rotate=lambda heads: layers.rotate(heads, angles),
+            attend=lambda q, k, v: layers.attention(q, k, v, mask, config),
         )
     expected = layers.unembed(params, x, config)
     logits = apply(config, at="all")(params, tokens).logits
