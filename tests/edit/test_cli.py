@@ -64,6 +64,7 @@ def test_an_optimisation_that_stops_early_is_no_success(run, tmp_path):
     np.testing.assert_array_equal(np.asarray(change.left) @ np.asarray(change.right), 0)
 
 
+@pytest.mark.slow
 def test_learned_edits_change_the_located_neurons_alone(run, tmp_path):
     patch = tmp_path / "learn.safetensors"
     code, _, err = run(
@@ -96,6 +97,7 @@ def test_surgery_says_what_it_did(run, tmp_path):
     assert "may well have failed" in err
 
 
+@pytest.mark.slow
 def test_located_neurons_are_those_of_the_highest_attribution():
     lm, requests = lab(), lab_requests(3)
     sets = locate_neurons(lm, requests, count=5)

@@ -144,6 +144,7 @@ def test_locating_goes_on_with_fewer_rows(monkeypatch):
             np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_measures_go_on_with_fewer_edits(monkeypatch):
     from jaxneurons.edit import measures
 
