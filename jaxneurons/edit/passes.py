@@ -6,7 +6,6 @@ anywhere, and below that layer nothing changes at all. So prompts run once (`bef
 through the layers above against cached keys and values (`above`).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -227,7 +226,7 @@ def _run(
             return attend(kind.window, index, q, k, v)
 
         y, activations = layers.block(
-            jax.tree.map(functools.partial(_pick, index=index), params["layers"]),
+            layers.layer_params(params, index, config),
             x,
             config=config,
             rotate=lambda heads: layers.rotate(heads, angles, kind.rope),

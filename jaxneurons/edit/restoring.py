@@ -181,8 +181,7 @@ def run(
 ) -> States:
     """The states of a run that begins with these embeddings."""
 
-    def step(x: Array, per_layer: tuple[Params, Array]) -> tuple[Array, tuple[Array, ...]]:
-        layer, index = per_layer
+    def step(x: Array, index: Array) -> tuple[Array, tuple[Array, ...]]:
         kind = layers.layer_kind(config, index)
         kept: list[Array] = []
 
@@ -193,7 +192,7 @@ def run(
             return kept[0]
 
         y, activations = layers.block(
-            layer,
+            layers.layer_params(params, index, config),
             x,
             config=config,
             rotate=lambda heads: layers.rotate(heads, setting.angles, kind.rope),
@@ -201,9 +200,7 @@ def run(
         )
         return y, (x, kept[0], activations["down"])
 
-    end, (residual, mixed, down) = jax.lax.scan(
-        step, x, (params["layers"], jnp.arange(config.num_layers))
-    )
+    end, (residual, mixed, down) = jax.lax.scan(step, x, jnp.arange(config.num_layers))
     return States(jnp.concatenate([residual, end[None]]), mixed, down)
 
 
@@ -246,7 +243,7 @@ def _restored(
             return restore("o", clean.mixed[number], mixed)
 
         y, activations = layers.block(
-            jax.tree.map(lambda array: array[number], params["layers"]),
+            layers.layer_params(params, number, config),
             x,
             config=config,
             rotate=lambda heads: layers.rotate(heads, setting.angles, kind.rope),

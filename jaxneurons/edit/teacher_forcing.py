@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxneurons.model import layers
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import LAYERS, Params
+from jaxneurons.model.parameters import Params
 from jaxneurons.prompts.batches import by_length
 
 
@@ -103,12 +103,9 @@ def layer_step(
     angles = layers.rope_angles(positions, config, lengths)
 
     def step(x: Array, index: Any, scales: Any = None) -> tuple[Array, dict[str, Array]]:
-        def pick(stack: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
-
         kind = layers.layer_kind(config, index)
         return layers.block(
-            jax.tree.map(pick, params[LAYERS]),
+            layers.layer_params(params, index, config),
             x,
             config=config,
             rotate=lambda heads: layers.rotate(heads, angles, kind.rope),

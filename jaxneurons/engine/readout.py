@@ -10,6 +10,7 @@ from jaxneurons.errors import ConfigError
 from jaxneurons.model import layers
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import neuron_place
 from jaxneurons.model.transformer import Params
 from jaxneurons.neurons.sets import NeuronSet, Ranking
 
@@ -38,7 +39,9 @@ def written_directions(
 def _directions(params: Params, site: str, at: np.ndarray, config: ModelConfig) -> Array:
     """[neuron, hidden] of neurons `at` [2, neuron] of a site."""
     if site in INNER:
-        return jnp.asarray(params["layers"]["ffn"]["down"]["kernel"])[tuple(at)]
+        layer, index = at
+        place = (layer, *neuron_place(index, config))
+        return jnp.asarray(params["layers"]["ffn"]["down"]["kernel"])[place]
     if site in ("down", "o"):
         return jax.nn.one_hot(at[1], config.hidden_size)
     raise ConfigError(

@@ -16,11 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxneurons.model import layers, transformer
+from jaxneurons.model import experts, layers, transformer
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.blockwise import MOST_SCORES
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import Params, axes, list_parameters, params_dtype
+from jaxneurons.model.parameters import (
+    Params,
+    axes,
+    list_parameters,
+    outputs_per_token,
+    params_dtype,
+)
 from jaxneurons.neurons.sets import Site, site_width
 
 Entries = tuple[tuple[int, int], ...]
@@ -193,6 +199,9 @@ def _layer_step(
     keep = jax.checkpoint_policies.dots_saveable
     if keys.shape[1] > MANY_KEYS:
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if config.experts:
+        products = jax.checkpoint_policies.save_only_these_names(experts.PRODUCTS)
+        keep = jax.checkpoint_policies.save_from_both_policies(keep, products)
 
     @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
     def step(x: Array, scales: Array, index: Array, everywhere: Array | None) -> Array:
@@ -212,7 +221,7 @@ def _layer_step(
             seen = seen & layers.visible(positions[:, :active], keys, kind.window)
         here = layers.Angles(angles.cos[:, :, :active], angles.sin[:, :, :active])
         y, _ = layers.block(
-            jax.tree.map(pick, params["layers"]),
+            layers.layer_params(params, index, config),
             jnp.where(enters, jnp.tile(residual, (1, active // answers, 1)), x),
             config=config,
             rotate=lambda heads: layers.rotate(heads, here, kind.rope),
@@ -366,13 +375,15 @@ def rows_in_budget(
     """
     # The outputs of a layer's projections, and of attention before the last of its own.
     per_layer = axes(config)["heads"].size + sum(
-        parameter.layer_shape[-1]
+        outputs_per_token(parameter, config)
         for parameter in list_parameters(config)
         if parameter.per_layer and parameter.path[-1] == "kernel"
     )
     scores = config.num_heads * (keys + 1)
     scores *= config.num_layers if keys <= MANY_KEYS else 6
     per_row = 4 * (config.num_layers * per_layer + scores + 3 * config.vocab_size)
+    if config.experts:  # multipliers of all neurons, which a layer picks from, and their gradient
+        per_row += 4 * 3 * config.neurons_per_layer
     busy = 640 if (platform or jax.default_backend()) == "cpu" else 1024
     return max(1, min(memory_budget // per_row, busy))
 
@@ -394,5 +405,9 @@ def memory_bound(
     sizes = axes(config)
     kept = 2 * config.num_layers * sizes["kv_heads"].size
     widths = sum(sizes[name].size for name in ("hidden", "intermediate", "heads", "kv_heads"))
+    # A token's row comes once for each expert that it runs.
+    widths += max(0, config.experts_per_token - 1) * (
+        sizes["hidden"].size + sizes["intermediate"].size
+    )
     scores = config.num_heads * min(tokens**2, MOST_SCORES)
     return 4 * prompts * (tokens * (2 * kept + 4 * widths) + 4 * scores) + memory_budget

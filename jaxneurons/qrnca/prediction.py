@@ -71,7 +71,7 @@ def _read(
         jnp.asarray(batch.targets),
         config=config,
         lengths=jnp.asarray(batch.lengths),
-        capture=("act",),
+        capture=("act", "router") if config.experts else ("act",),
     )
     cache = pre.cache._replace(length=jnp.asarray(batch.lengths))
     layer, index = where[..., 0], where[..., 1]  # [row, neuron]
@@ -84,7 +84,10 @@ def _read(
     options = jnp.asarray(batch.options[..., 0])
     seen = jax.lax.map(present, options.T).swapaxes(0, 1)
     act = pre.captured["act"][layer, row, 0, index]
-    written = params["layers"]["ffn"]["down"]["kernel"][layer, index] * act[..., None]
+    if config.experts:  # what an expert writes is added with its weight
+        act = act * pre.captured["router"][layer, row, 0, neuron_place(index, config)[0]]
+    place = (layer, *neuron_place(index, config))
+    written = params["layers"]["ffn"]["down"]["kernel"][place] * act[..., None]
     written = written * params["final_norm"]["scale"]
     if config.tied:
         unembedding = params["embed"]["embedding"][options]
