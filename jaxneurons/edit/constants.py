@@ -89,6 +89,11 @@ def with_biases(
 def _check_biases(neurons: NeuronSet, config: ModelConfig) -> None:
     for site in neurons.codes:
         needed = ("up", "gate") if site == "act" else (site,)
+        if config.experts and {*needed} & {"up", "gate", "down"}:
+            raise ConfigError(
+                f"site {site!r}: a constant is a bias, and projections of experts have none here; "
+                "scale the neurons instead"
+            )
         if missing := [name for name in needed if name not in config.biases]:
             raise ConfigError(
                 f"site {site!r}: a constant is a bias, and this model ({config.family}) has none "

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.edit import alphaedit, memit
 from jaxneurons.edit.contexts import Contexts, batches, encode_contexts
 from jaxneurons.edit.covariance import Covariance
+from jaxneurons.edit.experts import check_one_kernel
 from jaxneurons.edit.method import MEMIT, AlphaEdit, Edit, Trace, default_layers
 from jaxneurons.edit.passes import Split, at_subject
 from jaxneurons.edit.requests import EditRequest
@@ -59,6 +60,7 @@ class Update(NamedTuple):
 
 def layers_of(settings: MEMIT | AlphaEdit, config: ModelConfig) -> tuple[int, ...]:
     """The layers that are edited."""
+    check_one_kernel(config, type(settings).__name__)
     return default_layers(config) if settings.layers is None else settings.layers
 
 

@@ -152,7 +152,7 @@ def run_layers(
         y, activations = step(x, index, scales)
         if added is None:
             return y
-        act = activations["act"][..., added.rows].astype(jnp.float32)
+        act = layers.read_by_down(activations, added.rows, config).astype(jnp.float32)
         return y + jnp.einsum("bsr,rh->bsh", act, added.vectors).astype(y.dtype)
 
     stacked = (jnp.arange(first, end), scales, additions)

@@ -95,6 +95,13 @@ class ChosenNeurons(NamedTuple):
             jnp.take_along_axis(self.experts, positions[..., None], axis=1),
         )
 
+    def pick(
+        self, expert: Int[Array, " neuron"], index: Int[Array, " neuron"]
+    ) -> Float[Array, "batch seq neuron"]:
+        """Some neurons, by expert and index in it."""
+        here = self.experts[..., None] == expert
+        return jnp.where(here, self.values[..., index], 0).sum(-2)
+
     def dense(self, experts: int) -> Float[Array, "batch seq neurons"]:
         """All neurons of the layer: neuron i of expert e at e * width + i."""
         *tokens, _, width = self.values.shape

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxneurons.errors import ConfigError
 from jaxneurons.model import experts
 from jaxneurons.model.config import ModelConfig, RopeConfig
-from jaxneurons.model.parameters import Params
+from jaxneurons.model.parameters import Params, neuron_place
 
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 
@@ -405,6 +405,20 @@ _EXPERT_KERNELS = [["ffn", name, "kernel"] for name in ("gate", "up", "down")]
 def activate(gate: Array, config: ModelConfig) -> Array:
     """The activation function of the gate."""
     return jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+
+
+def read_by_down(
+    activations: Mapping[str, Any], index: Int[Array, " neuron"], config: ModelConfig
+) -> Float[Array, "batch seq neuron"]:
+    """What some neurons of a layer put into the down projection, by the activations of `block`.
+
+    Where there are experts: times the router's weight, and 0 where a token does not run theirs.
+    """
+    act = activations["act"]
+    if not config.experts:
+        return act[..., index]
+    expert, index = neuron_place(index, config)
+    return act.pick(expert, index) * activations["router"][..., expert]
 
 
 def add_down(params: Params, x: Array, down: Array, config: ModelConfig) -> Array:

@@ -81,6 +81,11 @@ def check_site(site: str) -> None:
         raise ConfigError(f"unknown site {site!r}; {near_matches(site, SITE_AXES)}")
 
 
+def site_axis(site: str) -> str:
+    """The name of the axis that the neurons of a site lie along."""
+    return SITE_AXES[site]
+
+
 def site_widths(config: ModelConfig) -> dict[str, int]:
     """Neurons of every site in one layer: at `up`, `gate` and `act` those of all experts."""
     sizes = {name: axis.size for name, axis in axes(config).items()}
@@ -301,7 +306,7 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
 
 
 def outputs_per_token(parameter: Parameter, config: ModelConfig) -> int:
-    """Values that a layer's kernel makes of a token: those of the experts that it runs, together."""
+    """Values that a layer's kernel makes of a token: of all experts that it runs."""
     chosen = config.experts_per_token if "experts" in parameter.axes[:-1] else 1
     return chosen * parameter.layer_shape[-1]
 

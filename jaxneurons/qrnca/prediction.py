@@ -34,6 +34,7 @@ from jaxneurons.engine.readout import INNER
 from jaxneurons.engine.rows import prefill
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.parameters import neuron_place
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.controls import generator, layer_matched_at_most
 from jaxneurons.neurons.sets import NeuronSet, Site

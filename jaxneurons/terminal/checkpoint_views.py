@@ -10,6 +10,7 @@ from jaxneurons.terminal.console import console, gib
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.description import Description
+    from jaxneurons.model.config import ModelConfig
 
 
 def show_certificate(certificate: Mapping[str, Any]) -> None:
@@ -40,6 +41,14 @@ def show_certificate(certificate: Mapping[str, Any]) -> None:
         )
 
 
+def _experts(config: "ModelConfig") -> list[tuple[str, str]]:
+    """The row about experts, of a model that has some."""
+    if not config.experts:
+        return []
+    shown = f"{config.experts} a layer of {config.intermediate_size:,} neurons each"
+    return [("experts", f"{shown}, a token runs {config.experts_per_token}")]
+
+
 def show_description(description: "Description") -> None:
     """Family, shapes, sizes and tokenizer of a checkpoint, of `inspect`."""
     config, rope = description.config, description.config.rope
@@ -60,6 +69,7 @@ def show_description(description: "Description") -> None:
         ("sliding window", window),
         ("rotary embedding", f"{kind}, theta {rope.theta:g}"),
         ("context", f"{config.max_position} tokens"),
+        *_experts(config),
         ("biases", ", ".join(config.biases) or "none"),
         ("unembedding", "tied to the embedding" if config.tied else "its own"),
         ("parameters", f"{description.parameters:,}"),
@@ -67,7 +77,7 @@ def show_description(description: "Description") -> None:
             "neurons per layer",
             ", ".join(f"{site} {width:,}" for site, width in description.neurons.items()),
         ),
-        ("FFN neurons", f"{config.num_layers * config.intermediate_size:,}"),
+        ("FFN neurons", f"{config.num_layers * config.neurons_per_layer:,}"),
         ("on disk", _sizes(description.stored) or "not here"),
         ("in memory", _sizes(description.memory)),
         (

@@ -27,35 +27,25 @@ TOKENS, LENGTHS, TARGETS = random_tokens(CONFIG, (3, 6)), jnp.array([6, 4, 1]), 
 SITES = ("up", "act", "down")
 
 
-def scaled_at_last(layer, site, alpha):
-    """For `dense_forward`: one site of one layer, at the last position."""
-
-    def scale(name, number, values):
-        if (name, number) != (site, layer):
-            return values
-        return values.at[-1].multiply(alpha)
-
-    return scale
-
-
 @functools.cache
-def path(site, length, layer):
-    """dP/dscale, P and the router's choices at each alpha, of a prompt of this length."""
+def path(site):
+    """dP/dscale, P and the router's choices at each alpha, of a prompt with one layer scaled."""
 
-    def probability(ids, target, alpha):
-        scale = scaled_at_last(layer, site, alpha)
-        logits, seen = dense_forward(PARAMS, np.arange(length) * 0 + ids, CONFIG, scale)
-        return jax.nn.softmax(logits[-1])[target], seen["router"][:, -1] > 0
+    def probability(vector, ids, last, target, layer):
+        def scale(name, number, values):
+            if name != site:
+                return values
+            return values.at[last].multiply(jnp.where(number == layer, vector, 1))
 
-    def at(ids, target, alpha):
-        width = WIDTH if site != "down" else CONFIG.hidden_size
-        vector = jnp.full(width, alpha)
-        (p, chosen), gradient = jax.value_and_grad(probability, 2, has_aux=True)(
-            ids, target, vector
-        )
+        logits, seen = dense_forward(PARAMS, ids, CONFIG, scale)
+        return jax.nn.softmax(logits[last])[target], seen["router"][:, last] > 0
+
+    def at(alpha, *prompt):
+        vector = jnp.full(CONFIG.hidden_size if site == "down" else WIDTH, alpha)
+        (p, chosen), gradient = jax.value_and_grad(probability, has_aux=True)(vector, *prompt)
         return gradient, p, chosen
 
-    return compiled(jax.vmap(at, (None, None, 0)))
+    return compiled(lambda alphas, *prompt: jax.lax.map(lambda a: at(a, *prompt), alphas))
 
 
 def oracle(site, nodes, weights):
@@ -63,15 +53,14 @@ def oracle(site, nodes, weights):
     alphas = jnp.concatenate([jnp.array([0.0, 1.0]), jnp.asarray(nodes, jnp.float32)])
     weights = np.concatenate([[0, 0], weights])
     rows = []
-    for ids, length, target in zip(TOKENS, LENGTHS.tolist(), TARGETS, strict=True):
+    for ids, length, target in zip(TOKENS, LENGTHS, TARGETS, strict=True):
         for layer in range(CONFIG.num_layers):
-            gradient, p, chosen = path(site, length, layer)(ids[:length], target, alphas)
+            gradient, p, chosen = path(site)(alphas, ids, length - 1, target, layer)
             scores = np.einsum("aw,a->w", np.asarray(gradient, float), weights)
-            rows.append((scores, p[0], p[1], (chosen == chosen[:1]).all()))
+            rows.append((scores, p[0], p[1], bool((chosen == chosen[:1]).all())))
     shape = (len(TOKENS), CONFIG.num_layers)
-    return tuple(
-        np.array(column).reshape(*shape, *np.shape(column[0])) for column in zip(*rows, strict=True)
-    )
+    columns = (np.array(column) for column in zip(*rows, strict=True))
+    return tuple(column.reshape(*shape, *column.shape[1:]) for column in columns)
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -107,20 +96,24 @@ def test_scaled_answers_and_responses_equal_the_dense_model():
     pre = prefill(PARAMS, TOKENS, TARGETS[:, None], config=CONFIG, lengths=LENGTHS)
     trials = changes([[(NeuronSet(), 0.0)] * 3, [(neurons, 0.0)] * 3], site="up")
     answers = scaled_answers(PARAMS, last_position(pre), trials, config=CONFIG)
-    means = mean_responses(PARAMS, TOKENS, config=CONFIG, lengths=LENGTHS, sites=("up", "act"))
+    means = mean_responses(PARAMS, TOKENS, LENGTHS, config=CONFIG, sites=("up", "act"))
+
+    @compiled
+    def theirs(ids, last, off):
+        def scale(name, layer, values):
+            return values.at[last].multiply(off[layer]) if name == "up" else values
+
+        logits, seen = dense_forward(PARAMS, ids, CONFIG, scale)
+        return jax.nn.softmax(logits[last]), seen
+
     for row, (ids, length) in enumerate(zip(TOKENS, LENGTHS.tolist(), strict=True)):
-
-        def off(name, layer, values):
-            return values.at[-1].multiply(scales[layer]) if name == "up" else values
-
-        plain, seen = dense_forward(PARAMS, ids[:length], CONFIG)
-        ablated, _ = dense_forward(PARAMS, ids[:length], CONFIG, off)
-        wanted = [jax.nn.softmax(x[-1])[TARGETS[row]] for x in (plain, ablated)]
+        ones = np.ones_like(scales)
+        (plain, seen), (ablated, _) = (theirs(ids, length - 1, off) for off in (ones, scales))
+        wanted = [p[TARGETS[row]] for p in (plain, ablated)]
         np.testing.assert_allclose(answers.probability[:, row], wanted, rtol=1e-4)
         for site in ("up", "act"):
-            np.testing.assert_allclose(
-                means[site][:, row], seen[site].mean(1), rtol=1e-4, atol=1e-5
-            )
+            mean = seen[site][:, :length].mean(1)
+            np.testing.assert_allclose(means[site][:, row], mean, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_neuron_of_an_expert_writes():

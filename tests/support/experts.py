@@ -172,7 +172,7 @@ def dense_forward(
 
     gap = np.arange(seq)[:, None] - np.arange(seq)
     hidden = (gap < 0) | (gap >= (config.sliding_window or seq))
-    x = params["embed"]["embedding"][np.asarray(tokens)]
+    x = params["embed"]["embedding"][jnp.asarray(tokens)]
     for layer in range(config.num_layers):
         p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"])
         h = norm(x, p["attn_norm"]["scale"])
