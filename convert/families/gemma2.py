@@ -48,7 +48,7 @@ def read_scores(
     }
 
 
-def query_scale(divisor: float, shape: Shape) -> float | None:
+def query_scale(divisor: float | int, shape: Shape) -> float | None:
     """What scores are multiplied by, of the square of its reciprocal; None: the usual."""
     return None if divisor == shape.head_dim else 1 / math.sqrt(divisor)
 

@@ -1,5 +1,6 @@
 """Tiny random models of every supported family, made by transformers, and logits of both sides."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -75,6 +76,9 @@ BY_TYPE = {
     "sliding_attention": {"rope_theta": 20.0, "rope_type": "default"},
 }
 LINEAR_FULL = {**BY_TYPE, FULL: {"rope_theta": 500.0, "rope_type": "linear", "factor": 8.0}}
+# GGUF files state no base of sliding layers: it is 10,000.
+THETAS_OF_GGUF = {**BY_TYPE, SLIDING: {"rope_theta": 10000.0, "rope_type": "default"}}
+LINEAR_FULL_OF_GGUF = {**THETAS_OF_GGUF, FULL: LINEAR_FULL[FULL]}
 LONG = {
     "rope_type": "longrope",
     "rope_theta": 500.0,
@@ -186,6 +190,47 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Those that llama.cpp's converter has a place for: it writes neither periods nor scales of scores.
+IN_GGUF: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", {"head_dim": 12, "num_key_value_heads": 1}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": WINDOW}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": WINDOW}
+        | {"num_hidden_layers": 7, "rope_parameters": THETAS_OF_GGUF},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 128}),  # transformers takes it for granted
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", {"rope_parameters": PARTIAL, **EXTENDED}),
+    "gemma3, linear": (
+        "Gemma3Text",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW}
+        | {"num_hidden_layers": 6, "rope_parameters": LINEAR_FULL_OF_GGUF}
+        | {"tie_word_embeddings": False, "final_logit_softcapping": 3.0},
+    ),
+    "qwen3, yarn, tied": (
+        "Qwen3",
+        {"head_dim": 8, "max_position_embeddings": 4 * CONTEXT, "tie_word_embeddings": True}
+        | {"rope_parameters": {"rope_theta": 500.0, **ROPES["yarn"]}},
+    ),
+    "smollm3, biases, untied": (
+        "SmolLM3",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+        | {"num_hidden_layers": 4},
+    ),
+    "phi3, window, tied": (
+        "Phi3",
+        {"sliding_window": WINDOW, "original_max_position_embeddings": CONTEXT}
+        | {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+}
+
+
 def make(family: str, rope: str, heads: str, tied: bool, *, loud: bool = True) -> Any:
     """A tiny model; `loud`: with weights so large that every part of it matters."""
     name, changes = FAMILIES[family]
@@ -217,9 +262,9 @@ def make(family: str, rope: str, heads: str, tied: bool, *, loud: bool = True) -
     return model
 
 
-def variant(name: str) -> Any:
-    """A tiny model of `VARIANTS`, whose weights are so large that every part of it matters."""
-    kind, changes = VARIANTS[name]
+def variant(name: str, table: Mapping[str, tuple[str, dict[str, Any]]] = VARIANTS) -> Any:
+    """A tiny model of a table, whose weights are so large that every part of it matters."""
+    kind, changes = table[name]
     if not hasattr(transformers, f"{kind}Config"):
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     name = kind.removesuffix("Text")
