@@ -133,10 +133,10 @@ def _read(keys: Keys, family: Family, model_type: str) -> ModelConfig:
     for key in IRRELEVANT:
         keys.left.pop(key, None)
     keys.done()
+    fields = {"intermediate_size": sizes["intermediate_size"], **fields}  # unless the family says
     return ModelConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=hidden,
-        intermediate_size=sizes["intermediate_size"],
         num_layers=shape.layers,
         num_heads=heads,
         num_kv_heads=heads if kv_heads is None else kv_heads,

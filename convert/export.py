@@ -182,7 +182,7 @@ def _tensors(
 ) -> dict[str, ToWrite]:
     """Every tensor by name, in its stored dtype where its values allow, else in the parameters'."""
     host = _Host(params)
-    rules, fused = stored_names(config, "hf"), fused_tensors(config, "hf")
+    rules, fused = stored_names(config, "hf"), fused_tensors(config, "hf", written=True)
     tensors = {}
     for name in file_names(config, "hf"):
         parts = [rules[part] for part in fused.get(name, (name,))]
@@ -234,6 +234,7 @@ class _Host:
         """One layer's tensor as stored, some rows at a time."""
         values = self.get(rule.path)
         values = values if layer is None else values[layer]
+        values = values if rule.expert is None else values[rule.expert]
         rows = values.shape[-1] if rule.transposed else values.shape[0]
         step = max(1, _PIECE // max(1, values.size // rows))
         for start in range(0, rows, step):

@@ -54,10 +54,14 @@ class Fused:
     Attributes:
       name: its name, `{i}` for the layer.
       parts: paths of the projections, joined by dots, in the order of its rows.
+      of_experts: it has three axes, of which the first is the experts: of each of them the parts.
+      written: files are written so; else they are only read so.
     """
 
     name: str
     parts: tuple[str, ...]
+    of_experts: bool = False
+    written: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,8 @@ class GGUFForm:
       fused: stored tensors that hold several.
       longrope: a head may rotate in part, and by the divisors of tensors of the file.
       text: where the text part is, if files may hold others.
+      names: modules of which the name is not what follows from their paths.
+      within: files name the architecture of another family, whose reader recognises this one.
     """
 
     architecture: str
@@ -101,6 +107,8 @@ class GGUFForm:
     fused: tuple[Fused, ...] = ()
     longrope: bool = False
     text: TextPart | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    within: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

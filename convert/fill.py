@@ -17,6 +17,7 @@ from jaxneurons.convert.blocks import (
     Form,
     Reading,
     blocks_of,
+    of_expert,
     put_into,
     readings,
     to_devices,
@@ -56,7 +57,8 @@ class Stored:
       name: its name in the file.
       shape: as stored, slowest axis first.
       read: returns some of its rows (a slice of axis 0); with a second slice, which is left out
-        where all are needed, some of their columns (of axis 1).
+        where all are needed, some of their columns (of axis 1). Of a tensor of three axes the first
+        two are one axis of rows.
       part_of: the stored tensor whose rows it is a part of, if it is not one itself.
     """
 
@@ -115,7 +117,8 @@ def match(
         elif not DROPPABLE[naming].fullmatch(name):
             left_over.append(name)
     problems = []
-    inside = {part: name for name, parts in fused.items() for part in parts}
+    stored_as = fused_tensors(config, naming, written=True)
+    inside = {part: name for name, parts in stored_as.items() for part in parts}
     missing = list(dict.fromkeys(inside.get(name, name) for name in targets if name not in plan))
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
@@ -158,7 +161,12 @@ def _cut(
             yield tensor
             continue
         shapes = [targets[part][0].stored_shape for part in parts]
-        _check_shape(tensor, (sum(shape[0] for shape in shapes), *shapes[0][1:]), where)
+        rows, first = sum(shape[0] for shape in shapes), targets[parts[0]][0]
+        whole = (rows, *shapes[0][1:])
+        if first.of_experts:
+            experts = first.parameter.layer_shape[0]
+            whole = (experts, rows // experts, *shapes[0][1:])
+        _check_shape(tensor, whole, where)
         start = 0
         for name, shape in zip(parts, shapes, strict=True):
             read = functools.partial(_read_below, tensor.read, start)
@@ -204,9 +212,9 @@ def fill(
     """
     target_dtype = parameter_dtype(dtype)
     plan, duplicate = match(config, tensors, naming=naming, where=where)
-    sources: dict[tuple[str, ...], dict[int | None, Stored]] = {}
+    sources: dict[tuple[Any, int | None], dict[int | None, Stored]] = {}
     for tensor, rule, layer in plan.values():
-        sources.setdefault(rule.path, {})[layer] = tensor
+        sources.setdefault((rule.path, rule.expert), {})[layer] = tensor
     interleaved = interleaves(config, naming)
     if naming == "gguf" and config.norm_offset:
         _check_norms(plan[tensor_name(FINAL_NORM, naming)][0], where)
@@ -221,12 +229,13 @@ def fill(
             unit = 1 if heads is None else rule.stored_shape[0] // heads
             form = Form(rule.parameter.per_layer, rule.transposed, unit)
             offset = stored_offset(config, rule, naming)
-            copy = functools.partial(
-                _copy, blocks, form, sources[rule.path], offset=offset, where=where
-            )
-            for nbytes in pool.map(copy, readings(blocks, form, rule.stored_shape)):
-                if progress is not None:
-                    progress(nbytes)
+            for expert in range(shape[1]) if rule.of_experts else (None,):
+                parts = of_expert(blocks, expert)
+                tensors = sources[rule.path, expert]
+                copy = functools.partial(_copy, parts, form, tensors, offset=offset, where=where)
+                for nbytes in pool.map(copy, readings(parts, form, rule.stored_shape)):
+                    if progress is not None:
+                        progress(nbytes)
             if rule.path == EMBEDDING and duplicate is not None:
                 _check_duplicate(duplicate, blocks, shape, where)
             put(params, rule.path, to_devices(blocks, shape, sharding))

@@ -229,7 +229,8 @@ def read_tensor(
     Args:
       file: the header.
       name: of the tensor.
-      rows: which of axis 0 (the slowest) to read; without a step.
+      rows: which of axis 0 (the slowest) to read; without a step. Of a tensor of three axes the
+        first two are one axis of rows.
       columns: which of axis 1, of a tensor of two axes; without a step. The quantisation blocks
         that hold them are read.
 
@@ -240,6 +241,8 @@ def read_tensor(
     from gguf.quants import dequantize
 
     info = file.tensors[name]
+    if len(info.shape) == 3:  # of all experts: their rows, one below the other
+        info = dataclasses.replace(info, shape=(info.shape[0] * info.shape[1], info.shape[2]))
     kind = GGMLQuantizationType(info.kind)
     size, width = GGML_QUANT_SIZES[kind]
     first, last, _ = rows.indices(info.shape[0])

@@ -308,10 +308,10 @@ def _read(
     for key in GGUF_IRRELEVANT:
         keys.left.pop(key, None)
     keys.done()
+    fields = {"intermediate_size": inner, "family": family.name, **fields}
     return ModelConfig(
         vocab_size=keys.need("vocab_size", vocab_size),
         hidden_size=hidden,
-        intermediate_size=inner,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads if kv_heads is None else kv_heads,
@@ -319,6 +319,5 @@ def _read(
         max_position=context,
         norm_eps=_decimal(eps),
         tied=tied,
-        family=family.name,
         **fields,
     )

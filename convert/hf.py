@@ -3,6 +3,7 @@
 Torch is never imported: pickled weights are refused.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -190,7 +191,11 @@ def stored_tensors(files: Mapping[Path, Mapping[str, Entry]]) -> Iterator[Stored
     """The tensors of `hf_tensors`, to be read by rows."""
     for path, entries in files.items():
         for name, entry in entries.items():
-            yield Stored(name, entry.shape, functools.partial(read_rows, path, name, entry))
+            rows = entry
+            if len(entry.shape) == 3:  # of all experts: their rows, one below the other
+                first, second, third = entry.shape
+                rows = dataclasses.replace(entry, shape=(first * second, third))
+            yield Stored(name, entry.shape, functools.partial(read_rows, path, name, rows))
 
 
 def read_config(

@@ -7,8 +7,9 @@ heads in another order, several in one tensor. What differs between families is 
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -69,15 +70,22 @@ class TensorRule:
       parameter: which.
       rotary_heads: of a projection whose outputs are rotated, its heads: GGUF files of architecture
         "llama" store the rows of each of them interleaved; else None.
+      expert: whose kernel it is, where each has a tensor.
     """
 
     parameter: Parameter
     rotary_heads: int | None
+    expert: int | None = None
 
     @property
     def path(self) -> tuple[str, ...]:
         """The parameter's keys in the tree."""
         return self.parameter.path
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether each expert has a kernel."""
+        return "experts" in self.parameter.axes[:-1]
 
     @property
     def transposed(self) -> bool:
@@ -86,8 +94,8 @@ class TensorRule:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Shape of one layer's tensor as checkpoints store it."""
-        shape = self.parameter.layer_shape
+        """Shape of one layer's tensor, or one expert's, as checkpoints store it."""
+        shape = self.parameter.layer_shape[1 if self.of_experts else 0 :]
         return shape[::-1] if self.transposed else shape
 
 
@@ -119,8 +127,10 @@ def tensor_name(path: tuple[str, ...], naming: Naming, family: str = "llama") ->
     *module, array = path
     inner = module[1:] if module[0] == LAYERS else module
     names = _NAMES[naming]
-    if naming == "hf" and family in FAMILIES:
-        names = {**names, **FAMILIES[family].names}
+    if family in FAMILIES:
+        form = FAMILIES[family]
+        others = form.names if naming == "hf" else {} if form.gguf is None else form.gguf.names
+        names = {**names, **others}
     if (name := names.get(".".join(module))) is None:
         if naming == "hf":
             name = "model.layers.{i}." if module[0] == LAYERS else "model."
@@ -136,11 +146,12 @@ def gguf_biases(names: Container[str]) -> tuple[str, ...]:
     paths = [
         tuple(module.path.split(".")) for module in parameters.TABLE if module.weight == "kernel"
     ]
-    return tuple(
+    found = (
         path[-1]
         for path in paths
         if path[0] == LAYERS and tensor_name((*path, "bias"), "gguf").format(i=0) in names
     )
+    return tuple(dict.fromkeys(found))
 
 
 def stored_names(config: ModelConfig, naming: Naming) -> dict[str, tuple[TensorRule, int | None]]:
@@ -151,12 +162,22 @@ def stored_names(config: ModelConfig, naming: Naming) -> dict[str, tuple[TensorR
     names: dict[str, tuple[TensorRule, int | None]] = {}
     for rule in rules_for(config):
         template = tensor_name(rule.path, naming, config.family)
-        if rule.parameter.per_layer:
+        if rule.of_experts:
+            template = _of_experts(template)
+            for layer, expert in itertools.product(range(config.num_layers), range(config.experts)):
+                one = dataclasses.replace(rule, expert=expert)
+                names[template.format(i=layer, e=expert)] = (one, layer)
+        elif rule.parameter.per_layer:
             for layer in range(config.num_layers):
                 names[template.format(i=layer)] = (rule, layer)
         else:
             names[template] = (rule, None)
     return names
+
+
+def _of_experts(template: str) -> str:
+    """The name of an expert's tensor, `{e}` for the expert."""
+    return template if "{e}" in template else template.replace(".weight", ".{e}.weight")
 
 
 def _fused(family: Family | None, naming: Naming) -> tuple[Fused, ...]:
@@ -165,21 +186,37 @@ def _fused(family: Family | None, naming: Naming) -> tuple[Fused, ...]:
     return () if family.gguf is None else family.gguf.fused
 
 
-def fused_tensors(config: ModelConfig, naming: Naming) -> dict[str, tuple[str, ...]]:
-    """Names of tensors that hold several -> those of `stored_names` that they hold, by rows."""
-    return {
-        fused.name.format(i=layer): tuple(
-            tensor_name((*path.split("."), "kernel"), naming, config.family).format(i=layer)
-            for path in fused.parts
-        )
-        for fused in _fused(FAMILIES.get(config.family), naming)
-        for layer in range(config.num_layers)
-    }
+def fused_tensors(
+    config: ModelConfig, naming: Naming, *, written: bool = False
+) -> dict[str, tuple[str, ...]]:
+    """Names of tensors that hold several -> those of `stored_names` that they hold, by rows.
+
+    Args:
+      config: the model's shape.
+      naming: whose names.
+      written: only those that files are written with.
+    """
+    tensors = {}
+    for fused in _fused(FAMILIES.get(config.family), naming):
+        if written and not fused.written:
+            continue
+        names = [
+            tensor_name((*path.split("."), "kernel"), naming, config.family) for path in fused.parts
+        ]
+        experts: Sequence[int | None] = range(config.experts) if fused.of_experts else (None,)
+        if fused.of_experts:
+            names = [_of_experts(name) for name in names]
+        for layer in range(config.num_layers):
+            tensors[fused.name.format(i=layer)] = tuple(
+                name.format(i=layer, e=expert) for expert in experts for name in names
+            )
+    return tensors
 
 
 def file_names(config: ModelConfig, naming: Naming) -> tuple[str, ...]:
     """The names that tensors have in files of this configuration, in their order."""
-    inside = {part: name for name, parts in fused_tensors(config, naming).items() for part in parts}
+    fused = fused_tensors(config, naming, written=True)
+    inside = {part: name for name, parts in fused.items() for part in parts}
     return tuple(dict.fromkeys(inside.get(name, name) for name in stored_names(config, naming)))
 
 

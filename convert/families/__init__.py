@@ -7,10 +7,12 @@ from jaxneurons.convert.families.gemma2 import GEMMA2
 from jaxneurons.convert.families.gemma3 import GEMMA3
 from jaxneurons.convert.families.llama import LLAMA
 from jaxneurons.convert.families.mistral import MISTRAL
+from jaxneurons.convert.families.mixtral import MIXTRAL
 from jaxneurons.convert.families.olmo2 import OLMO2
 from jaxneurons.convert.families.phi3 import PHI3
 from jaxneurons.convert.families.qwen2 import QWEN2
 from jaxneurons.convert.families.qwen3 import QWEN3
+from jaxneurons.convert.families.qwen3_moe import QWEN3_MOE
 from jaxneurons.convert.families.smollm3 import SMOLLM3
 from jaxneurons.convert.family import Family, GGUFForm
 
@@ -29,6 +31,8 @@ FAMILIES: Mapping[str, Family] = {
         SMOLLM3,
         OLMO2,
         PHI3,
+        MIXTRAL,
+        QWEN3_MOE,
     )
 }
 """By the name that `ModelConfig.family` has."""
@@ -39,7 +43,9 @@ MODEL_TYPES: Mapping[str, Family] = {
 """By `model_type` of config.json."""
 
 ARCHITECTURES: Mapping[str, Family] = {
-    family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None
+    family.gguf.architecture: family
+    for family in FAMILIES.values()
+    if family.gguf is not None and not family.gguf.within
 }
 """By the architecture that GGUF files name."""
 

@@ -5,6 +5,7 @@ from typing import Any
 from jaxneurons.convert.family import ATTENTION_BIAS, MLP_BIAS, Family, GGUFForm, Shape
 from jaxneurons.convert.hf_rope import read_rope
 from jaxneurons.convert.keys import Keys
+from jaxneurons.convert.mixtures import read_gguf_experts
 from jaxneurons.convert.windows import no_window
 from jaxneurons.model.config import ModelConfig
 
@@ -15,8 +16,10 @@ def _read(keys: Keys, shape: Shape) -> dict[str, Any]:
 
 
 def _read_gguf(keys: Keys, shape: Shape) -> dict[str, Any]:
-    # Files of Mistral models are of this architecture too.
-    return {"sliding_window": keys.integer("attention.sliding_window") or None}
+    # Files of Mistral and Mixtral models are of this architecture too.
+    fields = {"sliding_window": keys.integer("attention.sliding_window") or None}
+    experts = read_gguf_experts(keys)
+    return {**fields, **experts, "family": "mixtral"} if experts else fields
 
 
 def _written_as(config: ModelConfig) -> str:

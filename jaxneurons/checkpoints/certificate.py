@@ -346,6 +346,7 @@ def _compare_weights(lm: LM, theirs: Mapping[str, Any]) -> dict[str, Any]:
     for name, (rule, layer) in names.items():
         leaf: Any = functools.reduce(lambda tree, key: tree[key], rule.path, lm.params)
         ours = np.asarray(leaf if layer is None else leaf[layer], np.float32)
+        ours = ours if rule.expert is None else ours[rule.expert]
         ours = ours.T if rule.transposed else ours
         values = theirs[name].numpy() if name in theirs else np.empty(0)
         if values.shape != ours.shape:

@@ -21,6 +21,8 @@ FIXED: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {},
     "olmo2": {"pre_norms": False, "post_norms": True, "qk_norm": "width"},
     "phi3": {},
+    "mixtral": {},
+    "qwen3_moe": {"qk_norm": "head"},
 }
 """By family: the fields that are the same for every model of it."""
 
