@@ -8,7 +8,9 @@ from jaxneurons.model.config import ModelConfig
 
 _GATE, _UP, _DOWN = "layers.ffn.gate", "layers.ffn.up", "layers.ffn.down"
 
+ROUTER = "layers.ffn.router"
 FUSED = (
+    Fused("model.layers.{i}.mlp.gate.weight", (ROUTER,), written=False),
     Fused(
         "model.layers.{i}.mlp.experts.gate_up_proj", (_GATE, _UP), of_experts=True, written=False
     ),
@@ -23,7 +25,7 @@ GGUF_FUSED = (
 )
 """Tensors of GGUF files; those of early 2024 have one for each expert."""
 
-GGUF_NAMES = {"layers.ffn.router": "blk.{i}.ffn_gate_inp"}
+GGUF_NAMES = {ROUTER: "blk.{i}.ffn_gate_inp"}
 
 _TRAINING = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits")
 """Keys of the loss that balances experts, and of noise in training."""

@@ -93,6 +93,6 @@ QWEN3_MOE = Family(
         "layers.ffn.up": f"{_EXPERT}.up_proj",
         "layers.ffn.down": f"{_EXPERT}.down_proj",
     },
-    fused=FUSED,
+    fused=FUSED[1:],  # its router has that name
     gguf=GGUFForm("qwen3moe", _read_gguf, fused=GGUF_FUSED, names=GGUF_NAMES),
 )

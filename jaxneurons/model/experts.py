@@ -12,6 +12,7 @@ expert, masked.
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,9 @@ from jaxneurons.model.parameters import Params
 
 PRODUCTS = "products of experts"
 """The name, for `jax.checkpoint` policies, of what `grouped_product` returns."""
+
+LOOP = "blocks_of_experts_"
+"""What the names of loops over blocks begin with; the number of full blocks follows."""
 
 FEW_ROWS = 32
 """Rows that a block may have for about the price of one: reading the kernel takes the time."""
@@ -275,6 +279,11 @@ class _Blocks(NamedTuple):
         """How many blocks there are: at most rows / size + experts, and at most the rows."""
         return self.ends[-1]
 
+    @property
+    def scope(self) -> AbstractContextManager[Any]:
+        """Names the loop over the blocks, with how many there are if all are full."""
+        return jax.named_scope(f"{LOOP}{-(-len(self.place) // self.size)}")
+
     def block(self, index: Array) -> tuple[Array, Array, Array]:
         """Expert and first row of a block, and how many rows are the expert's."""
         expert = jnp.sum(self.ends <= index)
@@ -320,7 +329,9 @@ def _run_product(how: _How, x: Array, kernels: Array, expert: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
     out = jnp.zeros((len(rows), outputs), jnp.result_type(x, kernels))
-    return jax.lax.fori_loop(0, blocks.number, add_block, out)[blocks.place].astype(x.dtype)
+    with blocks.scope:
+        out = jax.lax.fori_loop(0, blocks.number, add_block, out)
+    return out[blocks.place].astype(x.dtype)
 
 
 def _run_outer(experts: int, x: Array, y: Array, expert: Array, start: Array) -> Array:
@@ -336,7 +347,8 @@ def _run_outer(experts: int, x: Array, y: Array, expert: Array, start: Array) ->
         before = jax.lax.dynamic_index_in_dim(total, own, 0, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(total, before + part, own, 0)
 
-    total = jax.lax.fori_loop(0, blocks.number, add_block, start.astype(jnp.float32))
+    with blocks.scope:
+        total = jax.lax.fori_loop(0, blocks.number, add_block, start.astype(jnp.float32))
     return total.astype(start.dtype)
 
 

@@ -10,12 +10,15 @@ are those of matrix products, which is where both go.
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxneurons.model.experts import LOOP
 
 VIEWS = {"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "optimization_barrier"}
 """The same bytes under another shape."""
@@ -325,7 +328,7 @@ def _loop(op: _Op, account: _Account) -> None:
         bodies, turns = [_Scope(body, used)], float(eqn.params["length"])
     elif op.name == "while":
         body = eqn.params["body_jaxpr"].jaxpr
-        bodies, turns = [_Scope(body, [True] * len(body.outvars))], float(account.loops)
+        bodies, turns = [_Scope(body, [True] * len(body.outvars))], _turns(eqn, account.loops)
     else:
         branches = [branch.jaxpr for branch in eqn.params["branches"]]
         bodies, turns = [_Scope(b, [True] * len(b.outvars)) for b in branches], 1.0
@@ -335,6 +338,15 @@ def _loop(op: _Op, account: _Account) -> None:
         scope.walk(account)
     account.operations = operations + turns * account.operations
     account.moved = moved + turns * account.moved
+
+
+def _turns(eqn: Any, usual: int) -> float:
+    """Turns of a loop of unknown length: of one over blocks of experts, as many as are full.
+
+    So the operations of experts are those of the rows that they are given.
+    """
+    stated = re.search(LOOP + r"(\d+)", str(eqn.source_info.name_stack))
+    return float(stated[1] if stated else usual)
 
 
 def _keeps(eqn: Any) -> bool:

@@ -72,11 +72,7 @@ def test_hugging_face_both_ways_and_native(tmp_path, stored, name):
 def test_kernels_of_all_experts_in_one_tensor(tmp_path, stored, name):
     """As transformers 5 has them in memory, one expert's parts below the other's."""
     model, directory = stored[name]
-    prefix = "block_sparse_moe" if name == "mixtral" else "mlp"
-    tensors = {
-        key.replace("mlp.gate.", f"{prefix}.gate."): values.contiguous().numpy()
-        for key, values in model.state_dict().items()
-    }
+    tensors = {k: values.contiguous().numpy() for k, values in model.state_dict().items()}
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     same(read_hf(tmp_path)[1], params_of(model))

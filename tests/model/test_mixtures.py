@@ -12,7 +12,7 @@ from support.models import compiled, random_tokens, tiny_config, tiny_params
 from jaxneurons import ConfigError, forward
 from jaxneurons.model import experts, greedy, make_mesh, shard_params
 from jaxneurons.model.parameters import site_widths
-from jaxneurons.model.sharding import PRESETS, ShardingRules
+from jaxneurons.model.sharding import PRESETS, ShardingRules, partition_specs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -21,6 +21,10 @@ from support.experts import MODELS, config_of, dense_forward, make, params_of  #
 
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 20)), jnp.int32)
 SITES = ("up", "gate", "act", "down")
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @functools.cache
@@ -34,7 +38,9 @@ def close(ours, theirs, tolerance=1e-5):
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3-moe", *map(slow, MODELS.keys() - {"mixtral", "qwen3-moe"})]
+)
 def test_logits_and_continuations_equal_pytorch(name):
     model, config, params = model_of(name)
     with torch.no_grad():
@@ -58,7 +64,7 @@ def test_logits_and_continuations_equal_pytorch(name):
     np.testing.assert_array_equal(ours, generated[:, 9:])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-probabilities"])
+@pytest.mark.parametrize("name", [slow("mixtral"), "qwen3-moe-probabilities"])
 def test_activations_are_rows_of_all_experts(name):
     _, config, params = model_of(name)
     run = functools.partial(forward, params, IDS, config=config, capture=(*SITES, "router"))
@@ -113,7 +119,8 @@ def test_multipliers_reach_the_chosen_experts_only_after_routing():
             close(out.activations["act"][:, row], seen["act"])
 
 
-def test_gradients_equal_the_dense_model():
+@pytest.mark.parametrize("several", [False, slow(True)])
+def test_gradients_equal_the_dense_model(several):
     """With respect to multipliers, kernels and the embedding, through the router too."""
     _, config, params = model_of("qwen3-moe")
     ids = IDS[0, :9]
@@ -132,15 +139,22 @@ def test_gradients_equal_the_dense_model():
     found = compiled(jax.grad(ours, (0, 1)))(params, ones)
     wanted = compiled(jax.grad(theirs, (0, 1)))(params, ones)
     jax.tree.map(lambda a, b: close(a, b, 1e-4), found, wanted)
-    several = jnp.stack([ones, 0.5 * ones])
-    both = compiled(jax.vmap(jax.grad(ours, (0, 1)), (None, 0)))(params, several)
-    for number, scales in enumerate(several):
-        one = compiled(jax.grad(theirs, (0, 1)))(params, scales)
-        jax.tree.map(lambda a, b, n=number: close(a[n], b, 1e-4), both, one)
+    if several:
+        scales = jnp.stack([ones, 0.5 * ones])
+        both = compiled(jax.vmap(jax.grad(ours, (0, 1)), (None, 0)))(params, scales)
+        for number in range(2):
+            one = compiled(jax.grad(theirs, (0, 1)))(params, scales[number])
+            jax.tree.map(lambda a, b, n=number: close(a[n], b, 1e-4), both, one)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64, 300])
-@pytest.mark.parametrize("kind", ["random", "one expert"])
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        (64, "random"),
+        (64, "one expert"),
+        *(slow(rows, kind) for rows in (1, 5, 300) for kind in ("random", "one expert")),
+    ],
+)
 def test_products_by_expert(rows, kind):
     rng = np.random.default_rng(rows)
     count, width = (3, 6) if rows == 300 else (8, 6)
@@ -213,7 +227,30 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("preset", RULES)
+def shown(spec):
+    """A `PartitionSpec` in short: "-" an axis that is whole, "dm" one over data and model."""
+    entries = [(entry,) if isinstance(entry, str) else entry or ("-",) for entry in spec]
+    return ",".join("".join(name[0] for name in entry) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("rules", "router", "up", "down"),
+    [
+        (PRESETS["tensor"], "-,-,-", "-,-,-,m", "-,-,m,-"),
+        (PRESETS["fsdp"], "-,dm,-", "-,-,dm,-", "-,-,-,dm"),
+        (PRESETS["fsdp-tensor"], "-,d,-", "-,-,d,m", "-,-,m,d"),
+        (PRESETS["data"], "-,-,-", "-,-,-,-", "-,-,-,-"),
+        (RULES["experts"], "-,-,m", "-,m,-,-", "-,m,-,-"),
+    ],
+)
+def test_shardings_of_experts(rules, router, up, down):
+    config = tiny_config(experts=8, experts_per_token=2, intermediate_size=12)
+    ffn = partition_specs(config, {"data": 2, "model": 4}, rules)["layers"]["ffn"]
+    found = {name: shown(module["kernel"]) for name, module in ffn.items()}
+    assert found == {"router": router, "up": up, "gate": up, "down": down}
+
+
+@pytest.mark.parametrize("preset", ["tensor", "experts", slow("fsdp"), slow("data")])
 def test_a_mesh_of_two_devices(preset):
     _, config, params = model_of("qwen3-moe")
     mesh = make_mesh("2x1" if preset in ("fsdp", "data") else "1x2")
@@ -237,10 +274,11 @@ def test_a_mesh_of_two_devices(preset):
     jax.tree.map(lambda a, b: close(a, b, 1e-4), found, wanted)
 
 
-def test_memory_does_not_grow_with_experts():
+@pytest.mark.parametrize("what", ["forward", slow("gradient")])
+def test_memory_does_not_grow_with_experts(what):
     """What a program needs beside its arguments, at a fixed number of chosen experts."""
 
-    def needed(count, what):
+    def needed(count):
         config = tiny_config(experts=count, experts_per_token=2, num_layers=2)
         config = dataclasses.replace(config, hidden_size=64, intermediate_size=128)
         params = jax.eval_shape(lambda: tiny_params(config))
@@ -258,10 +296,9 @@ def test_memory_does_not_grow_with_experts():
         return program.memory_analysis().temp_size_in_bytes
 
     kernel = 4 * 64 * 128
-    for what, kept in (("forward", 2), ("gradient", 4)):
-        few, many = needed(4, what), needed(32, what)
-        # The router's own probabilities, and a few kernels at most; of 28 experts more.
-        assert many - few < 28 * kernel / 4, (what, few, many, kept)
+    few, many = needed(4), needed(32)
+    # Of 28 experts more, the router's own probabilities, and no copies of kernels.
+    assert many - few < 28 * kernel / 4
 
 
 def test_what_a_configuration_with_experts_cannot_have():
