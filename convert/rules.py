@@ -18,6 +18,7 @@ from jaxneurons.convert.families import FAMILIES
 from jaxneurons.convert.family import Family, Fused, TextPart
 from jaxneurons.model import parameters
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.families import FIXED
 from jaxneurons.model.parameters import LAYERS, Parameter, axes, list_parameters
 
 Naming = Literal["hf", "gguf"]
@@ -240,6 +241,12 @@ def stored_offset(config: ModelConfig, rule: TensorRule, naming: Naming) -> floa
     llama.cpp's converter adds Gemma's 1 to the weights of norms, so that files hold the factor.
     """
     return config.norm_offset if naming == "gguf" and rule.path[-1] == "scale" else 0.0
+
+
+def optional_biases(config: ModelConfig) -> tuple[str, ...]:
+    """The projections whose bias not every model of the family has."""
+    fixed = FIXED.get(config.family, {}).get("biases", ())
+    return tuple(name for name in config.biases if name not in fixed)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

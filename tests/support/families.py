@@ -192,6 +192,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Those that llama.cpp's converter has a place for: it writes neither periods nor scales of scores.
 IN_GGUF: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
     "gemma": ("Gemma", {"head_dim": 12, "num_key_value_heads": 1}),
     "gemma2": (
         "Gemma2",

@@ -23,6 +23,7 @@ POST_NORMS = {
 }
 TOP = {"embed_tokens": "token_embd", "norm": "output_norm"}
 WITH_POST_NORMS = ("gemma2", "gemma3", "olmo2")
+PERMUTED = ("llama", "smollm3")
 GEMMAS = ("gemma", "gemma2", "gemma3")
 
 
@@ -100,7 +101,7 @@ def tensors(model: Any) -> dict[str, np.ndarray]:
             continue
         _, layer, inner = part.split(".", 2)
         renamed = names[inner]
-        if arch == "smollm3" and renamed in heads:
+        if arch in PERMUTED and renamed in heads:
             values = llama_cpp_permute(values, heads[renamed])
         stored[f"blk.{layer}.{renamed}.{kind}"] = values
     rope = config.rope_parameters
