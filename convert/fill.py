@@ -231,8 +231,8 @@ def fill(
             offset = stored_offset(config, rule, naming)
             for expert in range(shape[1]) if rule.of_experts else (None,):
                 parts = of_expert(blocks, expert)
-                tensors = sources[rule.path, expert]
-                copy = functools.partial(_copy, parts, form, tensors, offset=offset, where=where)
+                stored = sources[rule.path, expert]
+                copy = functools.partial(_copy, parts, form, stored, offset=offset, where=where)
                 for nbytes in pool.map(copy, readings(parts, form, rule.stored_shape)):
                     if progress is not None:
                         progress(nbytes)

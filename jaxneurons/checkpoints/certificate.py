@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.metadata
 import io
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ from jaxneurons.storage.settings import as_path, check_argument, check_number
 
 CERTIFICATE = "certificate.json"
 COMPARED_SITES = ("gate", "up", "act", "down")
+_EXPERTS = (".mlp.experts", ".block_sparse_moe.experts")
 SHORT, LONG = 24, 512
 BEYOND = 64  # tokens past the original context
 WHOLE = 1024  # tokens up to which a sequence is compared at every position, and else at so many:
@@ -195,7 +197,10 @@ def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
     sizes = [
         (text.vocab_size, lm.config.vocab_size),
         (text.num_hidden_layers, lm.config.num_layers),
-        (text.intermediate_size, lm.config.intermediate_size),
+        (
+            getattr(text, "moe_intermediate_size", text.intermediate_size),
+            lm.config.intermediate_size,
+        ),
     ]
     if any(theirs != ours for theirs, ours in sizes):
         raise SourceError(
@@ -257,9 +262,9 @@ def _run(
 
 
 def _compare(params: Params, lm: LM, ids: np.ndarray, theirs: Any) -> dict[str, Any]:
-    logits, sites = _run(params, lm, ids, COMPARED_SITES)
+    logits, sites = _run(params, lm, ids, tuple(theirs[1]))
     result = {"tokens": len(ids), "logits": _difference(logits, theirs[0])}
-    for site in COMPARED_SITES:
+    for site in theirs[1]:
         per_layer = [
             _difference(ours, torchs)
             for ours, torchs in zip(sites[site], theirs[1][site], strict=True)
@@ -282,11 +287,26 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 def _torch_forward(
     torch: Any, model: Any, ids: np.ndarray
 ) -> tuple[np.ndarray, Mapping[str, list[np.ndarray]]]:
-    """Logits, and inputs and outputs of the feed-forward's projections in every layer."""
-    outputs: dict[str, list[np.ndarray]] = {site: [] for site in COMPARED_SITES}
+    """Logits, and inputs and outputs of the feed-forward's projections in every layer.
+
+    Of experts, what they add together.
+    """
+    every = [name for name, _ in model.named_modules()]
+    experts = any(name.endswith(_EXPERTS) for name in every)
+    sites = ("down",) if experts else COMPARED_SITES
+    outputs: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     positions = _compared(ids)
     hooks = []
     for layer in getattr(model.model, "language_model", model.model).layers:
+        if experts:
+
+            def keep_sum(_: Any, inputs: Any, output: Any) -> None:
+                values = output[0] if isinstance(output, tuple) else output
+                outputs["down"].append(values[0, -positions:].float().numpy())
+
+            block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+            hooks.append(block.register_forward_hook(keep_sum))
+            continue
         whole = hasattr(layer.mlp, "gate_up_proj")  # one tensor, the gate first
         for sites in (("gate", "up"), ("down",)) if whole else (("gate",), ("up",), ("down",)):
 
@@ -348,8 +368,8 @@ def _compare_weights(lm: LM, theirs: Mapping[str, Any]) -> dict[str, Any]:
     theirs = _apart(lm.config, theirs)
     for name, (rule, layer) in names.items():
         leaf: Any = functools.reduce(lambda tree, key: tree[key], rule.path, lm.params)
-        ours = np.asarray(leaf if layer is None else leaf[layer], np.float32)
-        ours = ours if rule.expert is None else ours[rule.expert]
+        place = () if layer is None else (layer,) if rule.expert is None else (layer, rule.expert)
+        ours = np.asarray(leaf[place], np.float32)
         ours = ours.T if rule.transposed else ours
         values = theirs[name].numpy() if name in theirs else np.empty(0)
         if values.shape != ours.shape:
@@ -368,8 +388,10 @@ def _apart(config: ModelConfig, theirs: Mapping[str, Any]) -> dict[str, Any]:
     shapes = {name: rule.stored_shape for name, (rule, _) in stored_names(config, "hf").items()}
     for whole, parts in fused_tensors(config, "hf").items():
         rows = [shapes[name][0] for name in parts]
-        if whole in named and len(named[whole]) == sum(rows):
-            named |= dict(zip(parts, named.pop(whole).split(rows), strict=True))
+        if whole in named and math.prod(named[whole].shape[:-1]) == sum(rows):
+            values = named.pop(whole)
+            values = values.reshape(sum(rows), values.shape[-1])
+            named |= dict(zip(parts, values.split(rows), strict=True))
     return named
 
 

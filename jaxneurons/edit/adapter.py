@@ -107,6 +107,11 @@ def _check_apart(lm: LM, kernels: Iterable[tuple[str, int]]) -> None:
         part: whole for whole, parts in fused_tensors(lm.config, "hf").items() for part in parts
     }
     for kernel in kernels:
+        if lm.config.experts and kernel[0].startswith("ffn."):
+            raise DataError(
+                f"{kernel[0]} is a part of {lm.source}'s experts, which adapters know no module "
+                "for: export the edited model (save(..., to='hf'), --to hf)"
+            )
         name = f"{_module_name(*kernel)}.weight"
         if name in inside:
             raise DataError(

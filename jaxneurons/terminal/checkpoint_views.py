@@ -20,10 +20,12 @@ def show_certificate(certificate: Mapping[str, Any]) -> None:
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for name in ("sequence", "logits", "gate", "up", "act", "down"):
+    every = ("gate", "up", "act", "down")
+    compared = [site for site in every if site in certificate["sequences"][0]]
+    for name in ("sequence", "logits", *compared):
         table.add_column(name, justify="left" if name == "sequence" else "right")
     for result in certificate["sequences"]:
-        sites = (f"{result[site]['relative']:.1e}" for site in ("gate", "up", "act", "down"))
+        sites = (f"{result[site]['relative']:.1e}" for site in compared)
         table.add_row(result["sequence"], f"{result['logits']['relative']:.1e}", *sites)
     console.print(table)
     weights, most = certificate["weights"], certificate["tolerance"]

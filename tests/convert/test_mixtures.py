@@ -1,5 +1,6 @@
 """Mixtures of experts from and to Hugging Face and GGUF files, and what is wrong with some."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,15 +9,19 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 from support.checkpoints import llama_cpp_permute, write_gguf
+from support.fixtures import transformers_tokenizer
 
+import jaxneurons as jn
 from jaxneurons import ConfigError, SourceError
+from jaxneurons.checkpoints.certificate import verify
+from jaxneurons.checkpoints.description import describe
 from jaxneurons.convert import export
 from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.gguf import read_gguf
 from jaxneurons.convert.hf import read_hf
 from jaxneurons.convert.native import read_native, write_marker, write_params
 from jaxneurons.model import make_mesh
-from jaxneurons.model.parameters import list_parameters, parameter_tree
+from jaxneurons.model.parameters import list_parameters, parameter_tree, replace
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -98,6 +103,28 @@ def test_a_mesh_reads_its_parts(stored):
         same(params, params_of(model))
         kernel = params["layers"]["ffn"]["up"]["kernel"]
         assert kernel.sharding.shard_shape(kernel.shape) != kernel.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_it_is_described_and_verified(tmp_path, name):
+    tokenizer = transformers_tokenizer("bytes")
+    model = make(name, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    told = describe(str(tmp_path))
+    assert told.neurons["up"] == told.config.experts * told.config.intermediate_size
+    assert told.parameters == model.num_parameters()
+    lm = jn.load(tmp_path)
+    assert f"{told.neurons['up']} FFN neurons each" in repr(lm)
+    found = verify(lm, tmp_path, long=40)
+    assert found["passed"]
+    assert found["weights"]["differ"] == {}
+    kernel = lm.params["layers"]["ffn"]["up"]["kernel"]
+    changed = replace(lm.params, ("layers", "ffn", "up", "kernel"), kernel.at[1, 2, 0, 0].add(0.5))
+    found = verify(dataclasses.replace(lm, params=changed), tmp_path, long=40)
+    assert list(found["weights"]["differ"].values()) == [pytest.approx(0.5)]
+    assert not found["passed"]
 
 
 # --- GGUF -----------------------------------------------------------------------------------------

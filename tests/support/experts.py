@@ -65,10 +65,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str) -> Any:
+def make(name: str, **others: Any) -> Any:
     """A tiny model with weights so large that every part of it matters."""
     family, changes = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes, **others})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
