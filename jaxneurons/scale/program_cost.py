@@ -27,6 +27,7 @@ CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "rem
     "custom_jvp_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
+    "custom_vmap_call",
 }
 """Functions that are called once: the compiler inlines them."""
 
@@ -211,7 +212,8 @@ class _Scope:
         return [self._read(v) for v in jaxpr.outvars]
 
     def _inline(self, eqn: Any) -> None:
-        inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+        names = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
+        inner = next(eqn.params[name] for name in names if name in eqn.params)
         body = getattr(inner, "jaxpr", inner)
         given = eqn.invars[len(eqn.invars) - len(body.invars) :]
         for outer, var in zip(given, body.invars, strict=True):

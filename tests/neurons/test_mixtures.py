@@ -1,4 +1,4 @@
-"""Neurons of experts: (layer, expert, index) for people, one row of the site for everything else."""
+"""Neurons of experts: (layer, expert, index) for people, one row of the site for all else."""
 
 import numpy as np
 import pytest
