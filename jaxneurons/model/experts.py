@@ -6,8 +6,8 @@ that each block needs (`grouped_product`). So what is computed and kept goes by 
 never by tokens times experts, and every kernel is read where it lies. Nothing here depends on the
 values of the router but how many blocks there are to run.
 
-`jax.lax.ragged_dot` has the same meaning, but outside of TPUs it becomes a product with every
-expert, masked.
+`jax.lax.ragged_dot` has the same meaning, but on a CPU (JAX 0.10) it becomes a product of every row
+with every expert, masked.
 """
 
 import functools
@@ -199,11 +199,11 @@ def grouped_product(
         kernels = kernels.kernels.reshape(-1, *kernels.kernels.shape[2:])
     else:
         count = len(kernels)
-    how = _How(count, transposed=False)
-    return checkpoint_name(_product(how, x, kernels, expert), PRODUCTS)
+    kind = _ProductKind(count, transposed=False)
+    return checkpoint_name(_product(kind, x, kernels, expert), PRODUCTS)
 
 
-class _How(NamedTuple):
+class _ProductKind(NamedTuple):
     """What is known of a product before it is traced.
 
     Attributes:
@@ -216,20 +216,20 @@ class _How(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(how: _How, x: Array, kernels: Array, expert: Array) -> Array:
+def _product(kind: _ProductKind, x: Array, kernels: Array, expert: Array) -> Array:
     """`grouped_product`, with the kernels or their transposes."""
-    return _mapped_product(how)(x, kernels, expert)
+    return _mapped_product(kind)(x, kernels, expert)
 
 
-def _product_forward(how: _How, x: Array, kernels: Array, expert: Array) -> Any:
-    return _product(how, x, kernels, expert), (x, kernels, expert)
+def _product_forward(kind: _ProductKind, x: Array, kernels: Array, expert: Array) -> Any:
+    return _product(kind, x, kernels, expert), (x, kernels, expert)
 
 
-def _product_backward(how: _How, saved: Any, dy: Array) -> Any:
+def _product_backward(kind: _ProductKind, saved: Any, dy: Array) -> Any:
     x, kernels, expert = saved
-    left, right = (dy, x) if how.transposed else (x, dy)
-    d_kernels = _outer(how.experts, left, right, expert, jnp.zeros_like(kernels))
-    other = how._replace(transposed=not how.transposed)
+    left, right = (dy, x) if kind.transposed else (x, dy)
+    d_kernels = _outer(kind.experts, left, right, expert, jnp.zeros_like(kernels))
+    other = kind._replace(transposed=not kind.transposed)
     return _product(other, dy, kernels, expert), d_kernels, None
 
 
@@ -248,8 +248,8 @@ def _outer_forward(experts: int, x: Array, y: Array, expert: Array, start: Array
 
 def _outer_backward(experts: int, saved: Any, d_sum: Array) -> Any:
     x, y, expert = saved
-    dx = _product(_How(experts, transposed=True), y, d_sum, expert)
-    return dx, _product(_How(experts, transposed=False), x, d_sum, expert), None, d_sum
+    dx = _product(_ProductKind(experts, transposed=True), y, d_sum, expert)
+    return dx, _product(_ProductKind(experts, transposed=False), x, d_sum, expert), None, d_sum
 
 
 _outer.defvjp(_outer_forward, _outer_backward)
@@ -315,16 +315,16 @@ def _blocks(expert: Array, kernels: int, experts: int) -> _Blocks:
     )
 
 
-def _run_product(how: _How, x: Array, kernels: Array, expert: Array) -> Array:
-    blocks = _blocks(expert, len(kernels), how.experts)
+def _run_product(kind: _ProductKind, x: Array, kernels: Array, expert: Array) -> Array:
+    blocks = _blocks(expert, len(kernels), kind.experts)
     rows = x[blocks.order]
-    outputs = kernels.shape[1 if how.transposed else 2]
+    outputs = kernels.shape[1 if kind.transposed else 2]
 
     def add_block(index: Array, out: Array) -> Array:
         own, start, _ = blocks.block(index)
         kernel = jax.lax.dynamic_index_in_dim(kernels, own, 0, keepdims=False)
         part = jax.lax.dynamic_slice_in_dim(rows, start, blocks.size)
-        y = part @ (kernel.T if how.transposed else kernel)
+        y = part @ (kernel.T if kind.transposed else kernel)
         # What a block that is not full writes behind its rows, the next one writes anew.
         return jax.lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
@@ -352,22 +352,22 @@ def _run_outer(experts: int, x: Array, y: Array, expert: Array, start: Array) ->
     return total.astype(start.dtype)
 
 
-def _every(batched: bool, size: int, value: Array) -> Array:
+def _with_batch(batched: bool, size: int, value: Array) -> Array:
     return value if batched else jnp.broadcast_to(value, (size, *value.shape))
 
 
 @functools.cache
-def _mapped_product(how: _How) -> Callable[..., Array]:
+def _mapped_product(kind: _ProductKind) -> Callable[..., Array]:
     """`_run_product` whose `vmap` is itself, of the rows of all entries."""
-    mapped = custom_vmap(functools.partial(_run_product, how))
+    mapped = custom_vmap(functools.partial(_run_product, kind))
 
     @mapped.def_vmap
     def _(size: int, batched: Any, x: Array, kernels: Array, expert: Array) -> Any:
-        x, expert, experts = _every(batched[0], size, x), _every(batched[2], size, expert), 1
+        x, expert, experts = _with_batch(batched[0], size, x), _with_batch(batched[2], size, expert), 1
         if batched[1]:
             expert = expert + kernels.shape[1] * jnp.arange(size)[:, None]
             kernels, experts = kernels.reshape(-1, *kernels.shape[2:]), size
-        run = _mapped_product(how._replace(experts=how.experts * experts))
+        run = _mapped_product(kind._replace(experts=kind.experts * experts))
         y = run(x.reshape(-1, x.shape[-1]), kernels, expert.reshape(-1))
         return y.reshape(*x.shape[:2], -1), True
 
@@ -381,9 +381,9 @@ def _mapped_outer(experts: int) -> Callable[..., Array]:
 
     @mapped.def_vmap
     def _(size: int, batched: Any, x: Array, y: Array, expert: Array, start: Array) -> Any:
-        x, y = _every(batched[0], size, x), _every(batched[1], size, y)
-        start = _every(batched[3], size, start)
-        expert = _every(batched[2], size, expert) + start.shape[1] * jnp.arange(size)[:, None]
+        x, y = _with_batch(batched[0], size, x), _with_batch(batched[1], size, y)
+        start = _with_batch(batched[3], size, start)
+        expert = _with_batch(batched[2], size, expert) + start.shape[1] * jnp.arange(size)[:, None]
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, y))
         run = _mapped_outer(experts * size)
         total = run(*rows, expert.reshape(-1), start.reshape(-1, *start.shape[2:]))
