@@ -18,8 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import jax
 import transformers
-from support.families import FAMILIES, IN_GGUF, ROPES, VARIANTS, make, variant
-from support.family_comparisons import (
+from support.families import (  # pyright: ignore[reportMissingImports]
+    FAMILIES,
+    IN_GGUF,
+    ROPES,
+    VARIANTS,
+    make,
+    variant,
+)
+from support.family_comparisons import (  # pyright: ignore[reportMissingImports]
     BOUND,
     STEPS,
     Comparison,
@@ -66,7 +73,7 @@ def worst(case: Iterator[Case], compare: Callable[[Any, Path], Comparison]) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Every family against PyTorch.")
     parser.add_argument("families", nargs="*")
     chosen = parser.parse_args().families
     jax.config.update("jax_default_matmul_precision", "highest")

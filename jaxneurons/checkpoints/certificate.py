@@ -383,8 +383,11 @@ def _compare_weights(lm: LM, theirs: Mapping[str, Any]) -> dict[str, Any]:
 def _apart(config: ModelConfig, theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors by the names of `stored_names`: of the text part, those that hold several cut."""
     part = text_part(config.family, "hf")
-    named = {name if part is None else part.name(name): values for name, values in theirs.items()}
-    named.pop(None, None)
+    named = {
+        plain: values
+        for name, values in theirs.items()
+        if (plain := name if part is None else part.name(name)) is not None
+    }
     shapes = {name: rule.stored_shape for name, (rule, _) in stored_names(config, "hf").items()}
     for whole, parts in fused_tensors(config, "hf").items():
         rows = [shapes[name][0] for name in parts]

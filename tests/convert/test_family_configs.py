@@ -233,6 +233,17 @@ def test_published_configurations(name):
         assert "rope_type" not in again["rope_scaling"]  # transformers 4 wants "type"
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_transformers_reads_what_is_written(name):
+    transformers = pytest.importorskip("transformers")
+    config = config_from_hf(PUBLISHED[name][0], where=name)
+    written = json.loads(json.dumps(config_to_hf(config, dtype=np.dtype("float32"))))
+    if written["model_type"] not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {written['model_type']}")
+    theirs = transformers.CONFIG_MAPPING[written["model_type"]].from_dict(written)
+    assert config_from_hf(json.loads(theirs.to_json_string()), where=name) == config
+
+
 @pytest.mark.parametrize("model_type", [m for m in MODEL_TYPES if m != "gemma3"])
 def test_absent_keys_mean_what_transformers_means(model_type):
     transformers = pytest.importorskip("transformers")

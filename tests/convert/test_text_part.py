@@ -105,6 +105,21 @@ def test_it_is_written_as_a_model_of_text(directory, tmp_path):
     assert describe(str(tmp_path / "text")).kind == "Hugging Face"
 
 
+def test_inspect_says_what_it_is(run, directory):
+    code, out, err = run("inspect", directory)
+    assert code == 0, err
+    text = " ".join(out.split())
+    for part in (
+        "family gemma3, Hugging Face, its text part",
+        "sliding window 7 positions, 1 of 2 layers",
+        "rotary embedding default, theta 500; of sliding layers default, theta 20",
+        "GELU (tanh form); embedding times 5.65685; norms by 1 + weight;",
+        "queries and keys normed per head; scores times 0.0625",
+    ):
+        assert part in text
+    assert "capped" not in text
+
+
 @pytest.mark.slow
 def test_it_is_verified_against_the_whole(directory):
     with pytest.warns(UserWarning, match=SAID):

@@ -4,6 +4,7 @@ Tiny random models made by transformers, written by it, read by this library, an
 `python benchmarks/families.py` prints the table of `docs/families.md` from the same comparison.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxneurons.model.config import config_of_values, config_values
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from support.families import IDS, VARIANTS, torch_logits, variant  # noqa: E402
+from support.families import IDS, VARIANTS, our_logits, torch_logits, variant  # noqa: E402
 from support.family_comparisons import BOUND, STEPS, compare_directory  # noqa: E402
 
 
@@ -65,3 +66,59 @@ def test_what_is_written_is_what_transformers_reads(tmp_path, name):
     for key, values in theirs.items():
         assert torch.equal(values, ours[key]), key
     np.testing.assert_array_equal(torch_logits(again, IDS), torch_logits(model, IDS))
+
+
+def rope(**changes: Any) -> Any:
+    return lambda config: {"rope": dataclasses.replace(config.rope, **changes)}
+
+
+def sliding_rope(**changes: Any) -> Any:
+    return lambda config: {"sliding_rope": dataclasses.replace(config.sliding_rope, **changes)}
+
+
+def plain(**changes: Any) -> Any:
+    return lambda config: changes
+
+
+BY_DEFAULT = (0, 4, 10, 13)
+MUTATIONS = [
+    ("gemma", plain(embed_scale=1.0)),
+    ("gemma", plain(norm_offset=0.0)),
+    ("gemma", plain(activation="silu")),
+    ("gemma2", plain(post_norms=False)),
+    ("gemma2", plain(query_scale=None)),
+    ("gemma2", plain(attention_softcap=None)),
+    ("gemma2", plain(final_softcap=None)),
+    ("gemma2", plain(sliding_layers=(False, True, False))),
+    ("gemma2", plain(sliding_window=6)),
+    ("gemma3, linear", plain(qk_norm=None)),
+    ("gemma3, linear", plain(sliding_rope=None)),
+    ("gemma3, linear", sliding_rope(theta=21.0)),
+    ("gemma3, linear", rope(factor=7.5)),
+    ("smollm3", plain(rotary_layers=None)),
+    ("smollm3", plain(rotary_layers=(True, True, False, True, True))),
+    ("qwen3", plain(qk_norm=None)),
+    ("olmo2", plain(qk_norm=None)),
+    ("phi3, longrope, partial", rope(long_divisors=(1.5, 2.5, 3.1))),
+    ("phi3, longrope, partial", rope(attention_factor=1.0)),
+    ("phi3, longrope, partial", rope(original_max_position=48)),
+    ("phi3, longrope, partial", rope(theta=510.0)),
+    ("phi3, partial", rope(dim=None)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        pytest.param(*case, marks=[] if number in BY_DEFAULT else [pytest.mark.slow])
+        for number, case in enumerate(MUTATIONS)
+    ],
+)
+def test_a_wrong_value_is_noticed(tmp_path, name, change):
+    """Break it on purpose: the bound must not hold any more."""
+    model = variant(name)
+    model.save_pretrained(tmp_path)
+    config, params = read_hf(tmp_path)
+    theirs = torch_logits(model, IDS)
+    ours = our_logits(params, IDS, dataclasses.replace(config, **change(config)))
+    assert np.abs(ours - theirs).max() > 10 * BOUND * np.abs(theirs).max()
