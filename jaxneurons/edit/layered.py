@@ -3,8 +3,9 @@
 The value of a request stands in the residual stream after the last edited layer. From the first
 edited layer on, each writes an equal share of what is missing there, and keys and what is missing
 are taken anew after each layer. Where a norm follows the down projection, what a layer is to write
-is divided by that norm's weights and multiplied by what it divides by at the key. The parameters are not edited for that: what has been decided runs
-beside them, at its rank, for all requests together or for each alone.
+is divided by that norm's weights and multiplied by what it divides by at the key. The parameters
+are not edited for that: what has been decided runs beside them, at its rank, for all requests
+together or for each alone.
 """
 
 import functools

@@ -66,7 +66,7 @@ def before_subject(params: Params, split: Split, *, config: ModelConfig) -> Cach
     seq = split.before.shape[1]
     positions = jnp.broadcast_to(jnp.arange(seq), split.before.shape)
 
-    def attend(window: Array, index: Array, q: Array, k: Array, v: Array) -> Array:
+    def attend(window: Any, index: Array, q: Array, k: Array, v: Array) -> Array:
         return causal_attention(q, k, v, positions, positions, window, config)
 
     _, kv = _run(
@@ -140,7 +140,7 @@ def at_subject(
     tokens = tokens.at[rows, split.last[:, None]].set(split.after[:, :1])
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
-    def attend(window: Array, index: Array, q: Array, k: Array, v: Array) -> Array:
+    def attend(window: Any, index: Array, q: Array, k: Array, v: Array) -> Array:
         return causal_attention(q, k, v, positions, positions, window, config)
 
     def carry(of_layer: Params, y: Array, activations: dict[str, Array], index: Array) -> Array:
@@ -184,7 +184,7 @@ def _following(
     keys = jnp.broadcast_to(jnp.arange(held), (len(split.last), held))
     real = (keys < split.last[:, None])[:, None]
 
-    def attend(window: Array, index: Array, q: Array, k: Array, v: Array) -> Array:
+    def attend(window: Any, index: Array, q: Array, k: Array, v: Array) -> Array:
         return layers.continued_attention(
             q,
             k,

@@ -44,9 +44,9 @@ class Parametrisation(NamedTuple):
     unit of length: dt ~ dalpha / |a + alpha b|, so alpha(t) = (d sinh(start + t length) - ab) / bb
     with d^2 = aa bb - ab^2. Short paths (length below `LONG`) keep alpha = t.
 
-    Where a norm follows, alpha * v leaves it as alpha v / sqrt(alpha^2 vv + eps), vv the mean square
-    of v: with alpha = c sinh(t length), c^2 = eps / vv, that is tanh(t length) v / sqrt(vv), and
-    turning v costs the same at every t.
+    Where a norm follows, alpha * v leaves it as alpha v / sqrt(alpha^2 vv + eps), vv the mean
+    square of v: with alpha = c sinh(t length), c^2 = eps / vv, that is tanh(t length) v / sqrt(vv),
+    and turning v costs the same at every t.
     """
 
     start: Array

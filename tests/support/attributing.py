@@ -1,4 +1,4 @@
-"""Attribution by automatic differentiation of whole forward passes: no cache, no rows, no layers."""
+"""Attribution by automatic differentiation of whole forward passes: no cache and no rows."""
 
 import functools
 
