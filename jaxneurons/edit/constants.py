@@ -31,7 +31,8 @@ def force(params: Params, neurons: NeuronSet, values: ArrayLike, *, config: Mode
     """The parameters with which neurons have constant activations, for all texts and positions.
 
     Their columns become zeros and their biases the constants. An `act` neuron is a product: its
-    `gate` is forced to 32, where the activation function is the identity, and its `up` to a 32nd of the constant.
+    `gate` is forced to 32, where the activation function is the identity, and its `up` to a 32nd of
+    the constant.
 
     Args:
       params: the parameters; not touched.

@@ -10,6 +10,7 @@ from jaxneurons.terminal.console import console, gib
 
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.description import Description
+    from jaxneurons.model.config import ModelConfig
 
 
 def show_certificate(certificate: Mapping[str, Any]) -> None:
@@ -61,6 +62,7 @@ def show_description(description: "Description") -> None:
         ("rotary embedding", f"{kind}, theta {rope.theta:g}"),
         ("context", f"{config.max_position} tokens"),
         ("biases", ", ".join(config.biases) or "none"),
+        ("norms", _norms(config)),
         ("unembedding", "tied to the embedding" if config.tied else "its own"),
         ("parameters", f"{description.parameters:,}"),
         (
@@ -82,6 +84,17 @@ def show_description(description: "Description") -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def _norms(config: "ModelConfig") -> str:
+    """Where a layer has norms, and where soft caps bound logits."""
+    places = [("before", config.pre_norms), ("behind", config.post_norms)]
+    parts = [f"{' and '.join(name for name, there in places if there)} each part of a layer"]
+    if config.qk_norm is not None:
+        parts.append(f"queries and keys by {config.qk_norm}")
+    caps = (("scores", config.attention_softcap), ("logits", config.final_softcap))
+    parts += [f"{name} within {cap:g}" for name, cap in caps if cap is not None]
+    return ", ".join(parts)
 
 
 def _patches(patches: Sequence[Mapping[str, Any]]) -> str:

@@ -1,10 +1,13 @@
 """Every option of a configuration against a plain decoder: whole, padded, in pieces, generating."""
 
+import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.meshes import assert_equal, attribution, inputs, passes, trials
 from support.models import compiled, random_tokens
 from support.options import BUNDLES, params_of
 from support.plain import Plain
@@ -82,8 +85,6 @@ def test_greedy_continuations(name):
 @pytest.mark.parametrize("name", BUNDLES)
 def test_every_option_matters(name):
     """What the comparison would not see if it were not computed is not compared."""
-    import dataclasses
-
     config, defaults = BUNDLES[name], BUNDLES["qwen3"]
     ids = np.asarray(tokens_of(name))[0]
     whole = plain(name, 0).logits
@@ -104,3 +105,16 @@ def test_every_option_matters(name):
         changed = dataclasses.replace(config, **{option: plain_values[option]})
         other = Plain(params_of(name), ids, changed).logits
         assert np.abs(other - whole).max() > 1e-3 * np.abs(whole).max(), option
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "function", [passes, trials, functools.partial(attribution, rule="adaptive")]
+)
+@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+def test_on_two_devices(name, function):
+    """Heads and neurons in two parts, and each part's parameters in none."""
+    config = BUNDLES[name].first_layers(6 if name == "gemma3" else 2)
+    given = inputs(config)
+    expected = jax.device_get(function(given))
+    assert_equal(function(given.on("1x2", "tensor")), expected)
