@@ -111,10 +111,9 @@ def test_every_option_matters(name):
 @pytest.mark.parametrize(
     "function", [passes, trials, functools.partial(attribution, rule="adaptive")]
 )
-@pytest.mark.parametrize("name", ["gemma3", "qwen3"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3", "olmo2"])
 def test_on_two_devices(name, function):
     """Heads and neurons in two parts, and each part's parameters in none."""
-    config = BUNDLES[name].first_layers(6 if name == "gemma3" else 2)
-    given = inputs(config)
+    given = inputs(BUNDLES[name])
     expected = jax.device_get(function(given))
     assert_equal(function(given.on("1x2", "tensor")), expected)
