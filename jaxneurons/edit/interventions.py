@@ -7,8 +7,8 @@ row of the down kernel (`act`). `scale` multiplies it, so that
     forward(scale(params, neurons, s, config=config), x)
     == forward(params, x, scales=neurons.scales(config, s))
 
-for all texts and positions. What a neuron writes to the residual stream is its *output row*: `add`
-and `set_rows` change that.
+for all texts and positions. What a neuron writes to the residual stream is its *output row* (and
+passes the layer's post norm, where the model has one): `add` and `set_rows` change that.
 
 Everything here composes with `jit`, `vmap`, `grad` and `lax.scan`, and no array of sharded
 parameters is gathered; checks of values happen where values are known, outside of `jit`. There,

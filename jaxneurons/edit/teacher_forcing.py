@@ -153,7 +153,9 @@ def run_layers(
         if added is None:
             return y
         act = layers.read_by_down(activations, added.rows, config).astype(jnp.float32)
-        return y + jnp.einsum("bsr,rh->bsh", act, added.vectors).astype(y.dtype)
+        change = jnp.einsum("bsr,rh->bsh", act, added.vectors)
+        of_layer = layers.layer_params(params, index, config)
+        return layers.change_down(of_layer, y, activations["down"], change, config)
 
     stacked = (jnp.arange(first, end), scales, additions)
     return jax.lax.scan(lambda x, layer: (body(x, *layer), None), x, stacked)[0]
