@@ -90,6 +90,17 @@ def blocks_of(shape: Sequence[int], dtype: np.dtype, sharding: Sharding | None) 
     return [Block(box, aligned([s.stop - s.start for s in box], dtype)) for box in unique.values()]
 
 
+def of_expert(blocks: Sequence[Block], expert: int | None) -> Sequence[Block]:
+    """What blocks hold of one expert's kernels (axis 1 of the parameter), by layer; None: all."""
+    if expert is None:
+        return blocks
+    parts = []
+    for (layers, experts, *rest), host in blocks:
+        if experts.start <= expert < experts.stop:
+            parts.append(Block((layers, *rest), host[:, expert - experts.start]))
+    return parts
+
+
 def to_devices(
     blocks: Iterable[Block], shape: Sequence[int], sharding: Sharding | None
 ) -> jax.Array:

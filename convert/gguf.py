@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxneurons.convert.fill import Stored, fill
-from jaxneurons.convert.gguf_config import config_from_gguf
+from jaxneurons.convert.gguf_config import RopeTensors, config_from_gguf
 from jaxneurons.convert.rules import Place, gguf_biases
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
@@ -229,7 +229,8 @@ def read_tensor(
     Args:
       file: the header.
       name: of the tensor.
-      rows: which of axis 0 (the slowest) to read; without a step.
+      rows: which of axis 0 (the slowest) to read; without a step. Of a tensor of three axes the
+        first two are one axis of rows.
       columns: which of axis 1, of a tensor of two axes; without a step. The quantisation blocks
         that hold them are read.
 
@@ -240,6 +241,8 @@ def read_tensor(
     from gguf.quants import dequantize
 
     info = file.tensors[name]
+    if len(info.shape) == 3:  # of all experts: their rows, one below the other
+        info = dataclasses.replace(info, shape=(info.shape[0] * info.shape[1], info.shape[2]))
     kind = GGMLQuantizationType(info.kind)
     size, width = GGML_QUANT_SIZES[kind]
     first, last, _ = rows.indices(info.shape[0])
@@ -308,20 +311,25 @@ def config_of(file: GGUFFile, *, ignore_keys: Sequence[str] = ()) -> ModelConfig
       ignore_keys: keys of the architecture to read as if they were not there.
 
     Raises:
-      SourceError: another architecture than llama.
+      SourceError: another architecture than those of `families`.
       ConfigError: a key or value that this library does not handle.
     """
     embedding = file.tensors.get("token_embd.weight")
-    divisors = None
-    if "rope_freqs.weight" in file.tensors:
-        divisors = tuple(float(v) for v in read_tensor(file, "rope_freqs.weight").ravel())
+
+    def divisors(name: str) -> tuple[float, ...] | None:
+        if f"{name}.weight" not in file.tensors:
+            return None
+        return tuple(float(v) for v in read_tensor(file, f"{name}.weight").ravel())
+
     return config_from_gguf(
         file.metadata,
         where=str(file.path),
         vocab_size=embedding.shape[0] if embedding is not None and embedding.shape else None,
         tied="output.weight" not in file.tensors,
         biases=gguf_biases(file.tensors),
-        inv_freq_divisors=divisors,
+        rope_tensors=RopeTensors(
+            *map(divisors, ("rope_freqs", "rope_factors_short", "rope_factors_long"))
+        ),
         ignore_keys=ignore_keys,
     )
 

@@ -9,9 +9,10 @@ import contextlib
 import functools
 import importlib.metadata
 import io
+import math
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from jaxneurons.checkpoints.loading import LM, weights_of
 from jaxneurons.convert.native import MARKER
-from jaxneurons.convert.rules import stored_names
+from jaxneurons.convert.rules import fused_tensors, optional_biases, stored_names, text_part
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
@@ -33,6 +34,7 @@ from jaxneurons.storage.settings import as_path, check_argument, check_number
 
 CERTIFICATE = "certificate.json"
 COMPARED_SITES = ("gate", "up", "act", "down")
+_EXPERTS = (".mlp.experts", ".block_sparse_moe.experts")
 SHORT, LONG = 24, 512
 BEYOND = 64  # tokens past the original context
 WHOLE = 1024  # tokens up to which a sequence is compared at every position, and else at so many:
@@ -169,14 +171,15 @@ def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
         ) from None
     if (path / MARKER).is_file():
         raise SourceError(f"{path}: a native directory; give the checkpoint that it came from")
-    if path.is_file() and lm.config.biases and lm.config.family == "llama":
+    if path.is_file() and optional_biases(lm.config):
         raise SourceError(
             f"{path}: transformers leaves the biases of a GGUF file of this architecture out; give "
             "the directory that the file was made from"
         )
     options: dict[str, Any] = {
         "dtype": torch.float32,
-        "attn_implementation": "sdpa",
+        # Only the plain form caps scores.
+        "attn_implementation": "sdpa" if lm.config.attention_softcap is None else "eager",
         "trust_remote_code": False,
     }
     where = path
@@ -190,10 +193,14 @@ def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
     except Exception as error:  # transformers raises whatever it finds
         text = " ".join(str(error).split())[:200]
         raise SourceError(f"{path}: transformers cannot load it: {text}") from None
+    text = model.config.get_text_config()
     sizes = [
-        (model.config.vocab_size, lm.config.vocab_size),
-        (model.config.num_hidden_layers, lm.config.num_layers),
-        (model.config.intermediate_size, lm.config.intermediate_size),
+        (text.vocab_size, lm.config.vocab_size),
+        (text.num_hidden_layers, lm.config.num_layers),
+        (
+            getattr(text, "moe_intermediate_size", text.intermediate_size),
+            lm.config.intermediate_size,
+        ),
     ]
     if any(theirs != ours for theirs, ours in sizes):
         raise SourceError(
@@ -255,9 +262,9 @@ def _run(
 
 
 def _compare(params: Params, lm: LM, ids: np.ndarray, theirs: Any) -> dict[str, Any]:
-    logits, sites = _run(params, lm, ids, COMPARED_SITES)
+    logits, sites = _run(params, lm, ids, tuple(theirs[1]))
     result = {"tokens": len(ids), "logits": _difference(logits, theirs[0])}
-    for site in COMPARED_SITES:
+    for site in theirs[1]:
         per_layer = [
             _difference(ours, torchs)
             for ours, torchs in zip(sites[site], theirs[1][site], strict=True)
@@ -280,22 +287,37 @@ def _difference(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 def _torch_forward(
     torch: Any, model: Any, ids: np.ndarray
 ) -> tuple[np.ndarray, Mapping[str, list[np.ndarray]]]:
-    """Logits, and inputs and outputs of the feed-forward's projections in every layer."""
-    outputs: dict[str, list[np.ndarray]] = {site: [] for site in COMPARED_SITES}
+    """Logits, and inputs and outputs of the feed-forward's projections in every layer.
+
+    Of experts, what they add together.
+    """
+    every = [name for name, _ in model.named_modules()]
+    experts = any(name.endswith(_EXPERTS) for name in every)
+    sites = ("down",) if experts else COMPARED_SITES
+    outputs: dict[str, list[np.ndarray]] = {site: [] for site in sites}
     positions = _compared(ids)
     hooks = []
-    for layer in model.model.layers:
-        for site, module in (
-            ("gate", layer.mlp.gate_proj),
-            ("up", layer.mlp.up_proj),
-            ("down", layer.mlp.down_proj),
-        ):
+    for layer in getattr(model.model, "language_model", model.model).layers:
+        if experts:
 
-            def keep(_: Any, inputs: Any, output: Any, site: str = site) -> None:
-                if site == "down":
+            def keep_sum(_: Any, inputs: Any, output: Any) -> None:
+                values = output[0] if isinstance(output, tuple) else output
+                outputs["down"].append(values[0, -positions:].float().numpy())
+
+            block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+            hooks.append(block.register_forward_hook(keep_sum))
+            continue
+        whole = hasattr(layer.mlp, "gate_up_proj")  # one tensor, the gate first
+        for sites in (("gate", "up"), ("down",)) if whole else (("gate",), ("up",), ("down",)):
+
+            def keep(_: Any, inputs: Any, output: Any, sites: Sequence[str] = sites) -> None:
+                if sites == ("down",):
                     outputs["act"].append(inputs[0][0, -positions:].float().numpy())
-                outputs[site].append(output[0, -positions:].float().numpy())
+                parts = output[0, -positions:].float().numpy()
+                for site, values in zip(sites, np.split(parts, len(sites), -1), strict=True):
+                    outputs[site].append(values)
 
+            module = getattr(layer.mlp, f"{'_'.join(sites)}_proj")
             hooks.append(module.register_forward_hook(keep))
     try:
         with torch.no_grad():
@@ -343,9 +365,11 @@ def _compare_weights(lm: LM, theirs: Mapping[str, Any]) -> dict[str, Any]:
     """
     differ: dict[str, float | None] = {}
     names = stored_names(lm.config, "hf")
+    theirs = _apart(lm.config, theirs)
     for name, (rule, layer) in names.items():
         leaf: Any = functools.reduce(lambda tree, key: tree[key], rule.path, lm.params)
-        ours = np.asarray(leaf if layer is None else leaf[layer], np.float32)
+        place = () if layer is None else (layer,) if rule.expert is None else (layer, rule.expert)
+        ours = np.asarray(leaf[place], np.float32)
         ours = ours.T if rule.transposed else ours
         values = theirs[name].numpy() if name in theirs else np.empty(0)
         if values.shape != ours.shape:
@@ -354,6 +378,24 @@ def _compare_weights(lm: LM, theirs: Mapping[str, Any]) -> dict[str, Any]:
         elif not np.allclose(ours, values, rtol=1e-6, atol=1e-9):
             differ[name] = float(np.abs(ours - values).max())
     return {"tensors": len(names), "differ": differ}
+
+
+def _apart(config: ModelConfig, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by the names of `stored_names`: of the text part, those that hold several cut."""
+    part = text_part(config.family, "hf")
+    named = {
+        plain: values
+        for name, values in theirs.items()
+        if (plain := name if part is None else part.name(name)) is not None
+    }
+    shapes = {name: rule.stored_shape for name, (rule, _) in stored_names(config, "hf").items()}
+    for whole, parts in fused_tensors(config, "hf").items():
+        rows = [shapes[name][0] for name in parts]
+        if whole in named and math.prod(named[whole].shape[:-1]) == sum(rows):
+            values = named.pop(whole)
+            values = values.reshape(sum(rows), values.shape[-1])
+            named |= dict(zip(parts, values.split(rows), strict=True))
+    return named
 
 
 def _source_hash(path: Path) -> str:

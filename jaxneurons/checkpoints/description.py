@@ -11,7 +11,7 @@ from jaxneurons.checkpoints.loading import check_keys, read_tokenizer
 from jaxneurons.checkpoints.provenance import read_recorded_patches
 from jaxneurons.convert.fill import match
 from jaxneurons.convert.gguf import config_of, open_gguf, tensors_of
-from jaxneurons.convert.hf import hf_tensors, read_config, stored_tensors
+from jaxneurons.convert.hf import hf_tensors, left_out, read_config, stored_tensors
 from jaxneurons.convert.native import MARKER, read_marker, recorded_keys
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
@@ -26,7 +26,7 @@ class Description:
 
     Attributes:
       source: name or path.
-      kind: "Hugging Face", "GGUF" or "native".
+      kind: "Hugging Face", "GGUF" or "native"; whether it is the text part of a larger model.
       config: the model's shape.
       parameters: how many.
       stored: bytes of its weights on disk by stored type; empty if they are not here.
@@ -108,10 +108,12 @@ def _headers(path: Path, ignored: Sequence[str]) -> tuple[str, ModelConfig, dict
             raise  # weights that are here, and damaged
         return "Hugging Face", config, stored
     for entries in files.values():
-        for entry in entries.values():
-            add(entry.dtype.name, entry.nbytes)
+        for name, entry in entries.items():
+            if not left_out(config, [name]):
+                add(entry.dtype.name, entry.nbytes)
     match(config, stored_tensors(files), naming="hf", where=str(path))
-    return "Hugging Face", config, stored
+    others = left_out(config, (name for entries in files.values() for name in entries))
+    return "Hugging Face" + (", its text part" if others else ""), config, stored
 
 
 def _patches(path: Path) -> tuple[dict[str, Any], ...]:

@@ -94,7 +94,7 @@ class LM:
         patches = self.patch_facts().get("patches", ())
         parts = [
             f"{config.family}, {config.num_layers} layers, hidden size {config.hidden_size}",
-            f"{config.intermediate_size} FFN neurons each, {self.dtype.name}",
+            f"{config.neurons_per_layer} FFN neurons each, {self.dtype.name}",
             f"{count:,} parameters",
         ]
         if patches:

@@ -6,7 +6,7 @@ LoRA's `B A` of a projection [out, in] is `(left right)^T` of our kernel [in, ou
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.checkpoints.provenance import PATCHES
 from jaxneurons.checkpoints.saving import check_free, published
-from jaxneurons.convert.rules import tensor_name
+from jaxneurons.convert.rules import fused_tensors, tensor_name
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.edit.applying import apply_patches
 from jaxneurons.edit.changes import LowRank, Multipliers, Rows, kernel_path
@@ -69,6 +69,7 @@ def write_adapter(
         )
     edited = apply_patches(lm, patches)  # which refuses what is not for this model
     terms = _terms(patches)
+    _check_apart(lm, terms)
     rank = max(sum(term.left.shape[1] for term in of_kernel) for of_kernel in terms.values())
     tensors: dict[str, ToWrite] = {}
     for (module, layer), of_kernel in sorted(terms.items()):
@@ -98,6 +99,25 @@ def _terms(patches: Sequence[Patch]) -> dict[tuple[str, int], list[LowRank]]:
     if not terms:
         raise DataError("no patches: an adapter of nothing")
     return terms
+
+
+def _check_apart(lm: LM, kernels: Iterable[tuple[str, int]]) -> None:
+    """Refuse kernels that transformers keeps with others in one tensor: it has no such module."""
+    inside = {
+        part: whole for whole, parts in fused_tensors(lm.config, "hf").items() for part in parts
+    }
+    for kernel in kernels:
+        if lm.config.experts and kernel[0].startswith("ffn."):
+            raise DataError(
+                f"{kernel[0]} is a part of {lm.source}'s experts, which adapters know no module "
+                "for: export the edited model (save(..., to='hf'), --to hf)"
+            )
+        name = f"{_module_name(*kernel)}.weight"
+        if name in inside:
+            raise DataError(
+                f"{lm.source} keeps {name} in {inside[name]}, with others, and an adapter adds to "
+                "whole tensors: export the edited model (save(..., to='hf'), --to hf)"
+            )
 
 
 def _filled(parts: Sequence[Any], rank: int, axis: int) -> ToWrite:

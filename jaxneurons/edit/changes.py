@@ -15,9 +15,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from jaxneurons.edit.experts import check_one_kernel, matrix_shape, of_experts, rows_at
 from jaxneurons.edit.interventions import scale_at
 from jaxneurons.edit.neuron_parameters import neuron_arrays
-from jaxneurons.errors import DataError, near_matches
+from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import (
@@ -179,7 +180,7 @@ def _set_rows(params: Params, rows: Rows) -> Params:
     path = kernel_path(rows.module)
     kernel = get(params, path)
     values = rows.values.astype(kernel.dtype)
-    return replace(params, path, kernel.at[rows.layer, rows.index].set(values))
+    return replace(params, path, kernel.at[rows_at(kernel, rows.layer, rows.index)].set(values))
 
 
 def multipliers(
@@ -245,7 +246,7 @@ def check_changes(
             shape = change.factor.shape
             _check_arrays(at, change, {"layer": shape, "index": shape, "factor": (None,)})
         elif isinstance(change, LowRank | Rows):
-            inputs, outputs = _kernel_shape(at, change.module, config)
+            inputs, outputs = _kernel_shape(at, change, config)
             if not 0 <= change.layer < config.num_layers:
                 raise DataError(
                     f"{at}layer {change.layer} is not in this model, which has "
@@ -271,15 +272,22 @@ def _check_site(site: str, where: str) -> None:
         raise DataError(f"{where}: unknown site {site!r}; {near_matches(site, SITE_AXES)}")
 
 
-def _kernel_shape(at: str, module: str, config: ModelConfig) -> tuple[int, int]:
-    shapes = {
-        ".".join(parameter.path[1:-1]): parameter.layer_shape
+def _kernel_shape(at: str, change: LowRank | Rows, config: ModelConfig) -> tuple[int, int]:
+    module = change.module
+    kernels = {
+        ".".join(parameter.path[1:-1]): parameter
         for parameter in list_parameters(config)
         if parameter.per_layer and parameter.path[-1] == "kernel"
     }
-    if module not in shapes:
-        raise DataError(f"{at}no module {module!r} in a layer; {near_matches(module, shapes)}")
-    inputs, outputs = shapes[module]
+    if module not in kernels:
+        raise DataError(f"{at}no module {module!r} in a layer; {near_matches(module, kernels)}")
+    kernel = kernels[module]
+    if of_experts(kernel) and (isinstance(change, LowRank) or kernel.axes[-1] != "hidden"):
+        try:
+            check_one_kernel(config, f"{type(change).__name__} of {module}")
+        except ConfigError as error:
+            raise DataError(f"{at}{error}") from None
+    inputs, outputs = matrix_shape(kernel)
     return inputs, outputs
 
 
@@ -334,4 +342,4 @@ def kernel_path(module: str) -> tuple[str, ...]:
 def site_kernel(site: str, config: ModelConfig) -> tuple[str, Literal["input", "output"]]:
     """The module whose kernel holds a site's neurons, and along which of its axes."""
     parameter, axis = neuron_arrays(site, config)[0]
-    return ".".join(parameter.path[1:-1]), "input" if axis == 1 else "output"
+    return ".".join(parameter.path[1:-1]), "input" if axis == len(parameter.axes) - 2 else "output"

@@ -25,6 +25,7 @@ import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.checkpoints.loading import LM
+from jaxneurons.edit.experts import check_one_kernel
 from jaxneurons.edit.texts import CHUNK, chunks, default_text
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
@@ -228,6 +229,7 @@ def _part(layer: int) -> str:
 def _checked_layers(lm: LM, layers: Sequence[int]) -> list[int]:
     check_argument("lm", LM, lm)
     check_argument("layers", Sequence[int], layers)
+    check_one_kernel(lm.config, "what a covariance of keys is for")
     count = lm.config.num_layers
     for layer in layers:
         if not 0 <= layer < count:

@@ -17,6 +17,7 @@ from jaxneurons.edit.changes import (
     apply,
     site_kernel,
 )
+from jaxneurons.edit.experts import as_matrix, of_experts
 from jaxneurons.edit.patch import Patch, make_patch
 from jaxneurons.errors import DataError
 from jaxneurons.model.axis_types import any_axes
@@ -87,7 +88,8 @@ def _changes(base: LM, edited: LM) -> Iterator[Change]:
 
 def _of_layer(base: LM, edited: LM, module: str, layer: int) -> Iterator[Change]:
     path = (LAYERS, *module.split("."), "kernel")
-    raw = [layer_values(get(lm.params, path), layer) for lm in (base, edited)]
+    parameter = next(p for p in list_parameters(base.config) if p.path == path)
+    raw = [as_matrix(layer_values(get(lm.params, path), layer), parameter) for lm in (base, edited)]
     before, after = (values.astype(np.float32) for values in raw)
     changed = before.view(np.uint32) != after.view(np.uint32)
     if not changed.any():
@@ -102,7 +104,13 @@ def _of_layer(base: LM, edited: LM, module: str, layer: int) -> Iterator[Change]
     if multiplied is not None:
         yield multiplied
         return
+    if of_experts(parameter) and parameter.axes[-1] != "hidden":
+        raise DataError(
+            f"{module} of layer {layer} differs otherwise than by multiplied neurons, and a patch "
+            "holds no other changes of experts' input kernels; save the edited model instead"
+        )
     most = len(rows) * before.shape[1] // sum(before.shape)
+    most = 0 if of_experts(parameter) else most
     low_rank = _low_rank(before, after, raw[0].dtype, min(most, _MOST_RANK))
     if low_rank is not None:
         yield LowRank(module, layer, *low_rank)

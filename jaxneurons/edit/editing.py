@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxneurons.edit import layered, rank_one
 from jaxneurons.edit.covariance import Covariance
+from jaxneurons.edit.experts import check_one_kernel
 from jaxneurons.edit.fingerprint import fingerprint, places
 from jaxneurons.edit.method import (
     MEMIT,
@@ -246,4 +247,6 @@ def _method(requests: Sequence[EditRequest], config: ModelConfig, settings: Sett
     if not requests:
         raise DataError("no requests: give at least one fact to edit")
     layers_of(settings, config)
+    if isinstance(settings, ROME | MEMIT | AlphaEdit | FineTune):
+        check_one_kernel(config, type(settings).__name__)
     return METHODS[type(settings)]

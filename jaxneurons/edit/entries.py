@@ -13,10 +13,11 @@ import numpy as np
 
 from jaxneurons.checkpoints.provenance import layer_values
 from jaxneurons.edit.changes import Change, LowRank, Multipliers, Rows
+from jaxneurons.edit.experts import as_matrix, matrix_shape, of_experts, rows_at
 from jaxneurons.edit.neuron_parameters import neuron_arrays
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import LAYERS, Params, get, list_parameters, replace
+from jaxneurons.model.parameters import LAYERS, Parameter, Params, get, list_parameters, replace
 
 Axis = Literal["all", "input", "output"]
 _AXIS: dict[str, int] = {"input": 0, "output": -1}
@@ -96,12 +97,14 @@ def _regions(change: Change, config: ModelConfig) -> Iterator[Region]:
                 yield Region(".".join(parameter.path[1:]), layer, along, here, "scale")
 
 
-def take(params: Params, touched: Sequence[Region]) -> tuple[Entries, ...]:
+def take(params: Params, touched: Sequence[Region], config: ModelConfig) -> tuple[Entries, ...]:
     """What is there now: each entry's value once, as float32 on the host."""
     entries = []
+    arrays = _arrays(config)
     for array, layer in dict.fromkeys((region.array, region.layer) for region in touched):
         here = [region for region in touched if (region.array, region.layer) == (array, layer)]
         values = layer_values(get(params, _path(array)), layer).astype(np.float32)
+        values = as_matrix(values, arrays[array])
         if any(region.axis == "all" for region in here):
             entries.append(Entries(array, layer, "all", _NO_INDEX, values))
             continue
@@ -123,7 +126,16 @@ def put(params: Params, entries: Sequence[Entries]) -> Params:
         if part.axis == "all":
             array = array.at[part.layer].set(values)
         elif part.axis == "input" or array.ndim == 2:
-            array = array.at[part.layer, part.index].set(values)
+            place = (part.layer, part.index)
+            if array.ndim == 4:
+                place = rows_at(array, part.layer, part.index)
+            array = array.at[place].set(values)
+        elif array.ndim == 4 and part.array == "ffn.down.kernel":
+            parts = values.reshape(len(values), *array.shape[1:3])
+            array = array.at[part.layer, :, :, part.index].set(parts)
+        elif array.ndim == 4:  # columns of other kernels of experts
+            expert, index = np.divmod(part.index, array.shape[-1])
+            array = array.at[part.layer, expert, :, index].set(values)
         else:
             array = array.at[part.layer, :, part.index].set(values)
         params = replace(params, path, array)
@@ -136,15 +148,13 @@ def check_entries(entries: Sequence[Entries], *, config: ModelConfig, where: str
     Raises:
       DataError: it has not; says which, and why.
     """
-    shapes = {
-        ".".join(parameter.path[1:]): parameter.layer_shape
-        for parameter in list_parameters(config)
-        if parameter.per_layer
-    }
+    shapes = {name: matrix_shape(parameter) for name, parameter in _arrays(config).items()}
     for part in entries:
         at = f"{where}kept entries of {part.array!r:.60}, layer {part.layer}"
         if part.array not in shapes or not 0 <= part.layer < config.num_layers:
             raise DataError(f"{at}: not in this model")
+        if part.axis == "all" and of_experts(_arrays(config)[part.array]):
+            raise DataError(f"{at}: kernels of experts change by rows or columns only")
         shape: Any = shapes[part.array]
         if part.axis != "all":
             number = _AXIS[part.axis]
@@ -155,6 +165,11 @@ def check_entries(entries: Sequence[Entries], *, config: ModelConfig, where: str
                 raise DataError(f"{at}: the array has {size} along its {part.axis} axis")
         if part.values.shape != shape:
             raise DataError(f"{at}: have the shape {part.values.shape}, not {shape}")
+
+
+def _arrays(config: ModelConfig) -> dict[str, Parameter]:
+    """Every layer's arrays, by name below `layers`."""
+    return {".".join(p.path[1:]): p for p in list_parameters(config) if p.per_layer}
 
 
 def _path(array: str) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ row of the down kernel (`act`). `scale` multiplies it, so that
     forward(scale(params, neurons, s, config=config), x)
     == forward(params, x, scales=neurons.scales(config, s))
 
-for all texts and positions. What a neuron writes to the residual stream is its *output row*: `add`
-and `set_rows` change that.
+for all texts and positions. What a neuron writes to the residual stream is its *output row* (and
+passes the layer's post norm, where the model has one): `add` and `set_rows` change that.
 
 Everything here composes with `jit`, `vmap`, `grad` and `lax.scan`, and no array of sharded
 parameters is gathered; checks of values happen where values are known, outside of `jit`. There,
@@ -28,6 +28,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxneurons.edit.experts import neurons_at, rows_at
 from jaxneurons.edit.neuron_parameters import (
     WRITERS,
     as_pairs,
@@ -192,8 +193,8 @@ def restore(params: Params, base: Params, neurons: NeuronSet, *, config: ModelCo
             )
         if site in WRITERS:
             parameter, rows = output_rows(site, index, config)
-            marks = np.zeros(parameter.shape[:2], bool)
-            marks[layer[:, None], rows] = True
+            marks = np.zeros(parameter.shape[:-1], bool)
+            marks[rows_at(marks[..., None], layer[:, None], rows)] = True
             here = leaf_of(params, parameter, "parameters")
             there = leaf_of(base, parameter, "base parameters")
             params = replace(params, parameter.path, jnp.where(marks[..., None], there, here))
@@ -273,10 +274,9 @@ def swap(
     to, source = join([neurons, partners]), join([partners, neurons])
     check_neurons(site, to[:, 0], to[:, 1], config)
     for parameter, axis in neuron_arrays(site, config):
-        between = (slice(None),) * (axis - 1)
         x = leaf_of(params, parameter, "parameters")
-        moved = x[(source[:, 0], *between, source[:, 1])]
-        new = x.at[(to[:, 0], *between, to[:, 1])].set(moved)
+        moved = x[neurons_at(parameter, axis, source[:, 0], source[:, 1])]
+        new = x.at[neurons_at(parameter, axis, to[:, 0], to[:, 1])].set(moved)
         params = replace(params, parameter.path, new)
     return params
 
@@ -321,7 +321,8 @@ def _write_rows(
         layer = neurons.pairs(site)[:, :1]
         x = leaf_of(params, parameter, "parameters")
         here = vectors[start : start + len(layer), None]
-        new = jnp.broadcast_to(function(x[layer, index], here), (*index.shape, hidden))
-        params = replace(params, parameter.path, x.at[layer, index].set(new.astype(x.dtype)))
+        place = rows_at(x, layer, index)
+        new = jnp.broadcast_to(function(x[place], here), (*index.shape, hidden))
+        params = replace(params, parameter.path, x.at[place].set(new.astype(x.dtype)))
         start += len(layer)
     return params

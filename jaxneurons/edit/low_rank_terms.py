@@ -40,6 +40,8 @@ def low_rank_terms(
         return None
     kept = [change for change in changes if isinstance(change, LowRank | Rows)]
     uses = Counter((change.module, change.layer) for change in kept)
+    if config.experts and any(change.module.startswith("ffn.") for change in kept):
+        return None
     shared = any(isinstance(c, Rows) and uses[c.module, c.layer] > 1 for c in kept)
     if shared or len(kept) < len(changes):
         return None

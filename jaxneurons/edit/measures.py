@@ -197,7 +197,7 @@ def run_cases(
 
 def edits_at_once(config: ModelConfig) -> int:
     """Edits whose kernels take about a GiB together; eight at most, one at least."""
-    kernel = 4 * config.num_layers * config.intermediate_size * config.hidden_size
+    kernel = 4 * config.num_layers * config.neurons_per_layer * config.hidden_size
     return max(1, min(_MOST_EDITS, _MOST_BYTES // kernel))
 
 

@@ -13,6 +13,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxneurons.edit.experts import of_experts
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import (
@@ -170,7 +171,9 @@ def _integers(values: Any) -> Array | np.ndarray:
 def _along(table: Array, parameter: Parameter, axis: int) -> Array:
     """[layer, width] as it broadcasts to an array whose axis `axis` is the width."""
     shape = [1] * len(parameter.shape)
-    shape[0], shape[axis] = table.shape
+    shape[0], shape[axis] = parameter.shape[0], parameter.shape[axis]
+    if parameter.axes[axis] == "intermediate" and of_experts(parameter):
+        shape[1] = parameter.shape[1]
     return table.reshape(shape)
 
 
@@ -213,6 +216,8 @@ def as_pairs(neurons: Any) -> Array | np.ndarray:
 
 def output_rows(site: str, index: np.ndarray, config: ModelConfig) -> tuple[Parameter, np.ndarray]:
     """The kernel that has the output rows of a site's neurons, and which they are, [neuron, row].
+
+    Of experts, rows are counted through the kernels of all of them.
 
     Raises:
       ConfigError: a site that has none.

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxneurons.edit.changes import Rows
+from jaxneurons.edit.experts import rows_at
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
@@ -31,7 +32,7 @@ class OutputRows(NamedTuple):
     def values(self, params: Params) -> Float[Array, "row hidden"]:
         """What the rows hold, float32."""
         kernel = params["layers"]["ffn"]["down"]["kernel"]
-        return kernel[self.layer, self.index].astype(jnp.float32)
+        return kernel[rows_at(kernel, self.layer, self.index)].astype(jnp.float32)
 
     def places(self, members: "OutputRows") -> np.ndarray:
         """Where some of these rows are among all of them."""

@@ -239,7 +239,7 @@ def make_patch(
         _check_computed_on(lm, edit)
     if keep_base is None:
         keep_base = not any(isinstance(change, LowRank) for change in changes)
-    kept = take(lm.params, regions(changes, lm.config)) if keep_base and changes else ()
+    kept = take(lm.params, regions(changes, lm.config), lm.config) if keep_base and changes else ()
     return Patch(
         changes=changes,
         base=lm.values_hash,

@@ -15,6 +15,7 @@ import numpy as np
 from jaxneurons.edit.changes import apply
 from jaxneurons.edit.contexts import name_of
 from jaxneurons.edit.covariance import Covariance
+from jaxneurons.edit.experts import check_one_kernel
 from jaxneurons.edit.method import ROME, Edit, Trace, default_layer
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.edit.solving import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 def layers_of(settings: ROME, config: ModelConfig) -> tuple[int, ...]:
     """The layer that is edited."""
+    check_one_kernel(config, "ROME")
     return (default_layer(config) if settings.layer is None else settings.layer,)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxneurons.model import layers
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import LAYERS, Params
+from jaxneurons.model.parameters import Params
 from jaxneurons.prompts.batches import by_length
 
 
@@ -103,12 +103,9 @@ def layer_step(
     angles = layers.rope_angles(positions, config, lengths)
 
     def step(x: Array, index: Any, scales: Any = None) -> tuple[Array, dict[str, Array]]:
-        def pick(stack: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
-
         kind = layers.layer_kind(config, index)
         return layers.block(
-            jax.tree.map(pick, params[LAYERS]),
+            layers.layer_params(params, index, config),
             x,
             config=config,
             rotate=lambda heads: layers.rotate(heads, angles, kind.rope),
@@ -155,8 +152,10 @@ def run_layers(
         y, activations = step(x, index, scales)
         if added is None:
             return y
-        act = activations["act"][..., added.rows].astype(jnp.float32)
-        return y + jnp.einsum("bsr,rh->bsh", act, added.vectors).astype(y.dtype)
+        act = layers.read_by_down(activations, added.rows, config).astype(jnp.float32)
+        change = jnp.einsum("bsr,rh->bsh", act, added.vectors)
+        of_layer = layers.layer_params(params, index, config)
+        return layers.change_down(of_layer, y, activations["down"], change, config)
 
     stacked = (jnp.arange(first, end), scales, additions)
     return jax.lax.scan(lambda x, layer: (body(x, *layer), None), x, stacked)[0]

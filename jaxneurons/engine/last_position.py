@@ -230,7 +230,7 @@ def _teacher_forced(
     keys = jnp.broadcast_to(jnp.arange(last.k.shape[2]), (len(tokens), last.k.shape[2]))
 
     def step(x: Array, per_layer: Any) -> tuple[Array, None]:
-        layer, k, v, scales, index = per_layer
+        k, v, scales, index = per_layer
         window, rope = layers.layer_kind(config, index)
         # The last position is in the cache as it was: it sees earlier keys, and itself anew.
         mask = layers.visible(positions, keys, window) & (keys < last.position[:, None])[:, None]
@@ -242,7 +242,7 @@ def _teacher_forced(
             return layers.continued_attention(q, new_k, new_v, new_mask, k, v, mask, config)
 
         y, _ = layers.block(
-            layer,
+            layers.layer_params(params, index, config),
             x,
             config=config,
             rotate=lambda heads: layers.rotate(heads, angles, rope),
@@ -255,7 +255,7 @@ def _teacher_forced(
     if steps > 1:
         after = layers.embed(params, jnp.maximum(tokens[:, :-1], 0), config)
         x = jnp.concatenate([x, after.astype(x.dtype)], axis=1)
-    stack = (params["layers"], last.k, last.v, scales, jnp.arange(config.num_layers))
+    stack = (last.k, last.v, scales, jnp.arange(config.num_layers))
     return jax.lax.scan(step, x, stack)[0]
 
 

@@ -16,11 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxneurons.model import layers, transformer
+from jaxneurons.model import experts, layers, transformer
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.blockwise import MOST_SCORES
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import Params, axes, list_parameters, params_dtype
+from jaxneurons.model.parameters import (
+    Params,
+    axes,
+    list_parameters,
+    outputs_per_token,
+    params_dtype,
+)
 from jaxneurons.neurons.sets import Site, site_width
 
 Entries = tuple[tuple[int, int], ...]
@@ -33,7 +39,10 @@ class Prefill(NamedTuple):
     Attributes:
       cache: keys and values of every position.
       residual: the stream as it enters each layer, at the answer positions.
-      added: what each layer adds to it there: by attention (`o`) and feed-forward (`down`).
+      added: what each layer adds to it there: by attention (`o`) and feed-forward (`down`), normed
+        where the model norms it.
+      squares: mean squares of activations there, for each site that a norm follows at once (`o` and
+        `down` in models with post norms, `q` and `k` where they are normed; of their largest head).
       positions: the position before each answer token.
       targets: the answer tokens.
       probability: of each answer token, model untouched.
@@ -44,6 +53,7 @@ class Prefill(NamedTuple):
     cache: transformer.Cache
     residual: Float[Array, "layer batch answer hidden"]
     added: dict[str, Float[Array, "layer batch answer hidden"]]
+    squares: dict[str, Float[Array, "layer batch answer"]]
     positions: Int[Array, "batch answer"]
     targets: Int[Array, "batch answer"]
     probability: Float[Array, "batch answer"]
@@ -83,7 +93,7 @@ def prefill(
         lengths=lengths,
         at=positions,
         cache=transformer.init_cache(config, batch, seq, dtype),
-        capture=tuple(dict.fromkeys(("residual", "o", "down", *capture))),
+        capture=tuple(dict.fromkeys(("residual", "o", "down", *_normed(config), *capture))),
     )
     probability = layers.token_probability(params, out.final, targets, config)
     assert out.cache is not None
@@ -91,13 +101,43 @@ def prefill(
     return Prefill(
         out.cache,
         seen["residual"],
-        {name: seen[name] for name in ("o", "down")},
+        {name: _added(params, name, seen[name], config) for name in ("o", "down")},
+        {name: _largest_square(seen[name], name, config) for name in _normed(config)},
         positions,
         targets,
         probability,
         out.logits,
         {name: seen[name] for name in capture},
     )
+
+
+def _normed(config: ModelConfig) -> tuple[str, ...]:
+    """The sites that a norm follows at once."""
+    return ("o", "down") * config.post_norms + ("q", "k") * (config.qk_norm is not None)
+
+
+def _added(
+    params: Params,
+    site: str,
+    values: Float[Array, "layer batch answer hidden"],
+    config: ModelConfig,
+) -> Float[Array, "layer batch answer hidden"]:
+    """What activations of `o` or `down` add to the stream."""
+    if not config.post_norms:
+        return values
+    weights = params["layers"]["attn_post_norm" if site == "o" else "ffn_post_norm"]
+    return jax.vmap(lambda values, weight: layers.norm(values, weight, config))(values, weights)
+
+
+def _largest_square(
+    values: Float[Array, "layer batch answer width"], site: str, config: ModelConfig
+) -> Float[Array, "layer batch answer"]:
+    """Mean square of what a norm divides: of the largest head, where each has its own."""
+    heads = site in ("q", "k") and config.qk_norm == "head"
+    parts = (
+        values.reshape(*values.shape[:-1], -1, config.head_dim) if heads else values[..., None, :]
+    )
+    return jnp.square(parts.astype(jnp.float32)).mean(-1).max(-1)
 
 
 def row_probabilities(
@@ -193,6 +233,9 @@ def _layer_step(
     keep = jax.checkpoint_policies.dots_saveable
     if keys.shape[1] > MANY_KEYS:
         keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if config.experts:
+        products = jax.checkpoint_policies.save_only_these_names(experts.PRODUCTS)
+        keep = jax.checkpoint_policies.save_from_both_policies(keep, products)
 
     @functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
     def step(x: Array, scales: Array, index: Array, everywhere: Array | None) -> Array:
@@ -212,7 +255,7 @@ def _layer_step(
             seen = seen & layers.visible(positions[:, :active], keys, kind.window)
         here = layers.Angles(angles.cos[:, :, :active], angles.sin[:, :, :active])
         y, _ = layers.block(
-            jax.tree.map(pick, params["layers"]),
+            layers.layer_params(params, index, config),
             jnp.where(enters, jnp.tile(residual, (1, active // answers, 1)), x),
             config=config,
             rotate=lambda heads: layers.rotate(heads, here, kind.rope),
@@ -366,13 +409,15 @@ def rows_in_budget(
     """
     # The outputs of a layer's projections, and of attention before the last of its own.
     per_layer = axes(config)["heads"].size + sum(
-        parameter.layer_shape[-1]
+        outputs_per_token(parameter, config)
         for parameter in list_parameters(config)
         if parameter.per_layer and parameter.path[-1] == "kernel"
     )
     scores = config.num_heads * (keys + 1)
     scores *= config.num_layers if keys <= MANY_KEYS else 6
     per_row = 4 * (config.num_layers * per_layer + scores + 3 * config.vocab_size)
+    if config.experts:  # multipliers of all neurons, which a layer picks from, and their gradient
+        per_row += 4 * 3 * config.neurons_per_layer
     busy = 640 if (platform or jax.default_backend()) == "cpu" else 1024
     return max(1, min(memory_budget // per_row, busy))
 
@@ -394,5 +439,9 @@ def memory_bound(
     sizes = axes(config)
     kept = 2 * config.num_layers * sizes["kv_heads"].size
     widths = sum(sizes[name].size for name in ("hidden", "intermediate", "heads", "kv_heads"))
+    # A token's row comes once for each expert that it runs.
+    widths += max(0, config.experts_per_token - 1) * (
+        sizes["hidden"].size + sizes["intermediate"].size
+    )
     scores = config.num_heads * min(tokens**2, MOST_SCORES)
     return 4 * prompts * (tokens * (2 * kept + 4 * widths) + 4 * scores) + memory_budget

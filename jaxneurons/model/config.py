@@ -234,6 +234,10 @@ class ModelConfig:
                 f"experts_per_token must be from 1 to experts (0 without), got "
                 f"{self.experts_per_token!r} of {self.experts!r}"
             )
+        if self.experts and (biases := {"gate", "up", "down"} & set(self.biases)):
+            raise ConfigError(
+                f"projections of experts add no bias here, but biases name {sorted(biases)}"
+            )
 
     @property
     def layer_windows(self) -> tuple[int, ...] | None:

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxneurons.errors import ConfigError
+from jaxneurons.model import experts
 from jaxneurons.model.config import ModelConfig, RopeConfig
-from jaxneurons.model.parameters import Params
+from jaxneurons.model.parameters import Params, neuron_place
 
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 
@@ -302,7 +304,7 @@ def block(
     scales: Mapping[str, Array] | None = None,
     added: Mapping[str, Array] | None = None,
     low_rank: Mapping[str, tuple[Array, Array]] | None = None,
-) -> tuple[Float[Array, "batch seq hidden"], dict[str, Array]]:
+) -> tuple[Float[Array, "batch seq hidden"], dict[str, Any]]:
     """One block: attention and gated feed-forward, each around a residual connection.
 
     Args:
@@ -321,16 +323,26 @@ def block(
       `q`, `k`, `v` as they leave their projections (before their norm and the rotary embedding),
       `o` and `down` as they leave theirs (before their norm, where there is one, and the residual),
       `up`, `gate` (before its activation function) and `act`, the product of the two, as it enters
-      the down projection.
-    """
-    activations: dict[str, Array] = {}
+      the down projection. Where there are experts, these three are `ChosenNeurons`, before the
+      router's weight, `down` is the weighted sum over experts, and `router` has the weights of all
+      experts, 0 for those that are not chosen.
 
-    def site(name: str, value: Array) -> Array:
+    Raises:
+      ConfigError: `low_rank` names a projection of the experts.
+    """
+    activations: dict[str, Any] = {}
+
+    def site(name: str, value: Array, routing: experts.Routing | None = None) -> Array:
+        def of(values: Mapping[str, Array]) -> Array:
+            those = values[name].astype(value.dtype)
+            return those if routing is None else routing.pick(those, config.experts)
+
         if scales is not None and name in scales:
-            value = value * scales[name].astype(value.dtype)
+            value = value * of(scales)
         if added is not None and name in added:
-            value = value + added[name].astype(value.dtype)
-        activations[name] = value
+            value = value + of(added)
+        chosen = None if routing is None else experts.ChosenNeurons(value, routing.experts)
+        activations[name] = value if chosen is None else chosen
         return value
 
     def linear(group: str, name: str, value: Array) -> Array:
@@ -345,10 +357,49 @@ def block(
     x = x + (norm(o, params["attn_post_norm"], config) if config.post_norms else o)
 
     h = norm(x, params["ffn_norm"], config) if config.pre_norms else x
-    up = site("up", linear("ffn", "up", h))
-    gate = site("gate", linear("ffn", "gate", h))
-    act = site("act", up * activate(gate, config))
-    return add_down(params, x, site("down", linear("ffn", "down", act)), config), activations
+    if config.experts:
+        _check_kernels(low_rank)
+        down, routing = experts.feed_forward(
+            params["ffn"],
+            h,
+            config=config,
+            activate=lambda gate: activate(gate, config),
+            site=site,
+        )
+        activations["router"] = routing.dense(config.experts)
+    else:
+        up = site("up", linear("ffn", "up", h))
+        gate = site("gate", linear("ffn", "gate", h))
+        act = site("act", up * activate(gate, config))
+        down = linear("ffn", "down", act)
+    return add_down(params, x, site("down", down), config), activations
+
+
+def _check_kernels(low_rank: Mapping[str, Any] | None) -> None:
+    """Raise `ConfigError` if factors are to be added to the kernels of experts."""
+    for name in low_rank or ():
+        if name.startswith("ffn."):
+            raise ConfigError(
+                f"low_rank names {name!r}, of which each expert of this model has its own: edit "
+                "the parameters of neurons instead, or the attention's projections"
+            )
+
+
+def layer_params(params: Params, index: Any, config: ModelConfig) -> Params:
+    """One layer's parameters, by its index, which may be traced.
+
+    Kernels of experts stay where they are: see `experts.Stacked`.
+    """
+
+    def pick(path: Any, stack: Array) -> Any:
+        if config.experts and [key.key for key in path] in _EXPERT_KERNELS:
+            return experts.Stacked(stack, index)
+        return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+    return jax.tree_util.tree_map_with_path(pick, params["layers"])
+
+
+_EXPERT_KERNELS = [["ffn", name, "kernel"] for name in ("gate", "up", "down")]
 
 
 def activate(gate: Array, config: ModelConfig) -> Array:
@@ -356,9 +407,47 @@ def activate(gate: Array, config: ModelConfig) -> Array:
     return jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
 
 
+def read_by_down(
+    activations: Mapping[str, Any], index: Int[Array, " neuron"], config: ModelConfig
+) -> Float[Array, "batch seq neuron"]:
+    """What some neurons of a layer put into the down projection, by the activations of `block`.
+
+    Where there are experts: times the router's weight, and 0 where a token does not run theirs.
+    """
+    act = activations["act"]
+    if not config.experts:
+        return act[..., index]
+    expert, index = neuron_place(index, config)
+    return act.pick(expert, index) * activations["router"][..., expert]
+
+
 def add_down(params: Params, x: Array, down: Array, config: ModelConfig) -> Array:
     """The stream as it leaves a layer: what its feed-forward adds, normed where it is."""
     return x + (norm(down, params["ffn_post_norm"], config) if config.post_norms else down)
+
+
+def change_down(
+    params: Params,
+    y: Float[Array, "*batch hidden"],
+    down: Float[Array, "*batch hidden"],
+    change: Float[Array, "*batch hidden"],
+    config: ModelConfig,
+) -> Float[Array, "*batch hidden"]:
+    """The stream as it would leave a layer if something were added to `down`.
+
+    Args:
+      params: this layer's parameters.
+      y: the stream as it leaves the layer without.
+      down: what the layer's down projection puts out without.
+      change: what is added to that, before its norm, where there is one.
+      config: the model's shape.
+    """
+    if config.post_norms:
+        weight = {"scale": params["ffn_post_norm"]["scale"].astype(jnp.float32)}
+        wide = down.astype(jnp.float32)
+        changed = norm(wide + change.astype(jnp.float32), weight, config)
+        change = changed - norm(wide, weight, config)
+    return y + change.astype(y.dtype)
 
 
 def _normed_heads(x: Array, params: Params | None, config: ModelConfig) -> Array:

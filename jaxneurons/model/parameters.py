@@ -55,6 +55,7 @@ def axes(config: ModelConfig) -> dict[str, Axis]:
         "vocab": Axis(config.vocab_size),
         "hidden": Axis(config.hidden_size),
         "intermediate": Axis(config.intermediate_size),
+        "experts": Axis(config.experts),
         "heads": Axis(config.num_heads, config.head_dim),
         "kv_heads": Axis(config.num_kv_heads, config.head_dim),
         "head_dim": Axis(config.head_dim),
@@ -80,11 +81,28 @@ def check_site(site: str) -> None:
         raise ConfigError(f"unknown site {site!r}; {near_matches(site, SITE_AXES)}")
 
 
+def site_axis(site: str) -> str:
+    """The name of the axis that the neurons of a site lie along."""
+    return SITE_AXES[site]
+
+
 def site_widths(config: ModelConfig) -> dict[str, int]:
     """Neurons of every site in one layer: at `up`, `gate` and `act` those of all experts."""
     sizes = {name: axis.size for name, axis in axes(config).items()}
     sizes["intermediate"] = config.neurons_per_layer
     return {site: sizes[axis] for site, axis in SITE_AXES.items()}
+
+
+def neuron_place(index: Any, config: ModelConfig) -> tuple[Any, ...]:
+    """Where feed-forward neurons of a layer are in its kernels: (expert, index in it) or (index,).
+
+    Args:
+      index: of neurons at `up`, `gate` or `act`, numbers or arrays.
+      config: the model's shape.
+    """
+    if not config.experts:
+        return (index,)
+    return index // config.intermediate_size, index % config.intermediate_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +112,8 @@ class Module:
     Attributes:
       path: its place among the parameters, joined by dots; below `layers` every layer has one.
       weight: name of its array: "embedding", "scale" or "kernel".
-      axes: names of the weight's axes, of one layer: a kernel's are its inputs and its outputs.
+      axes: names of the weight's axes, of one layer: a kernel's are its inputs and its outputs,
+        behind the experts, where each has one.
       initializer: of the weight, of one layer; a bias starts as zeros.
       bias: which models add a bias, along the weight's last axis.
       when: which models have the module.
@@ -136,6 +155,14 @@ def _norms_width(config: ModelConfig) -> bool:
     return config.qk_norm == "width"
 
 
+def _has_experts(config: ModelConfig) -> bool:
+    return config.experts > 0
+
+
+def _has_no_experts(config: ModelConfig) -> bool:
+    return config.experts == 0
+
+
 def _names_bias(config: ModelConfig, projection: str) -> bool:
     return projection in config.biases
 
@@ -144,6 +171,7 @@ _ones = jax.nn.initializers.ones
 _zeros = jax.nn.initializers.zeros
 _normal = jax.nn.initializers.normal(0.02)
 _lecun_normal = jax.nn.initializers.lecun_normal()
+_lecun_normal_of_experts = jax.nn.initializers.lecun_normal(batch_axis=(0,))
 
 
 def embedding(path: str, rows: str, columns: str) -> Module:
@@ -180,6 +208,13 @@ def projection(
     return Module(path, "kernel", (inputs, outputs), _lecun_normal, bias=bias, when=when)
 
 
+def projections_of_experts(path: str, inputs: str, outputs: str) -> Module:
+    """A row of the table: a kernel [experts, inputs, outputs], of models that have experts."""
+    names = ("experts", inputs, outputs)
+    initializer = _lecun_normal_of_experts
+    return Module(path, "kernel", names, initializer, bias=_never, when=_has_experts)
+
+
 TABLE: tuple[Module, ...] = (
     embedding("embed", "vocab", "hidden"),
     norm("layers.attn_norm", "hidden", when=_pre_norms),
@@ -193,9 +228,13 @@ TABLE: tuple[Module, ...] = (
     projection("layers.attn.o", "heads", "hidden"),
     norm("layers.attn_post_norm", "hidden", when=_post_norms),
     norm("layers.ffn_norm", "hidden", when=_pre_norms),
-    projection("layers.ffn.gate", "hidden", "intermediate"),
-    projection("layers.ffn.up", "hidden", "intermediate"),
-    projection("layers.ffn.down", "intermediate", "hidden"),
+    projection("layers.ffn.gate", "hidden", "intermediate", when=_has_no_experts),
+    projection("layers.ffn.up", "hidden", "intermediate", when=_has_no_experts),
+    projection("layers.ffn.down", "intermediate", "hidden", when=_has_no_experts),
+    projection("layers.ffn.router", "hidden", "experts", bias=_never, when=_has_experts),
+    projections_of_experts("layers.ffn.gate", "hidden", "intermediate"),
+    projections_of_experts("layers.ffn.up", "hidden", "intermediate"),
+    projections_of_experts("layers.ffn.down", "intermediate", "hidden"),
     norm("layers.ffn_post_norm", "hidden", when=_post_norms),
     norm("final_norm", "hidden"),
     projection("unembed", "hidden", "vocab", when=_untied),
@@ -264,6 +303,25 @@ def parameter_tree(config: ModelConfig, value: Callable[[Parameter], Any]) -> di
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
     """Shapes of every parameter, nested as the parameters are."""
     return parameter_tree(config, lambda parameter: parameter.shape)
+
+
+def outputs_per_token(parameter: Parameter, config: ModelConfig) -> int:
+    """Values that a layer's kernel makes of a token: of all experts that it runs."""
+    chosen = config.experts_per_token if "experts" in parameter.axes[:-1] else 1
+    return chosen * parameter.layer_shape[-1]
+
+
+def count_active_parameters(config: ModelConfig) -> int:
+    """Values that a token is computed with: of the experts' arrays, those of as many as it runs."""
+    total = 0
+    for parameter in list_parameters(config):
+        whole = "experts" not in parameter.axes[:-1]
+        total += (
+            parameter.size
+            if whole
+            else (parameter.size // config.experts * config.experts_per_token)
+        )
+    return total
 
 
 def count_parameters(config: ModelConfig) -> int:

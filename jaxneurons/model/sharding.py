@@ -63,6 +63,7 @@ class ShardingRules:
       heads: query heads.
       kv_heads: key and value heads.
       layers: the stacked layers.
+      experts: the experts of a layer; their own neurons are `intermediate`.
     """
 
     batch: MeshAxes = "data"
@@ -72,6 +73,7 @@ class ShardingRules:
     heads: MeshAxes = "model"
     kv_heads: MeshAxes = "model"
     layers: MeshAxes = None
+    experts: MeshAxes = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -164,8 +166,8 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     """Names of every parameter's axes, nested as the parameters are: a tuple for each array.
 
     For example `logical_axes(config)["layers"]["ffn"]["up"]["kernel"]` is
-    `("layers", "hidden", "intermediate")`. The names are those of `parameters.axes`; `heads` and
-    `kv_heads` stand for heads times head_dim.
+    `("layers", "hidden", "intermediate")`, with "experts" behind "layers" where there are any. The
+    names are those of `parameters.axes`; `heads` and `kv_heads` stand for heads times head_dim.
     """
     return parameter_tree(config, lambda parameter: parameter.axes)
 

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.errors import ConfigError
-from jaxneurons.model import layers
+from jaxneurons.model import experts, layers
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
@@ -107,7 +107,7 @@ class Block(nn.Module):
     def __call__(self, x: Array, per_layer: Any, shared: Any) -> tuple[Array, Any]:
         """Carry the residual through; emit the layer's new keys, values and activations."""
         scales, low_rank, cached, index = per_layer
-        angles, positions, at, real = shared
+        angles, positions, at, real, stacks = shared
         kind = layers.layer_kind(self.config, index)
         store: tuple[Array, Array] | None = None
 
@@ -122,6 +122,11 @@ class Block(nn.Module):
 
         declared = _declared(self.config)[LAYERS]
         params = {name: Weights(group, name=name)() for name, group in declared.items()}
+        if stacks is not None:
+            params["ffn"] |= {
+                name: {"kernel": experts.Stacked(kernels, index)}
+                for name, kernels in stacks.items()
+            }
         y, activations = layers.block(
             params,
             x,
@@ -133,9 +138,9 @@ class Block(nn.Module):
         )
         activations["residual"] = x
         captured = {
-            name: _take(activations[name], at)
+            name: _take(activations[name], at, self.config)
             if self.reduce == "at"
-            else _mean(activations[name], real)
+            else _mean(activations[name], real, self.config)
             for name in self.capture
         }
         return y, (store, captured)
@@ -159,7 +164,8 @@ def _by_layer(scales: Scales) -> Scales:
 def _check_sites(config: ModelConfig, scales: Scales, capture: tuple[str, ...]) -> None:
     """Raise `ConfigError` for sites that there are not, or multipliers of another model's shape."""
     widths = site_widths(config)
-    for site in (*scales, *(name for name in capture if name != "residual")):
+    others = ("residual", "router") if config.experts else ("residual",)
+    for site in (*scales, *(name for name in capture if name not in others)):
         check_site(site)
     for site, values in scales.items():
         shape = np.shape(values)
@@ -176,17 +182,22 @@ def _check_sites(config: ModelConfig, scales: Scales, capture: tuple[str, ...]) 
             )
 
 
-def _take(x: Array, at: Array) -> Array:
+def _take(x: Array | experts.ChosenNeurons, at: Array, config: ModelConfig) -> Array:
     """[batch, seq, width] at [batch, at] -> [batch, at, width]."""
+    if isinstance(x, experts.ChosenNeurons):
+        return x.at(at).dense(config.experts)
     return jnp.take_along_axis(x, at[..., None], axis=1)
 
 
-def _mean(x: Array, real: Array) -> Array:
+def _mean(x: Array | experts.ChosenNeurons, real: Array, config: ModelConfig) -> Array:
     """Mean over real tokens, float32: [batch, seq, width] -> [batch, width]."""
     weights = real.astype(jnp.float32)
-    # 0 times what is not finite is not 0.
-    x = jnp.where(real[..., None], x.astype(jnp.float32), 0)
-    total = jnp.einsum("bsw,bs->bw", x, weights)
+    if isinstance(x, experts.ChosenNeurons):
+        total = x.total(weights, config.experts)
+    else:
+        # 0 times what is not finite is not 0.
+        x = jnp.where(real[..., None], x.astype(jnp.float32), 0)
+        total = jnp.einsum("bsw,bs->bw", x, weights)
     return total / jnp.maximum(weights.sum(-1, keepdims=True), 1.0)
 
 
@@ -242,12 +253,19 @@ class Transformer(nn.Module):
                 None if cache is None else (cache.k, cache.v),
                 jnp.arange(config.num_layers),
             ),
-            (angles, positions, at, real),
+            (angles, positions, at, real, self._stacks()),
         )
         if cache is not None:
             cache = Cache(store[0], store[1], cache.length + lengths)
-        final = _take(x, at)
+        final = _take(x, at, config)
         return Output(layers.unembed(params, final, config), cache, activations, final)
+
+    def _stacks(self) -> dict[str, Array] | None:
+        """Kernels of the experts of all layers, which no layer takes its part of."""
+        if not self.config.experts or self.is_initializing():
+            return None
+        ffn = self.variables["params"][LAYERS]["ffn"]
+        return {name: ffn[name]["kernel"] for name in ("gate", "up", "down")}
 
 
 @any_axes
@@ -280,7 +298,8 @@ def forward(
       cache: what came before, from `init_cache` or an earlier pass; tokens are appended to it.
         Its capacity must hold them: nothing checks that inside jit.
       capture: sites whose activations (after scaling) to return; also "residual", the stream as
-        it enters each layer.
+        it enters each layer, and, of a model with experts, "router", the weight of every expert, 0
+        for those that a token does not run. Neurons of such experts are 0.
       reduce: "at" returns activations at the same positions as the logits, "mean" the mean over
         the real tokens (float32).
 

@@ -18,6 +18,7 @@ from jaxneurons.neurons.sets import (
     neuron_count,
     neuron_table,
     read_neurons,
+    show_neuron,
     site_width,
     stack_scales,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "random_neurons",
     "random_sets",
     "read_neurons",
+    "show_neuron",
     "site_width",
     "stack_scales",
 ]

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import check_site, site_widths
+from jaxneurons.model.parameters import check_site, neuron_place, site_axis, site_widths
 from jaxneurons.storage.csv_file import read_csv
 
 Site = Literal["up", "gate", "act", "down", "q", "k", "v", "o"]
@@ -49,6 +49,19 @@ def site_width(config: ModelConfig, site: str) -> int:
 def neuron_count(config: ModelConfig, sites: Iterable[str]) -> int:
     """Neurons of some sites in the whole model."""
     return config.num_layers * sum(site_width(config, site) for site in sites)
+
+
+def show_neuron(neuron: tuple[int, int], site: str, config: ModelConfig) -> str:
+    """A neuron for people: "(layer, index)", or "(layer, expert, index)" of an expert's neurons.
+
+    Args:
+      neuron: layer and index in the site's row, where expert e has those from e * width on.
+      site: its site.
+      config: the model's shape.
+    """
+    layer, index = neuron
+    place = neuron_place(index, config) if site_axis(site) == "intermediate" else (index,)
+    return f"({', '.join(map(str, (layer, *place)))})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -85,6 +98,43 @@ class NeuronSet:
           ConfigError: an unknown site, or numbers that are negative, not whole or too large.
         """
         return cls({site: _encode(pairs) for site, pairs in sites.items()})
+
+    @classmethod
+    def of_experts(cls, config: ModelConfig, **sites: Iterable[Any]) -> "NeuronSet":
+        """From (layer, expert, index) by site, of a model with experts.
+
+        Args:
+          config: the model's shape.
+          **sites: `up`, `gate` or `act`, with triples of whole numbers.
+
+        Raises:
+          ConfigError: a model without experts, another site, or numbers that are no neuron's.
+        """
+        if not config.experts:
+            raise ConfigError("this model has no experts: use `NeuronSet.of`, of (layer, index)")
+        pairs: dict[str, list[tuple[Any, Any]]] = {}
+        for site, triples in sites.items():
+            check_site(site)
+            if site_axis(site) != "intermediate":
+                raise ConfigError(f"neurons of site {site!r} belong to no expert")
+            for layer, expert, index in triples:
+                if not (0 <= expert < config.experts and 0 <= index < config.intermediate_size):
+                    raise ConfigError(
+                        f"expert {expert}, neuron {index}: this model has {config.experts} experts "
+                        f"of {config.intermediate_size} neurons, both counted from 0"
+                    )
+                pairs.setdefault(site, []).append(
+                    (layer, expert * config.intermediate_size + index)
+                )
+        return cls.of(**pairs)
+
+    def shown(self, config: ModelConfig) -> str:
+        """All members for people, by site: see `show_neuron`."""
+        return "; ".join(
+            f"{site} "
+            + ", ".join(show_neuron(pair, site, config) for pair in self.pairs(site).tolist())
+            for site in self.codes
+        )
 
     @classmethod
     def of_flat(cls, flat: np.ndarray, config: ModelConfig, sites: Iterable[str]) -> "NeuronSet":

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxneurons.engine.readout import words
 from jaxneurons.errors import ConfigError, DataError
-from jaxneurons.neurons.sets import Neuron, Ranking
+from jaxneurons.neurons.sets import Neuron, Ranking, show_neuron
 from jaxneurons.prompts.queries import Query
 from jaxneurons.qrnca import method as qrnca
 from jaxneurons.qrnca import pcr
@@ -51,6 +51,7 @@ def neuron_rows(run: Run) -> list[Row]:
                     "group": group,
                     "layer": neuron.layer,
                     "index": neuron.index,
+                    **_expert(run, neuron),
                     "queries": count[neuron],
                     "naica": weight[neuron],
                     "num_layers": run.layers,
@@ -58,6 +59,13 @@ def neuron_rows(run: Run) -> list[Row]:
                 }
             )
     return rows
+
+
+def _expert(run: Run, neuron: Neuron) -> Row:
+    """A column of rows about neurons of experts: layer, expert and index for people."""
+    if not run.lm.config.experts:
+        return {}
+    return {"neuron": show_neuron(neuron, run.settings.site, run.lm.config)}
 
 
 def count_rows(run: Run) -> list[Row]:
@@ -140,6 +148,7 @@ def word_rows(run: Run, neurons: Sequence[Row], *, count: int = 5) -> list[Row]:
             "group": group,
             "layer": neuron.layer,
             "index": neuron.index,
+            **_expert(run, neuron),
             "queries": queries,
             "promotes": " | ".join(promotes),
             "demotes": " | ".join(demotes),

@@ -17,6 +17,7 @@ from jaxneurons.edit.cases import MeasureSettings
 from jaxneurons.edit.changes import LowRank
 from jaxneurons.edit.contexts import Contexts, batch_size
 from jaxneurons.edit.covariance import add_keys
+from jaxneurons.edit.experts import check_one_kernel
 from jaxneurons.edit.measures import edits_at_once, generate_edited, score_answers
 from jaxneurons.edit.method import MEMIT, default_layers
 from jaxneurons.edit.optimising import Weights, optimise_values
@@ -43,7 +44,12 @@ def requests_at_once(config: ModelConfig, work: Work, platform: str) -> int:
 def edit_programs(
     config: ModelConfig, work: Work, chunks: Chunks, dtype: DTypeLike
 ) -> tuple[Program, ...]:
-    """Values of a batch of requests, moments of a layer's keys, and measures of an edit."""
+    """Values of a batch of requests, moments of a layer's keys, and measures of an edit.
+
+    Raises:
+      ConfigError: a model with experts, whose down kernels are not edited so.
+    """
+    check_one_kernel(config, "MEMIT")
     return (
         _values(config, work, chunks),
         _moments(config, work),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import count_parameters, parameter_tree
+from jaxneurons.model.parameters import count_active_parameters, count_parameters, parameter_tree
 from jaxneurons.neurons.sets import FFN, site_width
 from jaxneurons.prompts.batches import bucket
 from jaxneurons.scale.jobs import programs_of
@@ -210,12 +210,12 @@ def quick_seconds(
     """About how long a job takes, from counts alone: enough to compare meshes by."""
     itemsize = jnp.dtype(dtype).itemsize
     local, kept = on_one_device(config, placement), held(config, placement, itemsize)
-    values = count_parameters(local)
+    values, active = count_parameters(local), count_active_parameters(local)
     total = Seconds(0.0, 0.0, 0.0)
     for program in programs_of(job, local, *share(job, work, chunks, placement), dtype):
         moved = _collectives(program, kept, config, placement, itemsize)
         seconds = Seconds(
-            2 * values * (program.positions + program.gradients) / device.peak,
+            2 * active * (program.positions + program.gradients) / device.peak,
             values * itemsize * program.passes / device.bandwidth,
             sum(moved.values()) / device.network,
         )

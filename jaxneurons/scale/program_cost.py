@@ -10,12 +10,15 @@ are those of matrix products, which is where both go.
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxneurons.model.experts import LOOP
 
 VIEWS = {"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "optimization_barrier"}
 """The same bytes under another shape."""
@@ -24,6 +27,7 @@ CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "rem
     "custom_jvp_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
+    "custom_vmap_call",
 }
 """Functions that are called once: the compiler inlines them."""
 
@@ -208,7 +212,8 @@ class _Scope:
         return [self._read(v) for v in jaxpr.outvars]
 
     def _inline(self, eqn: Any) -> None:
-        inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+        names = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
+        inner = next(eqn.params[name] for name in names if name in eqn.params)
         body = getattr(inner, "jaxpr", inner)
         given = eqn.invars[len(eqn.invars) - len(body.invars) :]
         for outer, var in zip(given, body.invars, strict=True):
@@ -325,7 +330,7 @@ def _loop(op: _Op, account: _Account) -> None:
         bodies, turns = [_Scope(body, used)], float(eqn.params["length"])
     elif op.name == "while":
         body = eqn.params["body_jaxpr"].jaxpr
-        bodies, turns = [_Scope(body, [True] * len(body.outvars))], float(account.loops)
+        bodies, turns = [_Scope(body, [True] * len(body.outvars))], _turns(eqn, account.loops)
     else:
         branches = [branch.jaxpr for branch in eqn.params["branches"]]
         bodies, turns = [_Scope(b, [True] * len(b.outvars)) for b in branches], 1.0
@@ -335,6 +340,15 @@ def _loop(op: _Op, account: _Account) -> None:
         scope.walk(account)
     account.operations = operations + turns * account.operations
     account.moved = moved + turns * account.moved
+
+
+def _turns(eqn: Any, usual: int) -> float:
+    """Turns of a loop of unknown length: of one over blocks of experts, as many as are full.
+
+    So the operations of experts are those of the rows that they are given.
+    """
+    stated = re.search(LOOP + r"(\d+)", str(eqn.source_info.name_stack))
+    return float(stated[1] if stated else usual)
 
 
 def _keeps(eqn: Any) -> bool:

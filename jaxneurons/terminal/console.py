@@ -133,7 +133,7 @@ def load_and_say(source: str, *, ignore_keys: Sequence[str] | None = None) -> "L
         lm = load(source, ignore_keys=ignore_keys or (), **placement())
     config = lm.config
     console.print(
-        f"{lm.source}: {config.num_layers} layers, {config.intermediate_size} neurons each, "
+        f"{lm.source}: {config.num_layers} layers, {config.neurons_per_layer} neurons each, "
         f"{config.vocab_size} tokens."
     )
     return lm
