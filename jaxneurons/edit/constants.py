@@ -22,8 +22,8 @@ from jaxneurons.model.parameters import Params, list_parameters, replace
 from jaxneurons.neurons.sets import NeuronSet
 
 _OPEN = 32.0
-"""A gate at which silu(gate) is gate in float32, float16 and bfloat16, and a power of two, so that
-`act` = (c / 32) * silu(32) is c without rounding."""
+"""A gate that the activation function (silu, gelu_tanh) leaves as it is in float32, float16 and
+bfloat16, and a power of two, so that `act` = (c / 32) * silu(32) is c without rounding."""
 
 
 @any_axes
@@ -31,7 +31,7 @@ def force(params: Params, neurons: NeuronSet, values: ArrayLike, *, config: Mode
     """The parameters with which neurons have constant activations, for all texts and positions.
 
     Their columns become zeros and their biases the constants. An `act` neuron is a product: its
-    `gate` is forced to 32, where SiLU is the identity, and its `up` to a 32nd of the constant.
+    `gate` is forced to 32, where the activation function is the identity, and its `up` to a 32nd of the constant.
 
     Args:
       params: the parameters; not touched.

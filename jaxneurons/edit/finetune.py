@@ -64,6 +64,7 @@ class Stream(NamedTuple):
 
     Attributes:
       leaving: the stream as it leaves the layer, unedited.
+      down: what the layer's down projection puts out, unedited.
       act: what enters the down projection.
       lengths: real tokens.
       positions: before each token of the answer.
@@ -72,6 +73,7 @@ class Stream(NamedTuple):
     """
 
     leaving: Float[Array, "*batch seq hidden"]
+    down: Float[Array, "*batch seq hidden"]
     act: Float[Array, "*batch seq width"]
     lengths: Int[Array, "*batch"]
     positions: Int[Array, "*batch answer"]
@@ -86,7 +88,7 @@ def up_to_layer(params: Params, answers: Answers, *, config: ModelConfig, layer:
     x = run_layers(params, x, answers.lengths, config=config, end=layer)
     step = layer_step(params, x.shape[:2], answers.lengths, config=config)
     leaving, activations = step(x, layer)
-    return Stream(leaving, activations["act"], *answers[1:])
+    return Stream(leaving, activations["down"], activations["act"], *answers[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,8 @@ class KernelLoss:
     ) -> Loss:
         """The loss of one request, whose arrays have no batch axis."""
         change = data.act.astype(jnp.float32) @ variables
-        x = data.leaving + change.astype(data.leaving.dtype)
+        of_layer = jax.tree.map(lambda stack: stack[self.layer], params["layers"])
+        x = layers.change_down(of_layer, data.leaving, data.down, change, self.config)
         x = run_layers(
             params, x[None], data.lengths[None], config=self.config, first=self.layer + 1
         )[0]

@@ -2,7 +2,8 @@
 
 The value of a request stands in the residual stream after the last edited layer. From the first
 edited layer on, each writes an equal share of what is missing there, and keys and what is missing
-are taken anew after each layer. The parameters are not edited for that: what has been decided runs
+are taken anew after each layer. Where a norm follows the down projection, what a layer is to write
+is divided by that norm's weights and multiplied by what it divides by at the key. The parameters are not edited for that: what has been decided runs
 beside them, at its rank, for all requests together or for each alone.
 """
 
@@ -33,6 +34,7 @@ from jaxneurons.edit.solving import (
 )
 from jaxneurons.edit.values import Values, check_layers, check_values, find_values
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.layers import norm_weight
 from jaxneurons.model.parameters import Params
 from jaxneurons.storage.progress import Progress
 
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 
 ROWS = 16
 """Requests that are run together."""
+
+PASSED = 1e-5
+"""Squares of a post norm's weights, relative to their mean, far below which nothing is written."""
 
 
 class Update(NamedTuple):
@@ -84,11 +89,11 @@ def spread_over_layers(
     contexts = encode_contexts(tokenizer, values.requests, values.prefixes, config=config)
     updates: dict[int, Update] = {}
     for n, (layer, operator) in enumerate(spread.items()):
-        keys, stream = _keys_and_stream(
+        keys, stream, unit = _keys_and_stream(
             params, contexts, updates, config=config, layer=layer, last=values.layer, each=each
         )
         left = (alone if each else together)(operator, keys)
-        right = (values.target - stream) / (len(spread) - n)
+        right = unit * (values.target - stream) / (len(spread) - n)
         check_updates(values.requests, left, right, layer)
         updates[layer] = Update(keys, left, right)
     return updates
@@ -103,10 +108,15 @@ def _keys_and_stream(
     layer: int,
     last: int,
     each: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of a layer, and the stream after the last one, of every request: means over prompts."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys of a layer, the stream after the last one, and what adds 1 to it, of every request.
+
+    The last: what the layer's down projection must put out more for its feed-forward part to add 1
+    more to the stream, value by value. All are means over prompts.
+    """
     keys = np.zeros((len(contexts), config.intermediate_size), np.float32)
     stream = np.zeros((len(contexts), config.hidden_size), np.float32)
+    unit = np.ones_like(stream)
     size = len(contexts[0].prompts) + 1
     for batch in batches(contexts, ROWS):
         members = np.where(batch.members < 0, batch.members[0], batch.members)
@@ -116,8 +126,8 @@ def _keys_and_stream(
         of_batch = jax.device_get(
             _mean_states(params, batch.split, left, right, layer, config=config, each=size)
         )
-        keys[members], stream[members] = of_batch
-    return keys, stream
+        keys[members], stream[members], unit[members] = of_batch
+    return keys, stream, unit
 
 
 def _stacked(
@@ -155,14 +165,24 @@ def _mean_states(
     *,
     config: ModelConfig,
     each: int,
-) -> tuple[Float[Array, "request width"], Float[Array, "request hidden"]]:
+) -> tuple[
+    Float[Array, "request width"], Float[Array, "request hidden"], Float[Array, "request hidden"]
+]:
     """Means over a request's prompts; its essence, the last of `each` rows, does not count."""
     seen = at_subject(params, split, left, right, config=config)
 
     def mean(rows: Array) -> Array:
         return rows.reshape(-1, each, rows.shape[-1])[:, :-1].mean(1)
 
-    return mean(seen.act[layer]), mean(seen.stream[-1])
+    unit = jnp.ones_like(seen.down[layer])
+    if config.post_norms:
+        norm = jax.tree.map(lambda stack: stack[layer], params["layers"]["ffn_post_norm"])
+        weight = norm_weight(norm, config).astype(jnp.float32)
+        # What a weight of nearly 0 lets through cannot be written.
+        inverse = weight / (weight**2 + PASSED * jnp.mean(weight**2))
+        square = jnp.square(seen.down[layer]).mean(-1, keepdims=True)
+        unit = jnp.sqrt(square + config.norm_eps) * inverse
+    return mean(seen.act[layer]), mean(seen.stream[-1]), mean(unit)
 
 
 def values_of(

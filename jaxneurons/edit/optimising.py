@@ -6,7 +6,10 @@ every context. It minimises
     mean of -log p(new answer | context) + kl_factor * KL(after "{subject} is a" || unedited)
     + weight_decay * |delta| / |v|^2,    |delta| <= clamp * |v|
 
-(ROME, arXiv 2202.05262, equation 4). A request whose loss is below `stop` no longer moves, whatever
+(ROME, arXiv 2202.05262, equation 4). Where a norm follows the down projection, the delta is added
+before it, also where the value is the stream after the layer, and |v| is that of what is normed: a
+norm lets only some changes of the stream through, and these are the ones that an edit can make. A
+request whose loss is below `stop` no longer moves, whatever
 the others of its batch do; the program ends when none does.
 """
 
@@ -122,17 +125,24 @@ def optimise_values(
     x, seen = from_subject(params, split, cached, layer=layer, config=config)
 
     def mean(values: Array) -> Array:
-        """Over a request's prompts, of the edited layer: [request, width]."""
-        return values[layer].reshape(requests, each, -1)[:, :-1].mean(1)
+        """Over a request's prompts: [request, width]."""
+        return values.reshape(requests, each, -1)[:, :-1].mean(1)
 
-    initial = mean(seen.down if place == "down" else seen.stream)
-    norm = jnp.linalg.norm(initial, axis=-1)
+    def edited(delta: Array) -> Array:
+        """The stream as it leaves the layer at the subject's last token."""
+        change = jnp.repeat(delta, each, axis=0)
+        return layers.change_down(of_layer, x[:, 0], seen.down[layer], change, config)
+
+    of_layer = jax.tree.map(lambda stack: stack[layer], params["layers"])
+    normed = config.post_norms and place == "residual"
+    initial = mean((seen.down if place == "down" else seen.stream)[layer])
+    norm = jnp.linalg.norm(mean(seen.down[layer]) if normed else initial, axis=-1)
     adam = optax.scale_by_adam()
 
     def evaluate(delta: Array, essence: Array, first: Array) -> tuple[Array, _Terms]:
         """The loss at some deltas; where they are the first ones, they are the unedited model."""
-        edited = x.at[:, 0].add(jnp.repeat(delta, each, axis=0).astype(x.dtype))
-        y = above(params, edited, split, cached, layer=layer, config=config)
+        y = x.at[:, 0].set(edited(delta))
+        y = above(params, y, split, cached, layer=layer, config=config)
         y = y.reshape(requests, each, *y.shape[1:])
         nll, after_essence = _answers(params, y, ends, targets, config)
         unedited = jnp.where(first, jax.lax.stop_gradient(after_essence), essence)
@@ -183,9 +193,11 @@ def optimise_values(
             jnp.full(requests, jnp.nan, jnp.float32),
         ),
     )
-    return Optimised(
-        mean(seen.act), initial, end.delta, end.loss, jnp.exp(-end.alone), end.taken, end.done
-    )
+    delta = end.delta
+    if normed:  # of the value
+        delta = mean(edited(delta).astype(jnp.float32) - seen.stream[layer])
+    key, probability = mean(seen.act[layer]), jnp.exp(-end.alone)
+    return Optimised(key, initial, delta, end.loss, probability, end.taken, end.done)
 
 
 def _answers(

@@ -19,8 +19,9 @@ from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 
-Carry = Callable[[Array, dict[str, Array], Array], Array]
-"""What a layer's output becomes: of the stream as it leaves it, its activations and its index."""
+Carry = Callable[[Params, Array, dict[str, Array], Array], Array]
+"""What a layer's output becomes: of the layer's parameters, of the stream as it leaves it, its
+activations and its index."""
 
 
 class Split(NamedTuple):
@@ -51,7 +52,7 @@ class AtSubject(NamedTuple):
 
     Attributes:
       act: what enters the down projection, the keys.
-      down: what it writes in the unedited model, its bias included.
+      down: what it puts out in the unedited model, its bias included, before a norm of it.
       stream: as it leaves the layer.
     """
 
@@ -142,11 +143,12 @@ def at_subject(
     def attend(window: Array, index: Array, q: Array, k: Array, v: Array) -> Array:
         return causal_attention(q, k, v, positions, positions, window, config)
 
-    def carry(y: Array, activations: dict[str, Array], index: Array) -> Array:
+    def carry(of_layer: Params, y: Array, activations: dict[str, Array], index: Array) -> Array:
         act = activations["act"]
         grouped = act.reshape(left.shape[1], -1, act.shape[-1]).astype(jnp.float32)
-        added = (grouped @ _pick(left, index)) @ _pick(right, index)
-        return (y.astype(jnp.float32) + added.reshape(y.shape)).astype(y.dtype)
+        change = ((grouped @ _pick(left, index)) @ _pick(right, index)).reshape(y.shape)
+        wide, down = y.astype(jnp.float32), activations["down"]
+        return layers.change_down(of_layer, wide, down, change, config).astype(y.dtype)
 
     _, seen = _run(
         params,
@@ -207,7 +209,7 @@ def _run(
     span: range,
     config: ModelConfig,
     emit: Callable[..., Any] = lambda *_: None,
-    carry: Carry = lambda y, activations, index: y,
+    carry: Carry = lambda of_layer, y, activations, index: y,
     differentiable: bool = False,
 ) -> tuple[Array, Any]:
     """Tokens through some consecutive layers.
@@ -226,14 +228,15 @@ def _run(
             new.extend((k, v))
             return attend(kind.window, index, q, k, v)
 
+        of_layer = jax.tree.map(functools.partial(_pick, index=index), params["layers"])
         y, activations = layers.block(
-            jax.tree.map(functools.partial(_pick, index=index), params["layers"]),
+            of_layer,
             x,
             config=config,
             rotate=lambda heads: layers.rotate(heads, angles, kind.rope),
             attend=attend_here,
         )
-        y = carry(y, activations, index)
+        y = carry(of_layer, y, activations, index)
         return y, emit(y, activations, *new)
 
     if differentiable:  # as in `engine.rows`: or every layer's weights would be kept

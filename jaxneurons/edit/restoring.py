@@ -5,7 +5,8 @@ state of the noised run is set to what it was without noise. Three kinds of stat
 one token:
 
 - `residual`: the stream as it leaves a layer;
-- `down`: what the feed-forward parts of a window of layers add to the stream;
+- `down`: what the feed-forward parts of a window of layers add to the stream (where it is normed
+  before: what is normed);
 - `o`: what the attention parts of a window of layers add to it.
 
 A restored run is the noised one up to the layer where it is first restored, so it enters there.
@@ -60,7 +61,7 @@ class States(NamedTuple):
     Attributes:
       residual: the stream as it enters each layer, and as it leaves the last.
       mixed: values that attention has mixed, as they enter its output projection.
-      down: what the feed-forward part adds.
+      down: what the feed-forward part adds, before its norm, where there is one.
     """
 
     residual: Float[Array, "layer_or_end batch seq hidden"]
@@ -245,15 +246,17 @@ def _restored(
             mixed = causal_attention(q, k, v, positions, positions, kind.window, config)
             return restore("o", clean.mixed[number], mixed)
 
+        of_layer = jax.tree.map(lambda array: array[number], params["layers"])
         y, activations = layers.block(
-            jax.tree.map(lambda array: array[number], params["layers"]),
+            of_layer,
             x,
             config=config,
             rotate=lambda heads: layers.rotate(heads, setting.angles, kind.rope),
             attend=attend,
         )
         down = activations["down"]
-        y = y + (restore("down", clean.down[number], down) - down)
+        change = restore("down", clean.down[number], down) - down
+        y = layers.change_down(of_layer, y, down, change, config)
         return restore("residual", clean.residual[number + 1], y)
 
     return jax.lax.fori_loop(first, config.num_layers, step, noised.residual[first])

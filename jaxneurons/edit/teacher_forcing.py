@@ -156,7 +156,9 @@ def run_layers(
         if added is None:
             return y
         act = activations["act"][..., added.rows].astype(jnp.float32)
-        return y + jnp.einsum("bsr,rh->bsh", act, added.vectors).astype(y.dtype)
+        change = jnp.einsum("bsr,rh->bsh", act, added.vectors)
+        of_layer = jax.tree.map(lambda stack: stack[index], params[LAYERS])
+        return layers.change_down(of_layer, y, activations["down"], change, config)
 
     stacked = (jnp.arange(first, end), scales, additions)
     return jax.lax.scan(lambda x, layer: (body(x, *layer), None), x, stacked)[0]

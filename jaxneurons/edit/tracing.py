@@ -35,6 +35,7 @@ from jaxneurons.edit.traced_facts import POSITIONS, TracedFact, encode_fact, noi
 from jaxneurons.engine import bootstrap
 from jaxneurons.engine.rows import prefill
 from jaxneurons.errors import ConfigError, DataError
+from jaxneurons.model import layers
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
@@ -118,7 +119,7 @@ def trace(
     store = processes.open_parts(path, _identity(lm, facts, settings, size))
     began = time.perf_counter()
     encoded, left_out = _encoded(lm, facts)
-    spread = _spread(lm.params, encoded) if encoded else 0.0
+    spread = _spread(lm.params, encoded, lm.config) if encoded else 0.0
     _leave_out_wrong(lm, encoded, left_out)
     if not encoded:
         raise DataError(
@@ -240,10 +241,10 @@ def _answers_right(
     return (pre.logits.argmax(-1) == targets).all(-1)
 
 
-def _spread(params: Params, encoded: Mapping[int, TracedFact]) -> float:
-    """Standard deviation of all entries of the embeddings of the facts' subjects."""
+def _spread(params: Params, encoded: Mapping[int, TracedFact], config: ModelConfig) -> float:
+    """Standard deviation of all entries of the embeddings of the facts' subjects, as they enter."""
     ids = [i for fact in encoded.values() for i in fact.prompt[slice(*fact.subject)]]
-    embeddings = params["embed"]["embedding"][jnp.asarray(ids)]
+    embeddings = layers.embed(params, jnp.asarray(ids), config)
     return float(np.asarray(embeddings, np.float32).std())
 
 

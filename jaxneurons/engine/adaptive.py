@@ -9,14 +9,15 @@ layers.
 
 Layers whose path is smooth cost one panel. Where scaling the site turns the residual stream over (a
 small embedding and a large first layer), the path is a curve through directions that bends near
-alpha = 0; it is parametrised by t, in which it does not, and starts with several panels: see
-`parametrisation`.
+alpha = 0; it is parametrised by t, in which it does not, and starts with several panels. So are the
+paths of all layers where a norm follows the site: see `parametrisation`.
 
 What waits after the first pass is evaluated together, whatever prompt and layer it is of (see
 `pooled`), and every prompt decides on its own panels only, so that its result does not depend on
 the prompts beside it.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -36,7 +37,16 @@ from jaxneurons.engine.panels import (
     noise_of,
     refine,
 )
-from jaxneurons.engine.parametrisation import EXTRA, Parametrisation, first_panels, parametrise
+from jaxneurons.engine.parametrisation import (
+    EXTRA,
+    NORMED_PANELS,
+    FirstPanels,
+    Parametrisation,
+    first_panels,
+    normed_panels,
+    normed_site,
+    parametrise,
+)
 from jaxneurons.engine.pooled import evaluate_pooled
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.engine.rows import Prefill, evaluate_with_untouched, grouped
@@ -62,19 +72,26 @@ def adaptive(
     """
     count, width = config.num_layers, site_width(config, site)
     shape = pre.targets.shape
-    path = parametrise(pre, site)
-    extra = min(EXTRA, (quadrature.max_nodes - (INNER + 1)) * count // (INNER + 1))
-    panels, valid = _first_pass(params, pre, path, config=config, site=site, extra=extra, rows=rows)
-    ablated = panels.p[..., extra:, 0]
+    path = parametrise(pre, site, config=config)
+    each = 1 if normed_site(site, config) is None else NORMED_PANELS
+    quadrature = dataclasses.replace(quadrature, max_nodes=each * quadrature.max_nodes)
+    if each > 1:
+        first, extra = normed_panels(path), 0
+    else:
+        extra = min(EXTRA, (quadrature.max_nodes - (INNER + 1)) * count // (INNER + 1))
+        first = first_panels(path, extra=extra)
+    panels = _first_pass(params, pre, path, first, config=config, site=site, each=each, rows=rows)
+    valid, ablated = first.valid, panels.p[..., extra::each, 0]
 
     noise = noise_of(params_dtype(params))
     refine_all = jax.vmap(jax.vmap(functools.partial(refine, quadrature=quadrature, noise=noise)))
     nodes = _per_layer(panels.layer, valid, count).astype(jnp.int32)
-    search = refine_all(empty(nodes, width), path, panels, valid, None)
+    capacity = max(CAPACITY, 2 * count) if each > 1 else CAPACITY
+    search = refine_all(empty(nodes, width, capacity), path, panels, valid, None)
 
     def one_round(search: Search) -> Search:
         """Whatever waits is evaluated: accepted, extended, or cut into parts, which wait."""
-        panels, valid = search.waiting, jnp.arange(CAPACITY) < search.size[..., None]
+        panels, valid = search.waiting, jnp.arange(capacity) < search.size[..., None]
         alpha, _ = path.of_layers(panels.layer).alpha(next_nodes(panels))
         p, gradient = evaluate_pooled(
             params,
@@ -104,18 +121,19 @@ def _first_pass(
     params: Params,
     pre: Prefill,
     path: Parametrisation,
+    first: FirstPanels,
     *,
     config: ModelConfig,
     site: Site,
-    extra: int,
+    each: int,
     rows: int,
-) -> tuple[Panels, Array]:
-    """The panels of the first pass, evaluated: [batch, answer, extra + layers]; which are real."""
-    layer, valid, left, right, following, last = first_panels(path, extra=extra)
+) -> Panels:
+    """The panels of the first pass, evaluated; the last `each` * layers are as many of each."""
+    layer, _, left, right, following, last = first
     t = left[..., None] + (right - left)[..., None] * X[:-1]
     alpha, _ = path.of_layers(layer).alpha(t)
     p, gradient, untouched = _at_left_and_inner_nodes(
-        params, pre, layer, alpha, config=config, site=site, rows=rows
+        params, pre, layer, alpha, config=config, site=site, each=each, rows=rows
     )
     # A panel's right end is the left end of its layer's next panel, or the untouched model.
     of_layer = jnp.take_along_axis(untouched, layer[..., None], axis=-2)
@@ -124,7 +142,7 @@ def _first_pass(
         last, pre.probability[..., None], jnp.take_along_axis(p[..., 0], following, axis=-1)
     )
     g_right = jnp.where(last[..., None], of_layer, of_next)
-    panels = Panels(
+    return Panels(
         layer=layer,
         left=left,
         right=right,
@@ -132,7 +150,6 @@ def _first_pass(
         p=jnp.concatenate([p, p_right[..., None]], axis=-1),
         gradient=jnp.concatenate([gradient, g_right[..., None, :]], axis=-2),
     )
-    return panels, valid
 
 
 def _at_left_and_inner_nodes(
@@ -143,6 +160,7 @@ def _at_left_and_inner_nodes(
     *,
     config: ModelConfig,
     site: Site,
+    each: int,
     rows: int,
 ) -> tuple[Array, Array, Array]:
     """The panels of the first pass at alpha [batch, answer, panel, node], `rows` rows at a time.
@@ -152,7 +170,7 @@ def _at_left_and_inner_nodes(
       model [batch, answer, layer, width].
     """
     shape, total = pre.targets.shape, layer.shape[-1]
-    extra = total - config.num_layers
+    extra = total - each * config.num_layers
     # Nodes of every panel evaluated together; at least one.
     together = int(np.clip(rows // total, 1, INNER + 1))
     passes = -(-(INNER + 1) // together)
@@ -167,7 +185,7 @@ def _at_left_and_inner_nodes(
             alpha.reshape(*shape, total * together),
             config=config,
             site=site,
-            entries=grouped(config.num_layers, together, extra * together),
+            entries=grouped(config.num_layers, each * together, extra * together),
         )
         p = p.reshape(*shape, total, together)
         return p, gradient.reshape(*shape, total, together, -1), untouched

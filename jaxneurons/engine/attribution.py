@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.engine.adaptive import adaptive
-from jaxneurons.engine.parametrisation import EXTRA
+from jaxneurons.engine.parametrisation import panels_at_first
 from jaxneurons.engine.quadrature import Quadrature, nodes_and_weights
 from jaxneurons.engine.rows import Prefill, prefill, rows_in_budget, sweep
 from jaxneurons.errors import ConfigError
@@ -190,7 +190,7 @@ def attribute(
         return _fixed(params, pre, x, w, config=config, site=site, rows=per_answer)
 
     # A pass has a row for every layer of every answer token at least.
-    fitting = max(1, rows // (batch * (config.num_layers + EXTRA + 1)))
+    fitting = max(1, rows // (batch * (panels_at_first(config, site) + 1)))
     if batch * answers > MANY_ANSWERS and fitting < answers:
         scores, ablated, error, nodes = _some_answers_at_a_time(integrals, pre, fitting)
     else:
@@ -228,7 +228,7 @@ def _some_answers_at_a_time(
         x = jnp.pad(x, pad, mode="edge")
         return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :]), axis, 0)
 
-    by_layer = {"residual": pre.residual, "added": pre.added, "captured": pre.captured}
+    by_layer = {name: getattr(pre, name) for name in ("residual", "added", "squares", "captured")}
     by_prompt = {
         name: getattr(pre, name) for name in ("positions", "targets", "probability", "logits")
     }

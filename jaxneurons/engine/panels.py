@@ -23,7 +23,7 @@ HALVES = (0, PANEL_NODES // 2, PANEL_NODES - 1)
 EPSILON = float(np.finfo(np.float32).eps)
 
 CAPACITY = 48
-"""Panels that can wait for one prompt; what does not fit is accepted as it is."""
+"""Panels that can wait for one prompt, at least; what does not fit is accepted as it is."""
 
 FAR_OFF = 100.0
 """A panel whose error is this many times too large is cut at all its nodes, others in two."""
@@ -104,12 +104,12 @@ class Estimate(NamedTuple):
     excess: Array  # how many times larger than allowed; 0 where there is no panel
 
 
-def empty(nodes: Array, width: int) -> Search:
+def empty(nodes: Array, width: int, capacity: int = CAPACITY) -> Search:
     """Nothing accepted and nothing waiting; `nodes` [batch, answer, layer] of the first pass."""
     *shape, count = nodes.shape
-    none = jnp.zeros((*shape, CAPACITY), jnp.float32)
-    at_nodes = jnp.zeros((*shape, CAPACITY, PANEL_NODES), jnp.float32)
-    wide = jnp.zeros((*shape, CAPACITY, PANEL_NODES, width), jnp.float32)
+    none = jnp.zeros((*shape, capacity), jnp.float32)
+    at_nodes = jnp.zeros((*shape, capacity, PANEL_NODES), jnp.float32)
+    wide = jnp.zeros((*shape, capacity, PANEL_NODES, width), jnp.float32)
     return Search(
         total=jnp.zeros((*shape, count, width), jnp.float32),
         error=jnp.zeros((*shape, count), jnp.float32),
@@ -233,7 +233,7 @@ def decide(search: Search, panels: Panels, estimates: Estimate, *, max_nodes: in
     order = jnp.argsort(-excess)
     waiting = search.size + jnp.cumsum(parts[order])
     spent = search.nodes.sum() + jnp.cumsum(nodes_of(parts)[order])
-    fits = (waiting <= CAPACITY) & (spent <= max_nodes * layers)
+    fits = (waiting <= len(search.waiting.layer)) & (spent <= max_nodes * layers)
     return jnp.where(fits[jnp.argsort(order)], parts, 0)
 
 
@@ -254,7 +254,7 @@ def cut(search: Search, panels: Panels, estimates: Estimate, parts: Array) -> Se
     accepted = jnp.where((parts == 0)[:, None], estimates.one_hot, 0)
     # Which piece of which panel comes to each place.
     ends = search.size + jnp.cumsum(parts)
-    place = jnp.arange(CAPACITY)
+    place = jnp.arange(len(search.waiting.layer))
     panel = jnp.minimum((ends <= place[:, None]).sum(-1), len(parts) - 1)
     kind = parts[panel]
     number = place - (ends[panel] - kind)

@@ -42,8 +42,9 @@ class Quadrature:
       steps: nodes per layer of a fixed rule; `adaptive` ignores it.
       tolerance: `adaptive`: a panel is refined while its estimated error exceeds this share of the
         L2 norm of its layer's attribution (or the noise of the model's dtype, if larger).
-      max_nodes: `adaptive`: most nodes spent on a prompt, as a mean over its layers; what is
-        still unresolved then is accepted and shows in the reported error.
+      max_nodes: `adaptive`: most nodes spent on a prompt, as a mean over its layers, and three times
+        as many where a norm follows the site; what is still unresolved then is accepted and shows
+        in the reported error.
     """
 
     rule: Rule = "adaptive"

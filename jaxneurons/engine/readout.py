@@ -1,5 +1,7 @@
 """What neurons write to the residual stream, and the words they promote through the unembedding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,9 @@ def written_directions(
 ) -> Float[Array, "neuron hidden"]:
     """What each neuron adds to the residual stream per unit of activation, in their order.
 
+    In models with post norms: weighted by the norm that it passes, and not divided by the root mean
+    square that this norm divides all neurons of a layer by, which depends on the text.
+
     Raises:
       ConfigError: a site that writes nothing by itself (q, k, v).
     """
@@ -38,12 +43,18 @@ def written_directions(
 def _directions(params: Params, site: str, at: np.ndarray, config: ModelConfig) -> Array:
     """[neuron, hidden] of neurons `at` [2, neuron] of a site."""
     if site in INNER:
-        return jnp.asarray(params["layers"]["ffn"]["down"]["kernel"])[tuple(at)]
-    if site in ("down", "o"):
-        return jax.nn.one_hot(at[1], config.hidden_size)
-    raise ConfigError(
-        f"neurons of site {site!r} write nothing to the residual stream by themselves"
-    )
+        directions = jnp.asarray(params["layers"]["ffn"]["down"]["kernel"])[tuple(at)]
+    elif site in ("down", "o"):
+        directions = jax.nn.one_hot(at[1], config.hidden_size)
+    else:
+        raise ConfigError(
+            f"neurons of site {site!r} write nothing to the residual stream by themselves"
+        )
+    if config.post_norms:
+        norm = params["layers"]["attn_post_norm" if site == "o" else "ffn_post_norm"]
+        weights = layers.norm_weight(norm, config)[at[0]]
+        directions = directions * weights.astype(directions.dtype)
+    return directions
 
 
 @any_axes
@@ -52,8 +63,9 @@ def words(
 ) -> list[tuple[list[str], list[str]]]:
     """Tokens that each neuron promotes and demotes most, through the unembedding, in their order.
 
-    The neuron's row of the down projection, weighted by the final norm, times the unembedding: for
-    a positive activation, and without what the layers above do to it.
+    The neuron's row of the down projection, weighted by the norms that it passes (the layer's post
+    norm, where there is one, and the final norm), times the unembedding: for a positive activation,
+    and without what the layers above do to it.
 
     Raises:
       ConfigError: a site that writes nothing by itself (q, k, v).
@@ -61,7 +73,9 @@ def words(
     if not len(neurons):
         return []
     direction = written_directions(lm.params, neurons, config=lm.config)
-    logits = layers.project(lm.params, direction * lm.params["final_norm"]["scale"], lm.config)
+    weight = layers.norm_weight(lm.params["final_norm"], lm.config)
+    plain = dataclasses.replace(lm.config, final_softcap=None)  # which leaves the order as it is
+    logits = layers.project(lm.params, direction * weight.astype(direction.dtype), plain)
     both = (jax.lax.top_k(logits, count)[1], jax.lax.top_k(-logits, count)[1])
     promoted, demoted = (np.asarray(ids).tolist() for ids in both)
 

@@ -33,7 +33,10 @@ class Prefill(NamedTuple):
     Attributes:
       cache: keys and values of every position.
       residual: the stream as it enters each layer, at the answer positions.
-      added: what each layer adds to it there: by attention (`o`) and feed-forward (`down`).
+      added: what each layer adds to it there: by attention (`o`) and feed-forward (`down`), normed
+        where the model norms it.
+      squares: mean squares of activations there, for each site that a norm follows at once (`o` and
+        `down` in models with post norms, `q` and `k` where they are normed; of their largest head).
       positions: the position before each answer token.
       targets: the answer tokens.
       probability: of each answer token, model untouched.
@@ -44,6 +47,7 @@ class Prefill(NamedTuple):
     cache: transformer.Cache
     residual: Float[Array, "layer batch answer hidden"]
     added: dict[str, Float[Array, "layer batch answer hidden"]]
+    squares: dict[str, Float[Array, "layer batch answer"]]
     positions: Int[Array, "batch answer"]
     targets: Int[Array, "batch answer"]
     probability: Float[Array, "batch answer"]
@@ -83,7 +87,7 @@ def prefill(
         lengths=lengths,
         at=positions,
         cache=transformer.init_cache(config, batch, seq, dtype),
-        capture=tuple(dict.fromkeys(("residual", "o", "down", *capture))),
+        capture=tuple(dict.fromkeys(("residual", "o", "down", *_normed(config), *capture))),
     )
     probability = layers.token_probability(params, out.final, targets, config)
     assert out.cache is not None
@@ -91,13 +95,43 @@ def prefill(
     return Prefill(
         out.cache,
         seen["residual"],
-        {name: seen[name] for name in ("o", "down")},
+        {name: _added(params, name, seen[name], config) for name in ("o", "down")},
+        {name: _largest_square(seen[name], name, config) for name in _normed(config)},
         positions,
         targets,
         probability,
         out.logits,
         {name: seen[name] for name in capture},
     )
+
+
+def _normed(config: ModelConfig) -> tuple[str, ...]:
+    """The sites that a norm follows at once."""
+    return ("o", "down") * config.post_norms + ("q", "k") * (config.qk_norm is not None)
+
+
+def _added(
+    params: Params,
+    site: str,
+    values: Float[Array, "layer batch answer hidden"],
+    config: ModelConfig,
+) -> Float[Array, "layer batch answer hidden"]:
+    """What activations of `o` or `down` add to the stream."""
+    if not config.post_norms:
+        return values
+    weights = params["layers"]["attn_post_norm" if site == "o" else "ffn_post_norm"]
+    return jax.vmap(lambda values, weight: layers.norm(values, weight, config))(values, weights)
+
+
+def _largest_square(
+    values: Float[Array, "layer batch answer width"], site: str, config: ModelConfig
+) -> Float[Array, "layer batch answer"]:
+    """Mean square of what a norm divides: of the largest head, where each has its own."""
+    heads = site in ("q", "k") and config.qk_norm == "head"
+    parts = (
+        values.reshape(*values.shape[:-1], -1, config.head_dim) if heads else values[..., None, :]
+    )
+    return jnp.square(parts.astype(jnp.float32)).mean(-1).max(-1)
 
 
 def row_probabilities(

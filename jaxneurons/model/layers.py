@@ -361,6 +361,30 @@ def add_down(params: Params, x: Array, down: Array, config: ModelConfig) -> Arra
     return x + (norm(down, params["ffn_post_norm"], config) if config.post_norms else down)
 
 
+def change_down(
+    params: Params,
+    y: Float[Array, "*batch hidden"],
+    down: Float[Array, "*batch hidden"],
+    change: Float[Array, "*batch hidden"],
+    config: ModelConfig,
+) -> Float[Array, "*batch hidden"]:
+    """The stream as it would leave a layer if something were added to `down`.
+
+    Args:
+      params: this layer's parameters.
+      y: the stream as it leaves the layer without.
+      down: what the layer's down projection puts out without.
+      change: what is added to that, before its norm, where there is one.
+      config: the model's shape.
+    """
+    if config.post_norms:
+        weight = {"scale": params["ffn_post_norm"]["scale"].astype(jnp.float32)}
+        wide = down.astype(jnp.float32)
+        changed = norm(wide + change.astype(jnp.float32), weight, config)
+        change = changed - norm(wide, weight, config)
+    return y + change.astype(y.dtype)
+
+
 def _normed_heads(x: Array, params: Params | None, config: ModelConfig) -> Array:
     """Queries or keys [batch, seq, heads, dim], normed where the model norms them."""
     if params is not None and config.qk_norm == "width":

@@ -10,7 +10,8 @@ Section "applications" of arXiv 2406.10868, whose protocol is not in the paper's
    - `signed`: the same, each neuron counted with the sign that it had for right answers in the half
      it was located in (mean at the right letter less mean at the others).
    - `direct`: the letter is not put; what the pool adds to the letter's logit at the last prompt
-     position through the unembedding.
+     position through the norms that it passes (weights, and the post norm's divisor there, where
+     there is one) and the unembedding.
 
    A letter that the tokenizer splits (a space, then the letter) is read at its own token, the space
    belonging to the prompt.
@@ -33,6 +34,7 @@ from jaxneurons.engine import bootstrap
 from jaxneurons.engine.readout import INNER
 from jaxneurons.engine.rows import prefill
 from jaxneurons.errors import DataError
+from jaxneurons.model import layers
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.controls import generator, layer_matched_at_most
@@ -71,7 +73,7 @@ def _read(
         jnp.asarray(batch.targets),
         config=config,
         lengths=jnp.asarray(batch.lengths),
-        capture=("act",),
+        capture=("act", "down"),
     )
     cache = pre.cache._replace(length=jnp.asarray(batch.lengths))
     layer, index = where[..., 0], where[..., 1]  # [row, neuron]
@@ -85,7 +87,12 @@ def _read(
     seen = jax.lax.map(present, options.T).swapaxes(0, 1)
     act = pre.captured["act"][layer, row, 0, index]
     written = params["layers"]["ffn"]["down"]["kernel"][layer, index] * act[..., None]
-    written = written * params["final_norm"]["scale"]
+    if config.post_norms:
+        weight = layers.norm_weight(params["layers"]["ffn_post_norm"], config)
+        square = jnp.square(pre.captured["down"][:, :, 0].astype(jnp.float32)).mean(-1)
+        size = jnp.sqrt(square + config.norm_eps)[layer, row]
+        written = written * weight[layer] / size[..., None].astype(written.dtype)
+    written = written * layers.norm_weight(params["final_norm"], config)
     if config.tied:
         unembedding = params["embed"]["embedding"][options]
     else:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxneurons.engine.ablation import default_shape, generate_ablated
 from jaxneurons.engine.attribution import integrated_gradients
 from jaxneurons.engine.last_position import TRIALS, Changes, last_position, scaled_answers
-from jaxneurons.engine.parametrisation import EXTRA
+from jaxneurons.engine.parametrisation import panels_at_first
 from jaxneurons.engine.quadrature import PANEL_NODES, Quadrature
 from jaxneurons.engine.responses import ROWS, mean_responses
 from jaxneurons.engine.rows import prefill, rows_in_budget
@@ -110,7 +110,7 @@ def nodes_of(config: ModelConfig, work: Work) -> tuple[int, int]:
     """Rows of a prompt's answer token in the first pass, and in all refining rounds together."""
     if work.rule == "adaptive":
         inner = PANEL_NODES - 2
-        first = (config.num_layers + EXTRA) * (inner + 1) + 1
+        first = panels_at_first(config, "up") * (inner + 1) + 1
         return first, ROUNDS * 4 * inner
     return config.num_layers * work.steps, 0
 
@@ -119,7 +119,7 @@ def _row_passes(config: ModelConfig, work: Work, chunks: Chunks) -> int:
     """Passes of the rows' first nodes: each has at least a node of every layer and prompt."""
     layers, nodes = config.num_layers, work.steps
     if work.rule == "adaptive":
-        layers, nodes = layers + EXTRA, PANEL_NODES - 1
+        layers, nodes = panels_at_first(config, "up"), PANEL_NODES - 1
     together = chunks.rows // (chunks.prompts * work.answers) // layers
     return -(-nodes // min(max(1, together), nodes))
 

@@ -32,7 +32,7 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     def draw(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
         if name == "scale":
-            values = rng.uniform(0.5, 1.5, x.shape)
+            values = rng.uniform(0.5, 1.5, x.shape) - config.norm_offset
         else:
             spread = 0.4 if name == "embedding" else 1.5 / np.sqrt(x.shape[-2])
             values = rng.normal(scale=spread, size=x.shape)
