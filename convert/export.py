@@ -5,33 +5,34 @@ The same table of names as on the way in (`rules.py`), read in the other directi
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxneurons.convert.config import config_from_hf
+from jaxneurons.convert.families import FAMILIES
+from jaxneurons.convert.family import Family
 from jaxneurons.convert.fill import transpose_into
 from jaxneurons.convert.hf import CONFIG, INDEX, SINGLE
+from jaxneurons.convert.hf_rope_out import rope_scaling
 from jaxneurons.convert.keys import IRRELEVANT
-from jaxneurons.convert.rules import TensorRule, stored_names
+from jaxneurons.convert.rules import TensorRule, file_names, fused_tensors, stored_names
 from jaxneurons.convert.safetensors_file import ToWrite, write_safetensors
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.families import FIXED
 from jaxneurons.model.parameters import Params, get, params_dtype
 from jaxneurons.storage.progress import Advance
 from jaxneurons.storage.store import write_json
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5_000_000_000
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
 _PIECE = 1 << 21  # values written at a time
 
 
@@ -48,16 +49,14 @@ def config_to_hf(
     Raises:
       ConfigError: a model that no configuration of transformers describes.
     """
-    family = config.family
-    if config.sliding_window is not None and family == "llama":
-        family = "mistral"  # how GGUF files name it
-    _check_family(config, family)
+    family = _written_as(config)
+    _check_biases(config, family)
     harmless = {k: v for k, v in (original or {}).items() if k in IRRELEVANT}
     for key in ("dtype", "architectures", "transformers_version"):
         harmless.pop(key, None)
     values: dict[str, Any] = {
-        "architectures": [_CLASSES[family]],
-        "model_type": family,
+        "architectures": [family.model_class],
+        "model_type": family.types[0],
         **harmless,
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,
@@ -70,98 +69,67 @@ def config_to_hf(
         "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config),
+        "rope_scaling": rope_scaling(config),
         "tie_word_embeddings": config.tied,
         "torch_dtype": dtype.name,
+        **{key: set(names) <= set(config.biases) for key, names in family.biases.items()},
     }
-    if family == "llama":
-        values["attention_bias"] = "q" in config.biases
-        values["mlp_bias"] = "up" in config.biases
-    if family == "mistral":
-        values["sliding_window"] = config.sliding_window
-    if family == "qwen2":
-        values["use_sliding_window"] = config.sliding_window is not None
-        values["sliding_window"] = config.sliding_window
-        windowed = config.sliding_layers or (config.sliding_window is not None,) * config.num_layers
-        full = sum(not sliding for sliding in windowed)
-        # transformers 4 knows only "the first so many layers are full".
-        values["max_window_layers"] = full
-        values["layer_types"] = [
-            "sliding_attention" if sliding else "full_attention" for sliding in windowed
-        ]
+    values |= family.write(config)
+    _check_complete(config, family, values)
     return values
 
 
-def _check_family(config: ModelConfig, family: str) -> None:
-    allowed = {
-        "llama": [(), ("q", "k", "v", "o"), ("gate", "up", "down")],
-        "mistral": [()],
-        "qwen2": [("q", "k", "v")],
-    }
-    if family not in allowed:
-        raise ConfigError(f"family {family!r} cannot be written ({', '.join(allowed)})")
-    groups = [set(group) for group in allowed[family]]
+def _written_as(config: ModelConfig) -> Family:
+    """The family whose configurations describe a model."""
+    name = config.family
+    family = FAMILIES.get(name)
+    if family is not None and family.written_as is not None:
+        name = family.written_as(config)
+        family = FAMILIES.get(name)
+    if family is None:
+        raise ConfigError(f"family {name!r} cannot be written ({', '.join(FAMILIES)})")
+    return family
+
+
+def _check_biases(config: ModelConfig, family: Family) -> None:
+    fixed = FIXED[family.name].get("biases", ())
     left = set(config.biases)
-    for group in groups:
-        if group <= left:
-            left -= group
-    if left or (family == "qwen2" and not config.biases):
+    for group in (fixed, *family.biases.values()):
+        if set(group) <= left:
+            left -= set(group)
+    if left or not set(fixed) <= set(config.biases):
         raise ConfigError(
-            f"model_type {family!r} has no place for biases on {config.biases or 'no projection'}"
+            f"model_type {family.types[0]!r} has no place for biases on "
+            f"{config.biases or 'no projection'}"
         )
-    if config.sliding_layers is not None and family != "qwen2":
-        raise ConfigError(f"model_type {family!r} has the same window in every layer")
 
 
-def _rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-    rope = config.rope
-    if rope.inv_freq_divisors is not None:
-        return _llama3_of_divisors(config)
-    if rope.rope_type == "default":
-        return None
-    values: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
-    if rope.rope_type == "llama3":
-        values |= {
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position,
-        }
-    if rope.rope_type == "yarn":
-        values |= {
-            "original_max_position_embeddings": rope.original_max_position,
-            "attention_factor": rope.attention_factor,
-            "beta_fast": rope.beta_fast,
-            "beta_slow": rope.beta_slow,
-        }
-        if not rope.truncate:
-            values["truncate"] = False
-    return values
+def _check_complete(config: ModelConfig, family: Family, values: dict[str, Any]) -> None:
+    """Read back what will be written: a value that it does not state must not be lost.
 
-
-def _llama3_of_divisors(config: ModelConfig) -> dict[str, Any]:
-    """The llama3 values behind a GGUF file's table of divisors, if they are Llama 3's.
-
-    Raises:
-      ConfigError: a table of another origin.
+    Rotary embeddings may come back otherwise than they came (a table as the values behind it).
     """
-    from jaxneurons.model.layers import rope_frequencies
-
-    frequencies = rope_frequencies(config.rope, config.head_dim)
-    for factor in (8.0, 32.0):
-        rope = dataclasses.replace(
-            config.rope,
-            inv_freq_divisors=None,
-            factor=factor,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position=8192,
+    what = f"model_type {family.types[0]!r}"
+    try:
+        again = config_from_hf(values, where=f"config.json of {what}")
+    except ConfigError as error:
+        raise ConfigError(f"{what} cannot describe this model: {error}") from None
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(config, field.name), getattr(again, field.name)
+        if field.name in ("family", "rope", "sliding_rope") or ours == theirs:
+            continue
+        if isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs):
+            continue
+        if field.name == "query_scale" and math.isclose(config.score_scale, again.score_scale):
+            continue
+        if field.name == "sliding_layers":
+            raise ConfigError(f"{what} has the same window in every layer")
+        raise ConfigError(
+            f"{what} cannot describe this model: {field.name} is {ours!r}, models of it have "
+            f"{theirs!r}"
         )
-        if np.allclose(rope_frequencies(rope, config.head_dim), frequencies, rtol=1e-6):
-            return _rope_scaling(dataclasses.replace(config, rope=rope)) or {}
-    raise ConfigError(
-        "rope_freqs of this GGUF file are not those of Llama 3.1 or 3.2, and config.json has no "
-        "place for a table of frequencies; keep the model in the native format"
-    )
+    if (config.sliding_rope is None) != (again.sliding_rope is None):
+        raise ConfigError(f"{what} has the same rotary embedding in every layer")
 
 
 def write_hf(
@@ -214,13 +182,22 @@ def _tensors(
 ) -> dict[str, ToWrite]:
     """Every tensor by name, in its stored dtype where its values allow, else in the parameters'."""
     host = _Host(params)
+    rules, fused = stored_names(config, "hf"), fused_tensors(config, "hf")
     tensors = {}
-    for name, (rule, layer) in stored_names(config, "hf").items():
-        pieces = functools.partial(host.pieces, rule, layer)
+    for name in file_names(config, "hf"):
+        parts = [rules[part] for part in fused.get(name, (name,))]
+        pieces = functools.partial(_pieces, host, parts)
         narrow = np.dtype(dtypes.get(name, dtype))
         exact = narrow == dtype or all(np.array_equal(p, p.astype(narrow)) for p in pieces())
-        tensors[name] = ToWrite(narrow if exact else dtype, rule.stored_shape, pieces)
+        shapes = [rule.stored_shape for rule, _ in parts]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        tensors[name] = ToWrite(narrow if exact else dtype, shape, pieces)
     return tensors
+
+
+def _pieces(host: "_Host", parts: Sequence[tuple[TensorRule, int | None]]) -> Iterator[np.ndarray]:
+    """A stored tensor, some rows at a time: those of its parts one after the other."""
+    return itertools.chain.from_iterable(host.pieces(rule, layer) for rule, layer in parts)
 
 
 def _shards(tensors: Mapping[str, ToWrite], shard_bytes: int) -> list[dict[str, ToWrite]]:

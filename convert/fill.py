@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,12 +24,17 @@ from jaxneurons.convert.blocks import (
 from jaxneurons.convert.rules import (
     DROPPABLE,
     EMBEDDING,
+    FINAL_NORM,
     UNEMBEDDING,
     Naming,
     TensorRule,
+    fused_tensors,
+    interleaves,
     rules_for,
     stored_names,
+    stored_offset,
     tensor_name,
+    text_part,
     unpermute,
 )
 from jaxneurons.errors import ConfigError, SourceError
@@ -37,6 +42,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import get, put
 from jaxneurons.storage.progress import Advance
 
+_MOST_BELOW_ZERO = 0.25
 _STRIP = 16  # rows transposed at a time: three times as fast as a thousand
 THREADS = min(4, os.cpu_count() or 1)
 """That read and transpose; numpy and the file system leave each other room."""
@@ -51,11 +57,18 @@ class Stored:
       shape: as stored, slowest axis first.
       read: returns some of its rows (a slice of axis 0); with a second slice, which is left out
         where all are needed, some of their columns (of axis 1).
+      part_of: the stored tensor whose rows it is a part of, if it is not one itself.
     """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[..., np.ndarray]
+    part_of: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What messages call it: the tensor that files have."""
+        return self.part_of or self.name
 
 
 Plan = dict[str, tuple[Stored, TensorRule, int | None]]
@@ -82,6 +95,8 @@ def match(
             f"{len(tensors)} tensors"
         )
     targets = stored_names(config, naming)
+    fused = fused_tensors(config, naming)
+    tensors = list(_cut(_plainly_named(config, tensors, naming), fused, targets, where))
     embedding, unembedding = (tensor_name(path, naming) for path in (EMBEDDING, UNEMBEDDING))
     alone = config.tied and all(tensor.name != embedding for tensor in tensors)
     plan: Plan = {}
@@ -90,27 +105,72 @@ def match(
     for tensor in tensors:
         name = embedding if alone and tensor.name == unembedding else tensor.name
         if name in plan:
-            raise SourceError(f"{where}: tensor {tensor.name} is stored twice")
+            raise SourceError(f"{where}: tensor {tensor.label} is stored twice")
         if name in targets:
             rule, layer = targets[name]
-            if tuple(tensor.shape) != rule.stored_shape:
-                raise SourceError(
-                    f"{where}: tensor {tensor.name} has shape {tuple(tensor.shape)}, "
-                    f"the configuration says {rule.stored_shape}"
-                )
+            _check_shape(tensor, rule.stored_shape, where)
             plan[name] = (tensor, rule, layer)
         elif config.tied and name == unembedding:
             duplicate = tensor
         elif not DROPPABLE[naming].fullmatch(name):
             left_over.append(name)
     problems = []
-    if missing := [name for name in targets if name not in plan]:
+    inside = {part: name for name, parts in fused.items() for part in parts}
+    missing = list(dict.fromkeys(inside.get(name, name) for name in targets if name not in plan))
+    if missing:
         problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
     if left_over:
         problems.append(f"{len(left_over)} tensors have no place: {_some(left_over)}")
     if problems:
         raise SourceError(f"{where}: " + "; ".join(problems))
     return plan, duplicate
+
+
+def _check_shape(tensor: Stored, shape: tuple[int, ...], where: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise SourceError(
+            f"{where}: tensor {tensor.label} has shape {tuple(tensor.shape)}, "
+            f"the configuration says {shape}"
+        )
+
+
+def _plainly_named(
+    config: ModelConfig, tensors: Iterable[Stored], naming: Naming
+) -> Iterator[Stored]:
+    """The tensors of the text part, by the names that a model of text has."""
+    part = text_part(config.family, naming)
+    for tensor in tensors:
+        name = tensor.name if part is None else part.name(tensor.name)
+        if name is not None:
+            yield tensor if name == tensor.name else dataclasses.replace(tensor, name=name)
+
+
+def _cut(
+    tensors: Iterable[Stored],
+    fused: Mapping[str, tuple[str, ...]],
+    targets: Mapping[str, tuple[TensorRule, int | None]],
+    where: str,
+) -> Iterator[Stored]:
+    """Tensors, those that hold several in their parts."""
+    for tensor in tensors:
+        parts = fused.get(tensor.name)
+        if parts is None:
+            yield tensor
+            continue
+        shapes = [targets[part][0].stored_shape for part in parts]
+        _check_shape(tensor, (sum(shape[0] for shape in shapes), *shapes[0][1:]), where)
+        start = 0
+        for name, shape in zip(parts, shapes, strict=True):
+            read = functools.partial(_read_below, tensor.read, start)
+            yield Stored(name, shape, read, part_of=tensor.name)
+            start += shape[0]
+
+
+def _read_below(
+    read: Callable[..., np.ndarray], start: int, rows: slice, *columns: slice
+) -> np.ndarray:
+    """Read rows that are counted from a row on."""
+    return read(slice(rows.start + start, rows.stop + start), *columns)
 
 
 def fill(
@@ -147,8 +207,9 @@ def fill(
     sources: dict[tuple[str, ...], dict[int | None, Stored]] = {}
     for tensor, rule, layer in plan.values():
         sources.setdefault(rule.path, {})[layer] = tensor
-    # Only the architecture "llama" stores the rows of each head interleaved.
-    interleaved = naming == "gguf" and config.family == "llama"
+    interleaved = interleaves(config, naming)
+    if naming == "gguf" and config.norm_offset:
+        _check_norms(plan[tensor_name(FINAL_NORM, naming)][0], where)
     # One parameter at a time: beside what is on the devices, the host holds the largest of them.
     params: dict[str, Any] = {}
     with ThreadPoolExecutor(THREADS) as pool:
@@ -159,7 +220,10 @@ def fill(
             heads = rule.rotary_heads if interleaved else None
             unit = 1 if heads is None else rule.stored_shape[0] // heads
             form = Form(rule.parameter.per_layer, rule.transposed, unit)
-            copy = functools.partial(_copy, blocks, form, sources[rule.path], where=where)
+            offset = stored_offset(config, rule, naming)
+            copy = functools.partial(
+                _copy, blocks, form, sources[rule.path], offset=offset, where=where
+            )
             for nbytes in pool.map(copy, readings(blocks, form, rule.stored_shape)):
                 if progress is not None:
                     progress(nbytes)
@@ -175,6 +239,7 @@ def _copy(
     tensors: dict[int | None, Stored],
     reading: Reading,
     *,
+    offset: float,
     where: str,
 ) -> int:
     """Read a piece of a stored tensor into its places in blocks; returns the bytes read.
@@ -185,9 +250,25 @@ def _copy(
     values = _read(tensor, reading, where)
     if form.whole_rows > 1:
         values = unpermute(values, len(values) // form.whole_rows)
-    assign = functools.partial(_assign, name=tensor.name, where=where, transposed=form.transposed)
+    if offset:
+        values = values - np.float32(offset)
+    assign = functools.partial(_assign, name=tensor.label, where=where, transposed=form.transposed)
     put_into(blocks, form, reading, values, assign)
     return values.nbytes
+
+
+def _check_norms(tensor: Stored, where: str) -> None:
+    """Refuse norms that lack the 1 that belongs to them in files: about half of their values are
+    below zero, where a norm's factors are not.
+    """
+    values = tensor.read(slice(0, tensor.shape[0]))
+    share = float(np.mean(values <= 0))
+    if share > _MOST_BELOW_ZERO:
+        raise SourceError(
+            f"{where}: {share:.0%} of the values of tensor {tensor.name} are not above zero: norms "
+            "of this architecture are stored with 1 added, which this file does not do; convert "
+            "the model again with llama.cpp's convert_hf_to_gguf.py"
+        )
 
 
 def _check_duplicate(
@@ -222,14 +303,14 @@ def _read(tensor: Stored, reading: Reading, where: str) -> np.ndarray:
         values = tensor.read(reading.rows, columns)
     if values.dtype.name not in ("float32", "float16", "bfloat16", "float64"):
         raise SourceError(
-            f"{where}: tensor {tensor.name} has dtype {values.dtype.name}; only floating-point "
+            f"{where}: tensor {tensor.label} has dtype {values.dtype.name}; only floating-point "
             "weights are read"
         )
     with np.errstate(all="ignore"):
         # A sum is not finite if any term is not; it is one pass without a temporary array.
         suspicious = not np.isfinite(values.sum(dtype=np.float32))
     if suspicious and not np.isfinite(values).all():
-        raise SourceError(f"{where}: tensor {tensor.name} holds NaN or infinite values")
+        raise SourceError(f"{where}: tensor {tensor.label} holds NaN or infinite values")
     return values
 
 

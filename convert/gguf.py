@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxneurons.convert.fill import Stored, fill
-from jaxneurons.convert.gguf_config import config_from_gguf
+from jaxneurons.convert.gguf_config import RopeTensors, config_from_gguf
 from jaxneurons.convert.rules import Place, gguf_biases
 from jaxneurons.errors import SourceError
 from jaxneurons.model.config import ModelConfig
@@ -308,20 +308,25 @@ def config_of(file: GGUFFile, *, ignore_keys: Sequence[str] = ()) -> ModelConfig
       ignore_keys: keys of the architecture to read as if they were not there.
 
     Raises:
-      SourceError: another architecture than llama.
+      SourceError: another architecture than those of `families`.
       ConfigError: a key or value that this library does not handle.
     """
     embedding = file.tensors.get("token_embd.weight")
-    divisors = None
-    if "rope_freqs.weight" in file.tensors:
-        divisors = tuple(float(v) for v in read_tensor(file, "rope_freqs.weight").ravel())
+
+    def divisors(name: str) -> tuple[float, ...] | None:
+        if f"{name}.weight" not in file.tensors:
+            return None
+        return tuple(float(v) for v in read_tensor(file, f"{name}.weight").ravel())
+
     return config_from_gguf(
         file.metadata,
         where=str(file.path),
         vocab_size=embedding.shape[0] if embedding is not None and embedding.shape else None,
         tied="output.weight" not in file.tensors,
         biases=gguf_biases(file.tensors),
-        inv_freq_divisors=divisors,
+        rope_tensors=RopeTensors(
+            *map(divisors, ("rope_freqs", "rope_factors_short", "rope_factors_long"))
+        ),
         ignore_keys=ignore_keys,
     )
 

@@ -1,18 +1,23 @@
 """GGUF metadata -> `ModelConfig`, with the strictness of `config.py`.
 
 Every key of the architecture (`llama.*`, `qwen2.*`) is read, or is listed as irrelevant with the
-reason, or is an error.
+reason, or is an error. What differs between families is in `families/`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxneurons.convert.config import at, yarn_attention_factor
+from jaxneurons.convert.config import at
+from jaxneurons.convert.families import ARCHITECTURES, gguf_form
+from jaxneurons.convert.family import Family, Shape
+from jaxneurons.convert.hf_rope import yarn_attention_factor
 from jaxneurons.convert.keys import Keys, without_keys
 from jaxneurons.errors import ConfigError, SourceError
 from jaxneurons.model.config import PROJECTIONS, ModelConfig, RopeConfig
+from jaxneurons.model.families import fixed_fields
 
 # Keys of the architecture that this library has in one form only.
 GGUF_FIXED: dict[str, tuple[Any, ...]] = {
@@ -40,9 +45,20 @@ GGUF_IRRELEVANT: dict[str, str] = {
     "pooling_type": "how embeddings of whole texts are made, which is another task",
 }
 
-ARCHITECTURES: dict[str, tuple[str, ...]] = {"llama": (), "qwen2": ("q", "k", "v")}
-"""Supported architectures, and the projections that have a bias in all of their models; those of
-a "llama" (which Mistral files are, too) are known from the tensors."""
+
+@dataclasses.dataclass(frozen=True)
+class RopeTensors:
+    """Divisors of rotary frequencies that a file has as tensors.
+
+    Attributes:
+      divisors: of `rope_freqs.weight`.
+      short: of `rope_factors_short.weight`.
+      long: of `rope_factors_long.weight`.
+    """
+
+    divisors: tuple[float, ...] | None = None
+    short: tuple[float, ...] | None = None
+    long: tuple[float, ...] | None = None
 
 
 def _decimal(value: float) -> float:
@@ -60,7 +76,18 @@ def _uniform(keys: Keys, key: str) -> int | None:
     return keys.integer(key)
 
 
-def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None, context: int) -> RopeConfig:
+def _gguf_rope(
+    keys: Keys, tensors: RopeTensors, context: int, *, longrope: bool, dim: int | None
+) -> RopeConfig:
+    """The rotary embedding of a file.
+
+    Args:
+      keys: of the architecture.
+      tensors: what the file has of them.
+      context: its longest context, in tokens.
+      longrope: models of the family may have the divisors of LongRoPE.
+      dim: dimensions of a head that rotate; None: all.
+    """
     theta = _decimal(keys.number("rope.freq_base", 10000.0))
     kind = keys.left.pop("rope.scaling.type", None)
     factor = _decimal(keys.number("rope.scaling.factor", 0.0))
@@ -69,6 +96,22 @@ def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None, context: int) -> 
         raise keys.error("rope.scale_linear", old_factor, f"contradicts scaling.factor = {factor}")
     factor = factor or old_factor
     original = keys.integer("rope.scaling.original_context_length")
+    if tensors.short is not None or tensors.long is not None:
+        if not longrope:
+            raise ConfigError(f"{keys.where}: rope_factors: {keys.prefix[:-1]} has no longrope")
+        if kind not in (None, "none", "longrope"):
+            raise keys.error("rope.scaling.type", kind, "contradicts rope_factors, of longrope")
+        if factor not in (0.0, 1.0):
+            raise keys.error("rope.scaling.factor", factor, "cannot be combined with rope_factors")
+        return RopeConfig(
+            theta=theta,
+            rope_type="longrope",
+            original_max_position=original or context,
+            attention_factor=_decimal(keys.number("rope.scaling.attn_factor", 1.0)),
+            short_divisors=tensors.short,
+            long_divisors=tensors.long,
+            dim=dim,
+        )
     attention = keys.number("rope.scaling.attn_factor", 1.0)
     fast = _decimal(keys.number("rope.scaling.yarn_beta_fast", 32.0))
     slow = _decimal(keys.number("rope.scaling.yarn_beta_slow", 1.0))
@@ -85,10 +128,10 @@ def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None, context: int) -> 
         )
     if kind in ("linear", "yarn") and not factor:
         raise ConfigError(f"{keys.where}: {keys.prefix}rope.scaling.factor is missing")
-    if divisors is not None:
+    if tensors.divisors is not None:
         if scaled:
             raise keys.error("rope.scaling.factor", factor, "cannot be combined with rope_freqs")
-        return RopeConfig(theta=theta, rope_type="llama3", inv_freq_divisors=divisors)
+        return RopeConfig(theta=theta, rope_type="llama3", inv_freq_divisors=tensors.divisors)
     if scaled and kind == "yarn":
         return RopeConfig(
             theta=theta,
@@ -100,8 +143,8 @@ def _gguf_rope(keys: Keys, divisors: tuple[float, ...] | None, context: int) -> 
             attention_factor=attention * yarn_attention_factor(factor),
         )
     if scaled:
-        return RopeConfig(theta=theta, rope_type="linear", factor=factor)
-    return RopeConfig(theta=theta)
+        return RopeConfig(theta=theta, rope_type="linear", factor=factor, dim=dim)
+    return RopeConfig(theta=theta, dim=dim)
 
 
 def _architecture(fields: Mapping[str, Any], where: str) -> str:
@@ -141,7 +184,7 @@ def _check_fixed(keys: Keys) -> None:
 
 
 def _head_dim(keys: Keys, *, hidden: int, heads: int) -> int:
-    """Width of a head; whatever else is said of its width or scale must agree with it."""
+    """Width of a head, of queries and keys as of values."""
     head_dim = keys.integer("attention.key_length")
     value_dim = keys.integer("attention.value_length")
     if head_dim is None:
@@ -156,15 +199,26 @@ def _head_dim(keys: Keys, *, hidden: int, heads: int) -> int:
         raise keys.error("attention.key_length", head_dim, "must be positive")
     if value_dim not in (None, head_dim):
         raise keys.error("attention.value_length", value_dim, f"must equal head_dim = {head_dim}")
+    return head_dim
+
+
+def _rotary_dim(keys: Keys, head_dim: int, *, partial: bool) -> int | None:
+    """Dimensions of a head that rotate; None: all."""
     rotary = keys.integer("rope.dimension_count")
-    if rotary not in (None, head_dim):
+    if rotary in (None, head_dim):
+        return None
+    if not partial or not 0 < rotary < head_dim:
         raise keys.error("rope.dimension_count", rotary, f"must equal head_dim = {head_dim}")
+    return rotary
+
+
+def _check_scale(keys: Keys, head_dim: int) -> None:
+    """The scale of scores, which most families have in one form only."""
     scale = keys.number("attention.scale", 0.0)
     if scale and not np.isclose(scale, head_dim**-0.5, rtol=1e-6):
         raise keys.error(
             "attention.scale", scale, f"only 1/sqrt(head_dim = {head_dim}) is supported"
         )
-    return head_dim
 
 
 def _vocabulary_size(keys: Keys, tokens: Any, *, rows: int | None) -> int | None:
@@ -187,7 +241,7 @@ def config_from_gguf(
     vocab_size: int | None = None,
     tied: bool = False,
     biases: Sequence[str] = (),
-    inv_freq_divisors: tuple[float, ...] | None = None,
+    rope_tensors: RopeTensors = RopeTensors(),
     ignore_keys: Sequence[str] = (),
 ) -> ModelConfig:
     """Read the metadata of a GGUF file.
@@ -201,7 +255,7 @@ def config_from_gguf(
       vocab_size: rows of the embedding tensor; taken from the metadata when None.
       tied: the file has no `output.weight`.
       biases: projections that the file has biases for.
-      inv_freq_divisors: the values of the tensor `rope_freqs.weight`.
+      rope_tensors: divisors of rotary frequencies that the file has as tensors.
       ignore_keys: keys of the architecture to read as if they were not there.
 
     Raises:
@@ -209,13 +263,30 @@ def config_from_gguf(
       ConfigError: a key or value that this library does not handle.
     """
     architecture = _architecture(fields, where)
-    prefix = f"{architecture}."
+    family, prefix = ARCHITECTURES[architecture], f"{architecture}."
     fields = without_keys(fields, ignore_keys, where=where, prefix=prefix)
     architecture_fields = {
         key[len(prefix) :]: value for key, value in fields.items() if key.startswith(prefix)
     }
     keys = Keys(architecture_fields, where, prefix=prefix)
-    _check_fixed(keys)
+    vocab = _vocabulary_size(keys, fields.get("tokenizer.ggml.tokens"), rows=vocab_size)
+    try:
+        return _read(keys, family, rope_tensors, vocab_size=vocab, tied=tied, biases=biases)
+    except ConfigError as error:
+        raise at(error, where) from None
+
+
+def _read(
+    keys: Keys,
+    family: Family,
+    rope_tensors: RopeTensors,
+    *,
+    vocab_size: int | None,
+    tied: bool,
+    biases: Sequence[str],
+) -> ModelConfig:
+    """Consume every key of an architecture."""
+    form = gguf_form(family)
     layers = keys.need("block_count", keys.integer("block_count"))
     hidden = keys.need("embedding_length", keys.integer("embedding_length"))
     inner = keys.need("feed_forward_length", _uniform(keys, "feed_forward_length"))
@@ -225,28 +296,29 @@ def config_from_gguf(
     eps = keys.number("attention.layer_norm_rms_epsilon")
     eps = keys.need("attention.layer_norm_rms_epsilon", eps)
     head_dim = _head_dim(keys, hidden=hidden, heads=heads)
-    window = keys.integer("attention.sliding_window")
-    vocab = _vocabulary_size(keys, fields.get("tokenizer.ggml.tokens"), rows=vocab_size)
-    try:
-        rope = _gguf_rope(keys, inv_freq_divisors, context)
-        for key in GGUF_IRRELEVANT:
-            keys.left.pop(key, None)
-        keys.done()
-        return ModelConfig(
-            vocab_size=keys.need("vocab_size", vocab),
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
-            max_position=context,
-            norm_eps=_decimal(eps),
-            rope=rope,
-            tied=tied,
-            sliding_window=window or None,
-            biases=ARCHITECTURES[architecture] or tuple(n for n in PROJECTIONS if n in biases),
-            family=architecture,
-        )
-    except ConfigError as error:
-        raise at(error, where) from None
+    dim = _rotary_dim(keys, head_dim, partial=form.longrope)
+    rope = _gguf_rope(keys, rope_tensors, context, longrope=form.longrope, dim=dim)
+    fields = {"rope": rope, "biases": tuple(n for n in PROJECTIONS if n in biases)}
+    fields |= fixed_fields(family.name, hidden_size=hidden)
+    fields |= form.read(keys, Shape(layers, hidden, heads, head_dim, context))
+    if fields.get("sliding_rope") == fields["rope"]:
+        fields["sliding_rope"] = None
+    _check_scale(keys, head_dim)
+    _check_fixed(keys)
+    for key in GGUF_IRRELEVANT:
+        keys.left.pop(key, None)
+    keys.done()
+    return ModelConfig(
+        vocab_size=keys.need("vocab_size", vocab_size),
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        max_position=context,
+        norm_eps=_decimal(eps),
+        tied=tied,
+        family=family.name,
+        **fields,
+    )

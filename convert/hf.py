@@ -6,7 +6,8 @@ Torch is never imported: pickled weights are refused.
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,14 +16,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxneurons.convert.config import config_from_hf
+from jaxneurons.convert.families import MODEL_TYPES
 from jaxneurons.convert.fill import Stored, fill
 from jaxneurons.convert.rules import (
     DROPPABLE,
     EMBEDDING,
     UNEMBEDDING,
     Place,
-    stored_names,
+    file_names,
     tensor_name,
+    text_part,
 )
 from jaxneurons.convert.safetensors_file import Entry, open_safetensors, read_rows
 from jaxneurons.errors import SourceError
@@ -165,9 +168,16 @@ def read_hf(
     """
     directory = as_path("directory", directory)
     config = read_config(directory, ignore_keys=ignore_keys)
+    files = hf_tensors(directory)
+    if others := left_out(config, (name for entries in files.values() for name in entries)):
+        warnings.warn(
+            f"{directory}: the text part of a model that also reads images: {len(others)} tensors "
+            f"of the other part are left out ({others[0]}, ...)",
+            stacklevel=2,
+        )
     return config, fill(
         config,
-        stored_tensors(hf_tensors(directory)),
+        stored_tensors(files),
         naming="hf",
         dtype=dtype,
         where=str(directory),
@@ -235,12 +245,25 @@ def _carries_nothing(name: str) -> bool:
 
 
 def stored_dtypes(directory: Path) -> dict[str, str]:
-    """The dtype in which each tensor of a directory is stored."""
-    return {
+    """The dtype in which each tensor of a directory's model of text is stored, by `file_names`."""
+    model_type = read_json(directory / CONFIG).get("model_type")
+    family = MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None
+    part = None if family is None else family.text
+    dtypes = {
         name: entry.dtype.name
         for entries in hf_tensors(directory).values()
         for name, entry in entries.items()
     }
+    if part is None:
+        return dtypes
+    named = ((part.name(name), dtype) for name, dtype in dtypes.items())
+    return {name: dtype for name, dtype in named if name is not None}
+
+
+def left_out(config: ModelConfig, names: Iterable[str]) -> list[str]:
+    """Those tensors of a directory that belong to other parts than the model of text."""
+    part = text_part(config.family, "hf")
+    return [] if part is None else [name for name in names if part.name(name) is None]
 
 
 def stored_dtype(directory: Path, *, ignore_keys: Sequence[str] = ()) -> np.dtype:
@@ -253,7 +276,7 @@ def stored_dtype(directory: Path, *, ignore_keys: Sequence[str] = ()) -> np.dtyp
     Raises:
       SourceError: float64 weights, for which there is none.
     """
-    needed = set(stored_names(read_config(directory, ignore_keys=ignore_keys), "hf"))
+    needed = set(file_names(read_config(directory, ignore_keys=ignore_keys), "hf"))
     dtypes = stored_dtypes(directory)
     if tensor_name(EMBEDDING, "hf") not in dtypes:  # a tied model: its unembedding is stored
         needed.add(tensor_name(UNEMBEDDING, "hf"))

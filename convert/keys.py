@@ -9,7 +9,7 @@ from jaxneurons.errors import ConfigError, near_matches
 
 # Keys that select behaviour this library has in one form only; any other value is an error.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),  # two names of one function
+    "use_bidirectional_attention": (False, None),
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1.0, None),
     "is_causal": (True,),  # null too means False to transformers
@@ -141,6 +141,21 @@ class Keys:
         if not math.isfinite(as_float):
             raise self.error(key, value, "a finite number is needed")
         return as_float
+
+    def boolean(self, key: str, default: bool) -> bool:
+        """Consume true or false."""
+        value = self.left.pop(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "true or false is needed")
+        return value
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Consume a list of numbers, which must be there."""
+        values = self.need(key, self.left.pop(key, None))
+        if not isinstance(values, list):
+            raise self.error(key, values, "a list of numbers is needed")
+        entries = Keys({f"{key}[{i}]": v for i, v in enumerate(values)}, self.where, self.prefix)
+        return tuple(entries.need(name, entries.number(name)) for name in list(entries.left))
 
     def need(self, key: str, value: Any) -> Any:
         """The value, which must not be None."""

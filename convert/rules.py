@@ -2,7 +2,8 @@
 
 What a model's parameters are is `parameters.TABLE`; here is how checkpoints store each of them:
 under what name, transposed (kernels are [in, out], checkpoints store [out, in]), with the rows of
-heads in another order. `fill.py` reads a checkpoint by these rules, `export.py` writes one.
+heads in another order, several in one tensor. What differs between families is in `families/`.
+`fill.py` reads a checkpoint by these rules, `export.py` writes one.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxneurons.convert.families import FAMILIES
+from jaxneurons.convert.family import Family, Fused, TextPart
 from jaxneurons.model import parameters
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import LAYERS, Parameter, axes, list_parameters
@@ -20,7 +23,8 @@ Naming = Literal["hf", "gguf"]
 Place = Callable[[ModelConfig], Any]
 """A `Sharding` for every parameter, nested as they are."""
 
-# Names of modules that do not follow from their paths; all others do, see `tensor_name`.
+# Names of modules that do not follow from their paths; all others do, see `tensor_name`. A family
+# may have others in Hugging Face checkpoints.
 _NAMES: dict[Naming, dict[str, str]] = {
     "hf": {
         "embed": "model.embed_tokens",
@@ -34,6 +38,8 @@ _NAMES: dict[Naming, dict[str, str]] = {
     "gguf": {
         "embed": "token_embd",
         "layers.attn.o": "blk.{i}.attn_output",
+        "layers.attn_post_norm": "blk.{i}.post_attention_norm",
+        "layers.ffn_post_norm": "blk.{i}.post_ffw_norm",
         "final_norm": "output_norm",
         "unembed": "output",
     },
@@ -44,11 +50,14 @@ _ROTARY = ("q", "k")
 
 EMBEDDING = ("embed", "embedding")
 UNEMBEDDING = ("unembed", "kernel")
+FINAL_NORM = ("final_norm", "scale")
 
 # Stored tensors that carry nothing: tables which the model computes from its configuration.
 DROPPABLE: dict[Naming, re.Pattern[str]] = {
     "hf": re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq"),
-    "gguf": re.compile(r"blk\.\d+\.attn_rot_embd\.weight|rope_freqs\.weight"),
+    "gguf": re.compile(
+        r"blk\.\d+\.attn_rot_embd\.weight|rope_freqs\.weight|rope_factors_(short|long)\.weight"
+    ),
 }
 
 
@@ -96,7 +105,7 @@ def rules_for(config: ModelConfig) -> tuple[TensorRule, ...]:
     return tuple(map(rule, sorted(list_parameters(config), key=place)))
 
 
-def tensor_name(path: tuple[str, ...], naming: Naming) -> str:
+def tensor_name(path: tuple[str, ...], naming: Naming, family: str = "llama") -> str:
     """The name of a parameter's tensor, `{i}` for the layer.
 
     Unless `_NAMES` has another: `model.layers.{i}.self_attn.q_proj.weight` in a Hugging Face
@@ -105,10 +114,14 @@ def tensor_name(path: tuple[str, ...], naming: Naming) -> str:
     Args:
       path: the parameter's.
       naming: whose names.
+      family: of the model.
     """
     *module, array = path
     inner = module[1:] if module[0] == LAYERS else module
-    if (name := _NAMES[naming].get(".".join(module))) is None:
+    names = _NAMES[naming]
+    if naming == "hf" and family in FAMILIES:
+        names = {**names, **FAMILIES[family].names}
+    if (name := names.get(".".join(module))) is None:
         if naming == "hf":
             name = "model.layers.{i}." if module[0] == LAYERS else "model."
             name += ".".join(_HF_BLOCKS.get(part, part) for part in inner)
@@ -131,16 +144,65 @@ def gguf_biases(names: Container[str]) -> tuple[str, ...]:
 
 
 def stored_names(config: ModelConfig, naming: Naming) -> dict[str, tuple[TensorRule, int | None]]:
-    """Every tensor name that a checkpoint of this configuration holds -> its rule and layer."""
+    """Every tensor of a checkpoint of this configuration -> its rule and layer.
+
+    Each by a name of its own, also where a family stores several in one tensor: `file_names`.
+    """
     names: dict[str, tuple[TensorRule, int | None]] = {}
     for rule in rules_for(config):
-        template = tensor_name(rule.path, naming)
+        template = tensor_name(rule.path, naming, config.family)
         if rule.parameter.per_layer:
             for layer in range(config.num_layers):
                 names[template.format(i=layer)] = (rule, layer)
         else:
             names[template] = (rule, None)
     return names
+
+
+def _fused(family: Family | None, naming: Naming) -> tuple[Fused, ...]:
+    if family is None or naming == "hf":
+        return () if family is None else family.fused
+    return () if family.gguf is None else family.gguf.fused
+
+
+def fused_tensors(config: ModelConfig, naming: Naming) -> dict[str, tuple[str, ...]]:
+    """Names of tensors that hold several -> those of `stored_names` that they hold, by rows."""
+    return {
+        fused.name.format(i=layer): tuple(
+            tensor_name((*path.split("."), "kernel"), naming, config.family).format(i=layer)
+            for path in fused.parts
+        )
+        for fused in _fused(FAMILIES.get(config.family), naming)
+        for layer in range(config.num_layers)
+    }
+
+
+def file_names(config: ModelConfig, naming: Naming) -> tuple[str, ...]:
+    """The names that tensors have in files of this configuration, in their order."""
+    inside = {part: name for name, parts in fused_tensors(config, naming).items() for part in parts}
+    return tuple(dict.fromkeys(inside.get(name, name) for name in stored_names(config, naming)))
+
+
+def text_part(family: str, naming: Naming) -> TextPart | None:
+    """Where the text part of checkpoints of a family is, if they may hold others."""
+    known = FAMILIES.get(family)
+    if known is None or naming == "hf":
+        return None if known is None else known.text
+    return None if known.gguf is None else known.gguf.text
+
+
+def interleaves(config: ModelConfig, naming: Naming) -> bool:
+    """Whether the rows of each head of q and k are stored interleaved."""
+    family = FAMILIES.get(config.family)
+    return naming == "gguf" and family is not None and bool(family.gguf and family.gguf.interleaved)
+
+
+def stored_offset(config: ModelConfig, rule: TensorRule, naming: Naming) -> float:
+    """What stored values are larger by than the parameter's.
+
+    llama.cpp's converter adds Gemma's 1 to the weights of norms, so that files hold the factor.
+    """
+    return config.norm_offset if naming == "gguf" and rule.path[-1] == "scale" else 0.0
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

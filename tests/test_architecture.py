@@ -51,7 +51,7 @@ def places():
     found = {path.stem: [path] for path in PACKAGE.glob("*.py")} | {
         path.name: sorted(path.rglob("*.py")) for path in PACKAGE.iterdir() if path.is_dir()
     }
-    found["convert"] = sorted((ROOT / "convert").glob("*.py"))
+    found["convert"] = sorted((ROOT / "convert").rglob("*.py"))
     return {
         name: files
         for name, files in found.items()

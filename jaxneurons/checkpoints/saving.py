@@ -22,7 +22,7 @@ from jaxneurons.checkpoints.provenance import PATCHES
 from jaxneurons.convert.export import GENERATION, copy_files, sync, write_hf
 from jaxneurons.convert.hf import CONFIG, read_json, stored_dtypes
 from jaxneurons.convert.native import MARKER, read_marker, write_marker, write_params
-from jaxneurons.convert.rules import stored_names
+from jaxneurons.convert.rules import file_names
 from jaxneurons.errors import ConfigError, SourceError, WriteError, near_matches
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.storage.progress import Advance
@@ -169,7 +169,7 @@ def _origin(lm: LM) -> tuple[dict[str, Any] | None, dict[str, str]]:
     else:
         stored = stored_dtypes(directory)
     dtype = lm.params["embed"]["embedding"].dtype.name
-    names = stored_names(lm.config, "hf")
+    names = set(file_names(lm.config, "hf"))
     if dtype != "float32" or len({d for n, d in stored.items() if n in names}) < 2:
         return original, {}
     # A checkpoint of mixed dtypes: what was widened on the way in may be narrowed again.

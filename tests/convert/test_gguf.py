@@ -173,8 +173,8 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
 
 
 def test_another_architecture_is_refused(tmp_path):
-    fields = {"general.architecture": "gemma"}
-    with pytest.raises(SourceError, match=r"m\.gguf: GGUF architecture 'gemma' is not supported"):
+    fields = {"general.architecture": "falcon"}
+    with pytest.raises(SourceError, match=r"m\.gguf: GGUF architecture 'falcon' is not supported"):
         read_gguf(write(tmp_path, fields=fields))
 
 
