@@ -52,10 +52,15 @@ def tokenizer_from_gguf(
         raise SourceError(
             f"{where}: tokenizer model {kind!r} is not supported (supported: 'gpt2', 'llama')"
         )
+    escaped: set[str] = set()
+    if kind == "llama" and not _space_first(metadata):
+        written, tokens = tokens, _spaces_escaped(tokens, types)
+        escaped = {token for token in tokens if _SPACE in token} - set(written)
     backend = builders[kind](metadata, tokens, types, where)
     for token_type, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
-            AddedToken(token, special=special, normalized=False)
+            # Escaped spaces are looked for where those of the text are escaped too.
+            AddedToken(token, special=special, normalized=not special and token in escaped)
             for token, type_ in zip(tokens, types, strict=True)
             if type_ == token_type
         ]
@@ -225,7 +230,7 @@ def _sentencepiece(
             byte_fallback=True,
         )
     )
-    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    prefix = _space_first(metadata)
     steps: list[Any] = [normalizers.Prepend(_SPACE)] if prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     undo = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -233,6 +238,24 @@ def _sentencepiece(
         [*undo, decoders.Strip(" ", 1, 0)] if prefix else undo  # the space that was put there
     )
     return backend
+
+
+def _space_first(metadata: Mapping[str, Any]) -> bool:
+    """Whether a space is put before the text."""
+    return bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+
+
+def _spaces_escaped(tokens: list[str], types: list[int]) -> list[str]:
+    """The tokens as SentencePiece has them: llama.cpp writes user-defined ones with real spaces.
+
+    Runs of spaces, in Gemma's vocabulary; any space of a text is escaped before they are matched.
+    """
+    known = set(tokens)
+    escaped = [
+        token.replace(" ", _SPACE) if kind == _USER_DEFINED else token
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    return [b if b not in known else a for a, b in zip(tokens, escaped, strict=True)]
 
 
 def _merges_by_score(

@@ -125,7 +125,7 @@ def demo(
         str,
         typer.Option(
             help="Model source: lab (ships with the package), smollm2-135m (98 MB, fetched once), "
-            "path or hub id."
+            "gemma3-270m (253 MB, fetched once), path or hub id."
         ),
     ] = "lab",
     out: Annotated[Path, typer.Option(help="Run directory to write.")] = Path("runs/demo"),

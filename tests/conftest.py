@@ -106,8 +106,8 @@ def settings_check_themselves():
 
 @pytest.fixture(autouse=True)
 def compiled_as_for_users(request):
-    """Tests of the real model, which is run for longer than it is compiled."""
-    real = request.node.get_closest_marker("smollm2") is not None
+    """Tests of the real models, which are run for longer than they are compiled."""
+    real = any(request.node.get_closest_marker(name) for name in ("smollm2", "gemma3"))
     if real:
         jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -151,6 +151,26 @@ def smollm2(smollm2_path):
 
 
 @pytest.fixture(scope="session")
+def gemma3_path() -> Path:
+    """Gemma 3 270M as GGUF, fetched once and cached; its tests are skipped where it cannot be."""
+    from jaxneurons.checkpoints.fetch import fetch_model
+    from jaxneurons.errors import SourceError
+
+    try:
+        return fetch_model("gemma3-270m")
+    except SourceError as error:
+        pytest.skip(f"Gemma 3 270M is not here: {error}")
+
+
+@pytest.fixture(scope="session")
+def gemma3(gemma3_path):
+    """Gemma 3 270M as this library loads it."""
+    import jaxneurons
+
+    return jaxneurons.load("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
 def published():
     """The PyTorch baseline and oracle, `benchmarks/published.py`."""
     pytest.importorskip("torch")
@@ -169,6 +189,21 @@ def torch_smollm2(published, smollm2_path):
     `smollm2.tokenizer`.
     """
     return published.load_torch(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def torch_gemma3(gemma3_path):
+    """The same file as transformers reads it, float32.
+
+    Without its tokenizer, which takes most of a minute: feed it ids from `gemma3.tokenizer`.
+    """
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gemma3_path.parent, gguf_file=gemma3_path.name, dtype=torch.float32
+    )
+    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture

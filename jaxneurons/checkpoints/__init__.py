@@ -7,7 +7,7 @@ from jaxneurons.lazy import face
 if TYPE_CHECKING:
     from jaxneurons.checkpoints.certificate import verify
     from jaxneurons.checkpoints.description import Description, describe
-    from jaxneurons.checkpoints.fetch import fetch_smollm2
+    from jaxneurons.checkpoints.fetch import fetch_model, fetch_smollm2
     from jaxneurons.checkpoints.loading import LM, load, locate_source
     from jaxneurons.checkpoints.saving import save
 
@@ -17,6 +17,7 @@ __all__ = [
     "LM",
     "Description",
     "describe",
+    "fetch_model",
     "fetch_smollm2",
     "load",
     "locate_source",

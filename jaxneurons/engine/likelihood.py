@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxneurons.engine.logits import logits_at_once
 from jaxneurons.model import layers
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
@@ -39,13 +40,15 @@ def sentence_loss(
     rows = {"lengths": lengths, "scales": scales, "low_rank": low_rank}
     out = forward(params, tokens, config=config, at="all", **rows)
     real = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
-    if tokens.shape[1] <= batches.LENGTH_TOKENS:
+    # Positions at once: never all of a long text, nor many of a large vocabulary.
+    together = logits_at_once(config, batches.LENGTH_TOKENS, each=len(tokens))
+    if tokens.shape[1] <= together:
         losses = token_loss(out.logits[:, :-1], tokens[:, 1:])
-    else:  # never the logits of all positions at once
+    else:
         losses = jax.lax.map(
             lambda position: token_loss(layers.unembed(params, position[0], config), position[1]),
             (out.final[:, :-1].swapaxes(0, 1), tokens[:, 1:].T),
-            batch_size=batches.LENGTH_TOKENS,
+            batch_size=together,
         ).T
     return jnp.sum(jnp.where(real, losses, 0), axis=-1)
 

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxneurons.engine.ablation import default_shape, generate_ablated
 from jaxneurons.engine.attribution import integrated_gradients
-from jaxneurons.engine.last_position import TRIALS, Changes, last_position, scaled_answers
+from jaxneurons.engine.last_position import Changes, last_position, scaled_answers, trials_at_once
 from jaxneurons.engine.parametrisation import panels_at_first
 from jaxneurons.engine.quadrature import PANEL_NODES, Quadrature
 from jaxneurons.engine.responses import ROWS, mean_responses
@@ -68,7 +68,8 @@ def default_chunks(
             prompts = _power_of_two(max(1, prompts * LENGTH_TOKENS // bucket(work.tokens, 4)))
     keys = bucket(work.tokens) + work.answers - 1
     rows = rows_in_budget(config, keys, memory_budget, platform=platform)
-    return Chunks(prompts, max(rows, 1), min(shape.sets, work.sets), min(TRIALS, work.sets))
+    trials = min(trials_at_once(config, prompts), work.sets)
+    return Chunks(prompts, max(rows, 1), min(shape.sets, work.sets), trials)
 
 
 def programs_of(

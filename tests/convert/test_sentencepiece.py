@@ -3,9 +3,9 @@
 import io
 import json
 import random
-import struct
 
 import pytest
+from support.sentencepiece_files import model, number, part, piece
 
 from jaxneurons.convert.sentencepiece_model import read_sentencepiece
 from jaxneurons.convert.tokenizer_directory import tokenizer_from_directory
@@ -138,30 +138,7 @@ def test_settings_of_the_other_files(trained, tmp_path):
         tokenizer_from_directory(directory(tmp_path, data, config))
 
 
-# --- files made here: a protocol buffer is tags, lengths and values ---
-
-
-def number(value):
-    out = b""
-    while value > 0x7F:
-        out, value = out + bytes([value & 0x7F | 0x80]), value >> 7
-    return out + bytes([value])
-
-
-def part(field, data):
-    return number(field << 3 | 2) + number(len(data)) + data
-
-
-def piece(text, score, kind=1):
-    own = part(1, text.encode()) + number(2 << 3 | 5) + struct.pack("<f", score)
-    return part(1, own + number(3 << 3) + number(kind))
-
-
-def model(pieces, kind=2, extra=b""):
-    trainer = part(2, number(3 << 3) + number(kind))
-    rules = part(3, number(4 << 3) + number(0))
-    return b"".join(pieces) + trainer + rules + extra
-
+# --- files made here ---
 
 SPECIAL = [piece("<unk>", 0, 2), piece("<s>", 0, 3), piece("</s>", 0, 3)]
 LETTERS = [piece(letter, -50.0) for letter in "▁abcxyz"]

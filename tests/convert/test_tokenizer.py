@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 from support.checkpoints import byte_level_vocabulary
+from support.sentencepiece_files import model, number, part, piece
 
 from jaxneurons.convert.gguf import open_gguf
 from jaxneurons.convert.tokenizer import tokenizer_from_gguf
@@ -332,6 +333,106 @@ def test_sentencepiece_without_the_id_of_its_bos():
     values["tokenizer.ggml.token_type"][1] = 1
     with pytest.raises(SourceError, match="there is no bos token"):
         tokenizer_from_gguf(values)
+
+
+# --- Gemma: no space first, user-defined tokens of spaces, line ends and tags -----------------
+
+RUNS = {
+    "spaces": ["  " * n + after for n in range(1, 26) for after in ("a", "1", "\n", "▁", "")],
+    "line ends": [mark * n + after for mark in "\n\t" for n in range(1, 40) for after in "a ▁"],
+    "tags": ["<table>", "</td> <b>x</b>", " <h1> ", "<p>a", "[multimodal]", "[toxicity]"],
+    "escaped": ["▁", "▁▁", "▁▁▁a", "▁a ▁", "a▁▁b", " ▁ ", "  ▁▁  ▁x"],
+}
+
+
+def library_of(values):
+    """The sentencepiece library with the pieces of a file; it has no special tokens in a text."""
+    library = pytest.importorskip("sentencepiece")
+    user_defined, unknown = 4, values["tokenizer.ggml.unknown_token_id"]
+    pieces = []
+    columns = (values[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    for number_, (token, score, kind) in enumerate(zip(*columns, strict=True)):
+        text = token.replace(" ", "▁") if kind == user_defined else token
+        pieces.append(piece(text, score, 2 if number_ == unknown else kind))
+    bytes_for_unknown = part(2, number(35 << 3) + number(1))
+    no_space_first = part(3, number(3 << 3) + number(0))
+    data = model(pieces, extra=bytes_for_unknown + no_space_first)
+    return library.SentencePieceProcessor(model_proto=data)
+
+
+def gemma_like():
+    """Runs of spaces and line ends as llama.cpp writes them: user-defined, with real spaces."""
+    values = sentencepiece_vocabulary(add_space_prefix=False)
+    for token in ("  ", "   ", "    ", "\n", "\n\n", "<b>"):
+        values["tokenizer.ggml.tokens"].append(token)
+        values["tokenizer.ggml.token_type"].append(4)
+        values["tokenizer.ggml.scores"].append(-1000.0)
+    at = values["tokenizer.ggml.tokens"].index("▁▁")  # it is a user-defined one there
+    for name in ("tokens", "token_type", "scores"):
+        del values[f"tokenizer.ggml.{name}"][at]
+    return values
+
+
+def test_user_defined_runs_of_spaces():
+    values = gemma_like()
+    tokenizer, library = tokenizer_from_gguf(values), library_of(values)
+    rng = random.Random(0)
+    alphabet = ["the", "cat", " ", "  ", "   ", "s", "é", "\n", "\n\n\n", "▁", "<b>"]
+    texts = [text for texts in RUNS.values() for text in texts] + [
+        "".join(rng.choices(alphabet, k=rng.randint(1, 9))) for _ in range(500)
+    ]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == library.encode(text), text
+        assert tokenizer.decode(ids) == text.replace("▁", " ")
+    assert tokenizer.tokenize("the     cat") == ["t", "he", "▁▁▁▁", "▁cat"]
+    assert tokenizer.tokenize("the\n\n\n<b>") == ["t", "he", "\n\n", "\n", "<b>"]
+
+
+@pytest.fixture(scope="module")
+def gemma3_metadata(gemma3_path):
+    return open_gguf(gemma3_path).metadata
+
+
+@pytest.fixture(scope="module")
+def of_gemma3(gemma3_metadata):
+    return tokenizer_from_gguf(gemma3_metadata)
+
+
+@pytest.mark.gemma3
+@pytest.mark.slow
+def test_gemma3_agrees_with_the_sentencepiece_library(of_gemma3, gemma3_metadata):
+    library = library_of(gemma3_metadata)
+    texts = [*strings(), *(text for texts in RUNS.values() for text in texts)]
+    assert len(texts) > 2500
+    ids = of_gemma3(texts)["input_ids"]
+    assert ids == [[2, *library.encode(text)] for text in texts]
+    plain = [text for text in texts if "▁" not in text]
+    assert of_gemma3.batch_decode(of_gemma3(plain, add_special_tokens=False)["input_ids"]) == plain
+    names = ("bos", "eos", "unk", "pad")
+    tokens = [getattr(of_gemma3, f"{name}_token") for name in names]
+    assert tokens == ["<bos>", "<eos>", "<unk>", "<pad>"]
+    assert (len(of_gemma3), of_gemma3.model_max_length) == (262144, 32768)
+    turn = of_gemma3("<start_of_turn>user\nHi<end_of_turn>", add_special_tokens=False)["input_ids"]
+    assert of_gemma3.convert_ids_to_tokens(turn)[::3] == ["<start_of_turn>", "Hi"]
+    assert of_gemma3.decode(turn, skip_special_tokens=True) == "user\nHi"
+
+
+@pytest.mark.gemma3
+@pytest.mark.slow
+def test_gemma3_agrees_with_transformers_but_for_long_runs_of_spaces(of_gemma3, gemma3_path):
+    """It joins spaces in pairs where the library takes the longest token, of 31 of them."""
+    pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(gemma3_path.parent, gguf_file=gemma3_path.name)
+    texts = [*strings(), *(text for texts in RUNS.values() for text in texts)]
+    same = [text for text in texts if not re.search("[ ▁]{32}", text)]
+    assert len(same) > 2500
+    assert of_gemma3(same)["input_ids"] == theirs(same)["input_ids"]
+    text = 32 * " " + "a"
+    assert of_gemma3.tokenize(text) == ["▁" * 31, "▁a"]
+    assert theirs.tokenize(text) == ["▁" * 16, "▁" * 16, "a"]  # else it has caught up
 
 
 @pytest.mark.parametrize(
