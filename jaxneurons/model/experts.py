@@ -363,7 +363,8 @@ def _mapped_product(kind: _ProductKind) -> Callable[..., Array]:
 
     @mapped.def_vmap
     def _(size: int, batched: Any, x: Array, kernels: Array, expert: Array) -> Any:
-        x, expert, experts = _with_batch(batched[0], size, x), _with_batch(batched[2], size, expert), 1
+        x, expert = _with_batch(batched[0], size, x), _with_batch(batched[2], size, expert)
+        experts = 1
         if batched[1]:
             expert = expert + kernels.shape[1] * jnp.arange(size)[:, None]
             kernels, experts = kernels.reshape(-1, *kernels.shape[2:]), size
