@@ -51,7 +51,7 @@ def neuron_count(config: ModelConfig, sites: Iterable[str]) -> int:
     return config.num_layers * sum(site_width(config, site) for site in sites)
 
 
-def show_neuron(neuron: tuple[int, int], site: str, config: ModelConfig) -> str:
+def show_neuron(neuron: Sequence[int], site: str, config: ModelConfig) -> str:
     """A neuron for people: "(layer, index)", or "(layer, expert, index)" of an expert's neurons.
 
     Args:
