@@ -16,7 +16,8 @@ from jaxneurons.engine.out_of_memory import SmallerChunkWarning
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.engine.readout import words, written_directions
 from jaxneurons.engine.responses import ResponseStore, mean_responses
-from jaxneurons.engine.rows import memory_bound, prefill
+from jaxneurons.engine.row_memory import memory_bound
+from jaxneurons.engine.rows import prefill
 
 __all__ = [
     "Attribution",

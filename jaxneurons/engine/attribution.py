@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.engine.adaptive import adaptive
 from jaxneurons.engine.parametrisation import panels_at_first
 from jaxneurons.engine.quadrature import Quadrature, nodes_and_weights
-from jaxneurons.engine.rows import Prefill, logits_are_most, prefill, rows_in_budget, sweep
+from jaxneurons.engine.row_memory import logits_are_most, rows_in_budget
+from jaxneurons.engine.rows import Prefill, prefill, sweep
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig

@@ -17,7 +17,8 @@ from jaxneurons.engine.last_position import Changes, last_position, scaled_answe
 from jaxneurons.engine.parametrisation import panels_at_first
 from jaxneurons.engine.quadrature import PANEL_NODES, Quadrature
 from jaxneurons.engine.responses import ROWS, mean_responses
-from jaxneurons.engine.rows import prefill, rows_in_budget
+from jaxneurons.engine.row_memory import rows_in_budget
+from jaxneurons.engine.rows import prefill
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import FFN, site_width
 from jaxneurons.prompts.batches import (

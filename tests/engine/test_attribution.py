@@ -15,7 +15,7 @@ from support.models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import SITES, ConfigError, Quadrature, RopeConfig, forward, integrated_gradients
 from jaxneurons.engine.quadrature import PANEL_NODES, nodes_and_weights
-from jaxneurons.engine.rows import rows_in_budget
+from jaxneurons.engine.row_memory import rows_in_budget
 
 
 @functools.cache

@@ -18,7 +18,8 @@ from jaxneurons.engine.last_position import (
 )
 from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.engine.logits import LOGIT_BYTES, logits_at_once
-from jaxneurons.engine.rows import logits_are_most, memory_bound, prefill, rows_in_budget
+from jaxneurons.engine.row_memory import logits_are_most, memory_bound, rows_in_budget
+from jaxneurons.engine.rows import prefill
 
 LARGE = tiny_config(
     vocab_size=262_144, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2,

@@ -13,7 +13,7 @@ from jaxneurons.engine import mean_responses, prefill
 from jaxneurons.engine.last_position import changes, last_position, scaled_answers
 from jaxneurons.engine.quadrature import nodes_and_weights
 from jaxneurons.engine.readout import written_directions
-from jaxneurons.engine.rows import rows_in_budget
+from jaxneurons.engine.row_memory import rows_in_budget
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

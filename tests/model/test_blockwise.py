@@ -11,7 +11,8 @@ from support.models import compiled, random_tokens, tiny_config, tiny_params
 from jaxneurons import Quadrature, forward, init_cache
 from jaxneurons.convert.hf import read_hf
 from jaxneurons.engine.attribution import attribute
-from jaxneurons.engine.rows import memory_bound, prefill
+from jaxneurons.engine.row_memory import memory_bound
+from jaxneurons.engine.rows import prefill
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.layers import attention, visible
 from jaxneurons.model.sharding import batch_sharding, shard_params

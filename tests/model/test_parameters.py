@@ -18,7 +18,7 @@ from jaxneurons.convert.config import config_from_hf
 from jaxneurons.convert.hf import read_hf
 from jaxneurons.convert.native import read_native, write_marker, write_params
 from jaxneurons.convert.rules import gguf_biases, stored_names
-from jaxneurons.engine.rows import rows_in_budget
+from jaxneurons.engine.row_memory import rows_in_budget
 from jaxneurons.model import parameters as table
 from jaxneurons.model.config import PROJECTIONS
 from jaxneurons.model.parameters import (
