@@ -22,12 +22,12 @@ from jaxneurons.convert.blocks import (
     to_devices,
 )
 from jaxneurons.convert.rules import (
-    DROPPABLE,
     EMBEDDING,
     FINAL_NORM,
     UNEMBEDDING,
     Naming,
     TensorRule,
+    carries_nothing,
     fused_tensors,
     interleaves,
     rules_for,
@@ -112,7 +112,7 @@ def match(
             plan[name] = (tensor, rule, layer)
         elif config.tied and name == unembedding:
             duplicate = tensor
-        elif not DROPPABLE[naming].fullmatch(name):
+        elif not carries_nothing(name, config, naming):
             left_over.append(name)
     problems = []
     inside = {part: name for name, parts in fused.items() for part in parts}
