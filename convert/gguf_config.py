@@ -95,7 +95,6 @@ def _gguf_rope(
     if factor and old_factor and factor != old_factor:
         raise keys.error("rope.scale_linear", old_factor, f"contradicts scaling.factor = {factor}")
     factor = factor or old_factor
-    original = keys.integer("rope.scaling.original_context_length")
     if tensors.short is not None or tensors.long is not None:
         if not longrope:
             raise ConfigError(f"{keys.where}: rope_factors: {keys.prefix[:-1]} has no longrope")
@@ -103,15 +102,8 @@ def _gguf_rope(
             raise keys.error("rope.scaling.type", kind, "contradicts rope_factors, of longrope")
         if factor not in (0.0, 1.0):
             raise keys.error("rope.scaling.factor", factor, "cannot be combined with rope_factors")
-        return RopeConfig(
-            theta=theta,
-            rope_type="longrope",
-            original_max_position=original or context,
-            attention_factor=_decimal(keys.number("rope.scaling.attn_factor", 1.0)),
-            short_divisors=tensors.short,
-            long_divisors=tensors.long,
-            dim=dim,
-        )
+        return _longrope(keys, tensors, RopeConfig(theta=theta, dim=dim), context)
+    original = keys.integer("rope.scaling.original_context_length")
     attention = keys.number("rope.scaling.attn_factor", 1.0)
     fast = _decimal(keys.number("rope.scaling.yarn_beta_fast", 32.0))
     slow = _decimal(keys.number("rope.scaling.yarn_beta_slow", 1.0))
@@ -145,6 +137,18 @@ def _gguf_rope(
     if scaled:
         return RopeConfig(theta=theta, rope_type="linear", factor=factor, dim=dim)
     return RopeConfig(theta=theta, dim=dim)
+
+
+def _longrope(keys: Keys, tensors: RopeTensors, plain: RopeConfig, context: int) -> RopeConfig:
+    """The rotary embedding of a file that has the divisors of LongRoPE."""
+    return dataclasses.replace(
+        plain,
+        rope_type="longrope",
+        original_max_position=keys.integer("rope.scaling.original_context_length") or context,
+        attention_factor=_decimal(keys.number("rope.scaling.attn_factor", 1.0)),
+        short_divisors=tensors.short,
+        long_divisors=tensors.long,
+    )
 
 
 def _architecture(fields: Mapping[str, Any], where: str) -> str:

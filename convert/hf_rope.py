@@ -47,8 +47,8 @@ def read_rope(keys: Keys, max_position: int, rules: RopeRules = RopeRules()) -> 
         values = keys.left.pop(key, None)
         if values is None or values == {}:
             continue
-        one = _One(keys, theta, outer, part, max_position, rules)
-        parsed[key] = _read_one(values, key, one)
+        beside = _Beside(keys, theta, outer, part, max_position, rules)
+        parsed[key] = _read_dictionary(values, key, beside)
     if len(set(parsed.values())) > 1:
         raise ConfigError(f"{keys.where}: rope_parameters and rope_scaling contradict each other")
     if parsed:
@@ -80,9 +80,9 @@ def read_ropes_by_type(
     scaling = keys.left.pop("rope_scaling", None)
     ropes = []
     for kind, theta in thetas.items():
-        one = _One(keys, theta, None, None, max_position, defaults[kind])
+        beside = _Beside(keys, theta, None, None, max_position, defaults[kind])
         stated = [
-            _read_one(values, key, one)
+            _read_dictionary(values, key, beside)
             for key, values in (
                 (f"rope_parameters.{kind}", (nested or {}).get(kind)),
                 ("rope_scaling", scaling if kind == FULL else None),
@@ -99,7 +99,7 @@ def read_ropes_by_type(
 
 
 @dataclasses.dataclass(frozen=True)
-class _One:
+class _Beside:
     """What stands beside a dictionary that states a rotary embedding."""
 
     keys: Keys
@@ -110,7 +110,7 @@ class _One:
     rules: RopeRules
 
 
-def _read_one(values: Any, key: str, beside: _One) -> RopeConfig:
+def _read_dictionary(values: Any, key: str, beside: _Beside) -> RopeConfig:
     """Read one `rope_parameters` or `rope_scaling` dictionary."""
     keys, theta, rules = beside.keys, beside.theta, beside.rules
     if not isinstance(values, dict):
@@ -161,7 +161,7 @@ def _rope_kind(rope: Keys, key: str, rules: RopeRules) -> str:
     return kind
 
 
-def _original_context(rope: Keys, beside: _One) -> int:
+def _original_context(rope: Keys, beside: _Beside) -> int:
     """Tokens of the context before it was extended, as stated inside, beside it, or not at all."""
     inner, outer = rope.integer("original_max_position_embeddings"), beside.original
     if None not in (inner, outer) and inner != outer:
@@ -174,7 +174,7 @@ def _original_context(rope: Keys, beside: _One) -> int:
     return length
 
 
-def _default_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
+def _default_rope(rope: Keys, theta: float, beside: _Beside) -> RopeConfig:
     rope.integer("original_max_position_embeddings")  # not looked at
     factor = rope.number("factor", 1.0)
     if factor not in (1.0, None):
@@ -182,13 +182,13 @@ def _default_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
     return RopeConfig(theta=theta)
 
 
-def _linear_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
+def _linear_rope(rope: Keys, theta: float, beside: _Beside) -> RopeConfig:
     rope.integer("original_max_position_embeddings")  # not looked at
     factor = rope.need("factor", rope.number("factor"))
     return RopeConfig(theta=theta, rope_type="linear", factor=factor)
 
 
-def _dynamic_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
+def _dynamic_rope(rope: Keys, theta: float, beside: _Beside) -> RopeConfig:
     """It starts to stretch at max_position_embeddings, whatever the original context was."""
     factor, max_position = rope.need("factor", rope.number("factor")), beside.max_position
     stated = rope.integer("original_max_position_embeddings", max_position)
@@ -203,7 +203,7 @@ def _dynamic_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
     )
 
 
-def _llama3_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
+def _llama3_rope(rope: Keys, theta: float, beside: _Beside) -> RopeConfig:
     return RopeConfig(
         theta=theta,
         rope_type="llama3",
@@ -214,7 +214,7 @@ def _llama3_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
     )
 
 
-def _yarn_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
+def _yarn_rope(rope: Keys, theta: float, beside: _Beside) -> RopeConfig:
     original = _original_context(rope, beside)
     factor = rope.number("factor")
     if factor is None:
@@ -238,7 +238,7 @@ def _yarn_rope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
     )
 
 
-def _longrope(rope: Keys, theta: float, beside: _One) -> RopeConfig:
+def _longrope(rope: Keys, theta: float, beside: _Beside) -> RopeConfig:
     original = _original_context(rope, beside)
     short, long = (rope.numbers(f"{length}_factor") for length in ("short", "long"))
     attention, factor = rope.number("attention_factor"), rope.number("factor")

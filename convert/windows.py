@@ -86,16 +86,16 @@ def periodic_window(
       stated: a key that may state the period.
     """
     window = keys.integer("sliding_window", default)
-    said = None if stated is None else keys.integer(stated)
-    if stated is not None and said is not None:
-        if said <= 0:
-            raise keys.error(stated, said, "a positive number of layers is needed")
-        period = said
+    layers = None if stated is None else keys.integer(stated)
+    if stated is not None and layers is not None:
+        if layers <= 0:
+            raise keys.error(stated, layers, "a positive number of layers is needed")
+        period = layers
     repeated = [bool((layer + 1) % period) for layer in range(shape.layers)]
     expected = [SLIDING if slides else FULL for slides in repeated]
     types = _types(keys, shape.layers) or expected
-    if stated is not None and said is not None and types != expected:
-        raise keys.error(stated, said, "contradicts layer_types")
+    if stated is not None and layers is not None and types != expected:
+        raise keys.error(stated, layers, "contradicts layer_types")
     keys.left.pop("layer_types", None)
     if window is None and SLIDING in types:
         raise keys.error("sliding_window", window, "layer_types says that layers have a window")

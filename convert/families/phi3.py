@@ -12,7 +12,7 @@ from jaxneurons.model.config import ModelConfig
 _ORIGINAL = 4096
 _FIXED = {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}
 """Keys of the first configurations, which transformers' own class knows no more."""
-_OWN_CODE = {
+_PUBLISHED_CODE = {
     "AutoConfig": "configuration_phi3.Phi3Config",
     "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
     "AutoTokenizer": "Xenova/gpt-4o",
@@ -28,7 +28,7 @@ def _read(keys: Keys, shape: Shape) -> dict[str, Any]:
         if stated != value or isinstance(stated, bool) != isinstance(value, bool):
             raise keys.error(key, stated, f"only {value!r} is supported")
     code = keys.left.get("auto_map")
-    if isinstance(code, dict) and all(_OWN_CODE.get(k) == code[k] for k in code):
+    if isinstance(code, dict) and all(_PUBLISHED_CODE.get(k) == code[k] for k in code):
         del keys.left["auto_map"]
     rules = RopeRules(
         kinds=("default", "longrope"),

@@ -211,17 +211,21 @@ def _torch_model(path: Path, lm: LM) -> tuple[Any, Any]:
 
 
 def long_enough(config: ModelConfig) -> int:
-    """Tokens of a sequence that ends beyond the original context, if that has been stretched."""
-    rope = config.rope
+    """Tokens of a sequence that ends beyond the original context, if that has been stretched, and
+    beyond a window that is not large.
+    """
+    rope, least = config.rope, LONG
+    if config.sliding_window is not None and config.sliding_window <= WHOLE:
+        least = max(LONG, config.sliding_window + BEYOND)
     if rope.inv_freq_divisors is not None:
         original = LLAMA3_CONTEXT
     elif rope.rope_type == "linear":
         original = int(config.max_position / rope.factor)
     elif rope.rope_type == "default":
-        return min(LONG, config.max_position)
+        return min(least, config.max_position)
     else:
         original = rope.original_max_position
-    beyond = max(LONG, original + BEYOND)
+    beyond = max(least, original + BEYOND)
     # `dynamic` begins to stretch where the stated context ends.
     return beyond if rope.rope_type == "dynamic" else min(beyond, config.max_position)
 

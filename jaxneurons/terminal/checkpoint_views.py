@@ -100,12 +100,12 @@ def show_description(description: "Description") -> None:
 def _ropes(config: "ModelConfig") -> str:
     """The rotary embeddings, and which layers have which."""
 
-    def one(rope: "RopeConfig") -> str:
+    def describe(rope: "RopeConfig") -> str:
         factor = f" x {rope.factor:g}" if rope.factor != 1 else ""
         part = f", {rope.dim} of {config.head_dim} dimensions" if rope.dim is not None else ""
         return f"{rope.rope_type}{factor}, theta {rope.theta:g}{part}"
 
-    text = "; of sliding layers ".join(map(one, config.ropes))
+    text = "; of sliding layers ".join(map(describe, config.ropes))
     if config.rotary_layers is not None:
         text += f"; in {sum(config.rotary_layers)} of {config.num_layers} layers"
     return text

@@ -9,12 +9,14 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxneurons.convert import export
 from jaxneurons.convert.hf import read_hf
 from jaxneurons.model.config import config_of_values, config_values
+from jaxneurons.model.layers import embed
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -39,11 +41,24 @@ def same(ours: Any, theirs: Any) -> bool:
 
 @pytest.mark.parametrize("name", [*first_of_each(VARIANTS)])
 def test_a_family_is_pytorchs(tmp_path, name):
-    found = compare_directory(variant(name), tmp_path)
-    assert found.difference < BOUND
-    assert found.continued == STEPS
-    again = config_of_values(json.loads(json.dumps(config_values(found.config))))
-    assert again == found.config
+    comparison = compare_directory(variant(name), tmp_path)
+    assert comparison.difference < BOUND
+    assert comparison.continued == STEPS
+    config = comparison.config
+    assert config_of_values(json.loads(json.dumps(config_values(config)))) == config
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3, linear"])
+def test_the_embedding_is_scaled_in_its_own_dtype(tmp_path, name):
+    """The factor is rounded before it multiplies: every bit is PyTorch's."""
+    model = variant(name).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    config, params = read_hf(tmp_path, dtype=jnp.bfloat16)
+    ours = np.asarray(embed(params, jnp.asarray(IDS), config), np.float32)
+    theirs = model.model.embed_tokens(torch.tensor(IDS)).detach().float().numpy()
+    np.testing.assert_array_equal(ours, theirs)
+    wide = np.asarray(params["embed"]["embedding"], np.float32)[IDS] * np.sqrt(32)
+    assert not np.array_equal(np.asarray(jnp.asarray(wide, jnp.bfloat16), np.float32), theirs)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -284,13 +284,12 @@ def variant(name: str, table: Mapping[str, tuple[str, dict[str, Any]]] = VARIANT
 
 
 def torch_greedy(model: Any, ids: np.ndarray, steps: int) -> list[int]:
-    """The most probable continuation of one prompt, without a cache."""
+    """The most probable continuation of one prompt."""
+    options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     tokens = torch.tensor(ids)
     with torch.no_grad():
-        for _ in range(steps):
-            chosen = model(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, chosen], dim=1)
-    return tokens[0, ids.shape[1] :].tolist()
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+    return out[0, ids.shape[1] :].tolist()
 
 
 def torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:

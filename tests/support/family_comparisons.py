@@ -38,6 +38,11 @@ class Comparison:
 
 def compare(model: Any, config: ModelConfig, params: Any) -> Comparison:
     """Logits of short and long sequences, and a greedy continuation."""
+    # First: the angles of `dynamic` depend on the longest sequence that PyTorch's has seen.
+    prompt = IDS[:, :PROMPT]
+    run = compiled(functools.partial(greedy, config=config, steps=STEPS))
+    tokens = run(params, jnp.asarray(prompt), lengths=jnp.array([PROMPT]))[0].tolist()
+    same = [a == b for a, b in zip(tokens, torch_greedy(model, prompt, STEPS), strict=True)]
     # Where divisors of frequencies depend on the length, the long sequence says nothing of a short.
     by_length = any(rope.rope_type in ("dynamic", "longrope") for rope in config.ropes)
     lengths = (CONTEXT - 1, IDS.shape[1]) if by_length else (IDS.shape[1],)
@@ -46,10 +51,6 @@ def compare(model: Any, config: ModelConfig, params: Any) -> Comparison:
         theirs = torch_logits(model, IDS[:, :length])
         ours = our_logits(params, IDS[:, :length], config)
         apart.append(float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
-    prompt = IDS[:, :PROMPT]
-    run = compiled(functools.partial(greedy, config=config, steps=STEPS))
-    tokens = run(params, jnp.asarray(prompt), lengths=jnp.array([PROMPT]))[0].tolist()
-    same = [a == b for a, b in zip(tokens, torch_greedy(model, prompt, STEPS), strict=True)]
     return Comparison(config, max(apart), sum(same))
 
 
