@@ -96,7 +96,7 @@ def attribution(lm: Any, facts: list[Any]) -> dict[str, Any]:
 
 
 def massive(lm: Any, facts: list[Any]) -> dict[str, Any]:
-    """The residual stream's largest value, and what the `down` neuron that writes it does."""
+    """The residual stream's largest value, and what the `down` neuron that writes it most does."""
     import jax
     import jax.numpy as jnp
 
@@ -112,7 +112,8 @@ def massive(lm: Any, facts: list[Any]) -> dict[str, Any]:
     place = np.unravel_index(stream[ratio.argmax()].argmax(), stream.shape[1:])
     position, dimension = map(int, place)
     signed = np.concatenate([out.activations["residual"], out.final[None]])[:, 0]
-    layer = int(np.abs(np.diff(signed[:, position, dimension])).argmax())
+    before = signed[: max(2, int(ratio.argmax()) + 1), position, dimension]
+    layer = int(np.abs(np.diff(before)).argmax())
 
     prompts = [
         encode_query(lm.tokenizer, prompt, answer)
