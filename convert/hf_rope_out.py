@@ -58,7 +58,7 @@ def _scaling(rope: RopeConfig, head_dim: int) -> dict[str, Any] | None:
 
 def _llama3_of_divisors(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     """The llama3 values behind a GGUF file's table of divisors, if they are Llama 3's."""
-    from jaxneurons.model.layers import rope_frequencies
+    from jaxneurons.model.rotary import rope_frequencies
 
     frequencies = rope_frequencies(rope, head_dim)
     for factor in (8.0, 32.0):

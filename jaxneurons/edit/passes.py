@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxneurons.model import layers
+from jaxneurons.model import layers, rotary
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
@@ -217,7 +217,7 @@ def _run(
       The stream after the last of them; by layer what `emit` takes of the stream as it leaves it,
       its activations, rotated keys and values.
     """
-    angles = layers.rope_angles(positions, config, lengths)
+    angles = rotary.rope_angles(positions, config, lengths)
 
     def step(x: Array, index: Array) -> tuple[Array, Any]:
         new: list[Array] = []
@@ -232,7 +232,7 @@ def _run(
             of_layer,
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, angles, kind.rope),
+            rotate=lambda heads: rotary.rotate(heads, angles, kind.rope),
             attend=attend_here,
         )
         y = carry(of_layer, y, activations, index)

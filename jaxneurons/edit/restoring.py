@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxneurons.model import layers
+from jaxneurons.model import layers, rotary
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
@@ -86,7 +86,7 @@ class Restored(NamedTuple):
 class _Setting(NamedTuple):
     """What all layers of a run share."""
 
-    angles: layers.Angles
+    angles: rotary.Angles
     positions: Array
 
 
@@ -174,7 +174,7 @@ def _chunks(count: int, kinds: tuple[Kind, ...], window: int) -> tuple[Array, Ar
 
 def _setting(tokens: Array, lengths: Array, config: ModelConfig) -> _Setting:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return _Setting(layers.rope_angles(positions, config, lengths), positions)
+    return _Setting(rotary.rope_angles(positions, config, lengths), positions)
 
 
 def run(
@@ -196,7 +196,7 @@ def run(
             layers.layer_params(params, index, config),
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, setting.angles, kind.rope),
+            rotate=lambda heads: rotary.rotate(heads, setting.angles, kind.rope),
             attend=attend,
         )
         return y, (x, kept[0], activations["down"])
@@ -248,7 +248,7 @@ def _restored(
             of_layer,
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, setting.angles, kind.rope),
+            rotate=lambda heads: rotary.rotate(heads, setting.angles, kind.rope),
             attend=attend,
         )
         down = activations["down"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxneurons.model import layers
+from jaxneurons.model import layers, rotary
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
@@ -100,7 +100,7 @@ def layer_step(
       multipliers by site, which returns the stream as it leaves and the sites' activations.
     """
     positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-    angles = layers.rope_angles(positions, config, lengths)
+    angles = rotary.rope_angles(positions, config, lengths)
 
     def step(x: Array, index: Any, scales: Any = None) -> tuple[Array, dict[str, Array]]:
         kind = layers.layer_kind(config, index)
@@ -108,7 +108,7 @@ def layer_step(
             layers.layer_params(params, index, config),
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, angles, kind.rope),
+            rotate=lambda heads: rotary.rotate(heads, angles, kind.rope),
             attend=lambda q, k, v: causal_attention(
                 q, k, v, positions, positions, kind.window, config
             ),

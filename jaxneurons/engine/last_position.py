@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxneurons.engine.logits import logits_at_once
 from jaxneurons.engine.rows import Prefill
 from jaxneurons.errors import DataError
-from jaxneurons.model import layers
+from jaxneurons.model import layers, rotary
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.transformer import Params
@@ -232,7 +232,7 @@ def _teacher_forced(
     """The stream as it leaves the last layer before each of the tokens, a site scaled there."""
     steps = tokens.shape[1]
     positions = last.position[:, None] + jnp.arange(steps)
-    angles = layers.rope_angles(positions, config, last.length)
+    angles = rotary.rope_angles(positions, config, last.length)
     keys = jnp.broadcast_to(jnp.arange(last.k.shape[2]), (len(tokens), last.k.shape[2]))
 
     def step(x: Array, per_layer: Any) -> tuple[Array, None]:
@@ -251,7 +251,7 @@ def _teacher_forced(
             layers.layer_params(params, index, config),
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, angles, rope),
+            rotate=lambda heads: rotary.rotate(heads, angles, rope),
             attend=attend,
             scales=scales,
         )

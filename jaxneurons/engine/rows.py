@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxneurons.model import experts, layers, transformer
+from jaxneurons.model import experts, layers, rotary, transformer
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import (
@@ -216,7 +216,7 @@ def _layer_step(
     batch, answers = pre.targets.shape
     positions = jnp.tile(pre.positions, (1, layer.shape[1] // answers))
     length = pre.cache.length if owner is None else pre.cache.length[owner]
-    angles = layers.rope_angles(positions, config, length)
+    angles = rotary.rope_angles(positions, config, length)
     keys = jnp.broadcast_to(jnp.arange(pre.cache.k.shape[2]), (batch, pre.cache.k.shape[2]))
     # The row itself is not in the cache: it sees strictly earlier keys, and itself.
     differ = config.layer_windows is not None
@@ -249,12 +249,12 @@ def _layer_step(
         seen, kind = mask[:, :active], layers.layer_kind(config, index)
         if differ:
             seen = seen & layers.visible(positions[:, :active], keys, kind.window)
-        here = layers.Angles(angles.cos[:, :, :active], angles.sin[:, :, :active])
+        here = rotary.Angles(angles.cos[:, :, :active], angles.sin[:, :, :active])
         y, _ = layers.block(
             layers.layer_params(params, index, config),
             jnp.where(enters, jnp.tile(residual, (1, active // answers, 1)), x),
             config=config,
-            rotate=lambda heads: layers.rotate(heads, here, kind.rope),
+            rotate=lambda heads: rotary.rotate(heads, here, kind.rope),
             attend=lambda q, row_k, row_v: layers.row_attention(
                 q, row_k, row_v, k, v, seen, config
             ),

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.errors import ConfigError
-from jaxneurons.model import experts, layers
+from jaxneurons.model import experts, layers, rotary
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.blockwise import causal_attention
 from jaxneurons.model.config import ModelConfig
@@ -131,7 +131,7 @@ class Block(nn.Module):
             params,
             x,
             config=self.config,
-            rotate=lambda heads: layers.rotate(heads, angles, kind.rope),
+            rotate=lambda heads: rotary.rotate(heads, angles, kind.rope),
             attend=attend,
             scales=scales,
             low_rank=low_rank,
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         real = jnp.arange(seq) < lengths[:, None]
         start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
         positions = start[:, None] + jnp.arange(seq)
-        angles = layers.rope_angles(positions, config, start + lengths)
+        angles = rotary.rope_angles(positions, config, start + lengths)
 
         params = {
             name: Weights(group, name=name)()

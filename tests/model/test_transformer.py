@@ -15,7 +15,7 @@ from support.models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import SITES, ConfigError, forward, init_cache
 from jaxneurons.convert.hf import read_hf
-from jaxneurons.model import layers
+from jaxneurons.model import layers, rotary
 from jaxneurons.model.transformer import Transformer
 from jaxneurons.neurons.sets import site_width
 
@@ -348,7 +348,7 @@ def test_scan_is_a_loop_over_blocks(shape):
     config = SHAPES[shape]
     params, tokens = tiny_params(config), random_tokens(config, (2, 7))
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
-    angles = layers.rope_angles(positions, config, jnp.full(len(tokens), positions.shape[1]))
+    angles = rotary.rope_angles(positions, config, jnp.full(len(tokens), positions.shape[1]))
     mask = layers.visible(positions, positions, config.sliding_window)
     x = params["embed"]["embedding"][tokens]
     for index in range(config.num_layers):
@@ -356,7 +356,7 @@ def test_scan_is_a_loop_over_blocks(shape):
             jax.tree.map(lambda a, index=index: a[index], params["layers"]),
             x,
             config=config,
-            rotate=lambda heads: layers.rotate(heads, angles),
+            rotate=lambda heads: rotary.rotate(heads, angles),
             attend=lambda q, k, v: layers.attention(q, k, v, mask, config),
         )
     expected = layers.unembed(params, x, config)
