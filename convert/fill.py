@@ -23,12 +23,12 @@ from jaxneurons.convert.blocks import (
     to_devices,
 )
 from jaxneurons.convert.rules import (
-    DROPPABLE,
     EMBEDDING,
     FINAL_NORM,
     UNEMBEDDING,
     Naming,
     TensorRule,
+    carries_nothing,
     fused_tensors,
     interleaves,
     rules_for,
@@ -114,7 +114,7 @@ def match(
             plan[name] = (tensor, rule, layer)
         elif config.tied and name == unembedding:
             duplicate = tensor
-        elif not DROPPABLE[naming].fullmatch(name):
+        elif not carries_nothing(name, config, naming):
             left_over.append(name)
     problems = []
     stored_as = fused_tensors(config, naming, written=True)

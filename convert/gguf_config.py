@@ -95,9 +95,8 @@ def _gguf_rope(
     if factor and old_factor and factor != old_factor:
         raise keys.error("rope.scale_linear", old_factor, f"contradicts scaling.factor = {factor}")
     factor = factor or old_factor
-    if tensors.short is not None or tensors.long is not None:
-        if not longrope:
-            raise ConfigError(f"{keys.where}: rope_factors: {keys.prefix[:-1]} has no longrope")
+    # Of other families these tensors have no place, which `fill` says.
+    if longrope and (tensors.short is not None or tensors.long is not None):
         if kind not in (None, "none", "longrope"):
             raise keys.error("rope.scaling.type", kind, "contradicts rope_factors, of longrope")
         if factor not in (0.0, 1.0):

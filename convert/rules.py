@@ -57,10 +57,9 @@ FINAL_NORM = ("final_norm", "scale")
 # Stored tensors that carry nothing: tables which the model computes from its configuration.
 DROPPABLE: dict[Naming, re.Pattern[str]] = {
     "hf": re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_freq"),
-    "gguf": re.compile(
-        r"blk\.\d+\.attn_rot_embd\.weight|rope_freqs\.weight|rope_factors_(short|long)\.weight"
-    ),
+    "gguf": re.compile(r"blk\.\d+\.attn_rot_embd\.weight|rope_freqs\.weight"),
 }
+_LONGROPE = re.compile(r"rope_factors_(short|long)\.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +240,13 @@ def stored_offset(config: ModelConfig, rule: TensorRule, naming: Naming) -> floa
     llama.cpp's converter adds Gemma's 1 to the weights of norms, so that files hold the factor.
     """
     return config.norm_offset if naming == "gguf" and rule.path[-1] == "scale" else 0.0
+
+
+def carries_nothing(name: str, config: ModelConfig, naming: Naming) -> bool:
+    """Whether a stored tensor is a table that the configuration has, or computes."""
+    if naming == "gguf" and _LONGROPE.fullmatch(name):
+        return config.rope.rope_type == "longrope"
+    return DROPPABLE[naming].fullmatch(name) is not None
 
 
 def optional_biases(config: ModelConfig) -> tuple[str, ...]:

@@ -166,7 +166,6 @@ FACTORS = (1.0, 1.5, 2.0)
 @pytest.mark.parametrize(
     ("name", "tensors", "changes", "message"),
     [
-        ("qwen3", RopeTensors(None, FACTORS, FACTORS), {}, "qwen3 has no longrope"),
         ("phi3", RopeTensors(None, FACTORS, None), {}, "which needs both"),
         ("phi3", RopeTensors(None, FACTORS[:2], FACTORS[:2]), {}, "has 2 values"),
         (
@@ -212,6 +211,15 @@ def test_fused_tensors_that_do_not_fit(tmp_path, change, message):
     change(tensors)
     path = write_gguf(tmp_path / "m.gguf", gguf_families.fields(model), tensors)
     with pytest.raises(SourceError, match=message):
+        read_gguf(path)
+
+
+def test_divisors_of_longrope_have_no_place_elsewhere(tmp_path):
+    model = variant("olmo2", IN_GGUF)
+    odd = {"rope_factors_long.weight": np.ones(4, np.float32)}
+    tensors = gguf_families.tensors(model) | odd
+    path = write_gguf(tmp_path / "m.gguf", gguf_families.fields(model), tensors)
+    with pytest.raises(SourceError, match=r"no place: rope_factors_long\.weight"):
         read_gguf(path)
 
 
