@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxneurons.convert.family import Family, GGUFForm, Shape
-from jaxneurons.convert.hf_rope import read_rope
+from jaxneurons.convert.hf_rope import RopeRules, read_rope
 from jaxneurons.convert.keys import Keys
 from jaxneurons.convert.mixtures import (
     FUSED,
@@ -22,7 +22,7 @@ _EXPERT = "model.layers.{i}.block_sparse_moe.experts.{e}"
 def _read(keys: Keys, shape: Shape) -> dict[str, Any]:
     fields = one_window(keys, shape, model_type="mixtral")
     fields |= read_experts(keys, experts=8, chosen=2)
-    return {**fields, "rope": read_rope(keys, shape.max_position)}
+    return {**fields, "rope": read_rope(keys, shape.max_position, RopeRules(theta=1_000_000.0))}
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
