@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import jax
 import transformers
+from support import experts  # pyright: ignore[reportMissingImports]
 from support.families import (  # pyright: ignore[reportMissingImports]
     FAMILIES,
     IN_GGUF,
@@ -48,6 +49,10 @@ def cases() -> Iterator[Case]:
     for name in VARIANTS:
         family, _, options = name.partition(", ")
         yield family, options, lambda name=name: variant(name)
+    for name in experts.MODELS:
+        family = "mixtral" if name.startswith("mixtral") else "qwen3_moe"
+        options = name.removeprefix("mixtral").removeprefix("qwen3-moe").strip("-")
+        yield family, options, lambda name=name: experts.make(name)
 
 
 def gguf_cases() -> Iterator[Case]:
