@@ -1,6 +1,6 @@
 """Which findings are SmolLM2's own: the same questions of it and of Gemma 3 270M.
 
-    python benchmarks/second_model.py --write docs/second_model.md
+    python benchmarks/second_model.py [--write TABLES.md]      # the tables of docs/second_model.md
 
 Every model in a process of its own, one after the other. Needs `psutil` (the oracle extra).
 """
@@ -23,13 +23,6 @@ MODELS = ("smollm2-135m", "gemma3-270m")
 BATCH, TIMES, CONTROLS = 8, 3, 3
 TEXT = "The capital of France is"
 MIB = 2**20
-
-INTRODUCTION = """# A second model: what is SmolLM2's own
-
-Written by `python benchmarks/second_model.py --write docs/second_model.md`: float32, rule
-`adaptive`, the 54 bundled facts in three wordings. Gemma 3 270M is `gemma3-270m`, a base model that
-others quantised to Q4_K_M; the [Gemma Terms of Use](https://ai.google.dev/gemma/terms) apply to it.
-"""
 
 
 def measure(model: str) -> dict[str, Any]:
@@ -221,7 +214,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", model]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    text = "\n".join([INTRODUCTION, *page(found)])
+    text = "\n".join(page(found))
     if options.write:
         options.write.write_text(text, encoding="utf-8")
     else:
