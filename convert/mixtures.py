@@ -60,6 +60,9 @@ def read_gguf_experts(keys: Keys) -> dict[str, Any]:
         if chosen:
             raise keys.error("expert_used_count", chosen, "there are no experts to use")
         return {}
+    if not chosen:
+        why = "expert_used_count has to say how many of them a token runs"
+        raise keys.error("expert_count", count, why)
     # What llama.cpp computes for these architectures, whatever else a file might say.
     for key, only in (
         ("expert_gating_func", 1),

@@ -47,7 +47,7 @@ def by_oracle(name, site, x, w):
 @functools.cache
 def finely(name, site):
     """`by_oracle` at nodes that resolve what a norm does at small alpha: some in every decade."""
-    ends = [0.0, *(10.0 ** np.arange(-5, 0.5))]
+    ends = [0.0, *(10.0 ** np.arange(-5, -0.5)), *np.linspace(0.1, 1, 7)[1:]]
     x, w = nodes_and_weights("gauss", 12)
     parts = list(itertools.pairwise(ends))
     nodes = np.concatenate([a + (b - a) * x for a, b in parts])
