@@ -204,13 +204,10 @@ def sequential(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
                 spread(every, "perplexity_ratio", lambda x: f"{x:,.3g}"),
             )
         )
-    seconds = ", ".join(
-        f"{name} {each['all']:.0f} s" for name, each in tables.facts["seconds"].items()
-    )
     return [
         f"## `{model}`: one model, edited again and again\n",
         "Ten requests at a time, values optimised after two prefixes beside the prompt; measured "
-        f"on the first ten, the last ten and forty of all edits so far. {seconds}.\n",
+        "on the first ten, the last ten and forty of all edits so far.\n",
         *markdown(
             "**After so many edits**, %",
             (
