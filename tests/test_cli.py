@@ -260,6 +260,7 @@ def test_gguf_that_claims_too_much(run, facts, tmp_path):
     fails(locate(run, path, facts, tmp_path / "run"), r"big\.gguf")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jaxneurons.qrnca.caveats.LowOptionMassWarning")
 def test_options_that_begin_with_the_same_token(run, gguf_file, tmp_path):
     """A vocabulary without " A" writes every option as a space and a letter."""

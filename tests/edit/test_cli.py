@@ -78,6 +78,7 @@ def test_learned_edits_change_the_located_neurons_alone(run, tmp_path):
     assert rows == {tuple(pair) for pair in located.pairs("act").tolist()}
 
 
+@pytest.mark.slow
 def test_surgery_says_what_it_did(run, tmp_path):
     patch = tmp_path / "surgery.safetensors"
     code, out, err = run(

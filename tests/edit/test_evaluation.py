@@ -47,6 +47,7 @@ def run(requests=None, methods=METHODS, **options):
     return evaluate(lab(), requests, methods, measures=SMALL, texts=TEXTS, **options)
 
 
+@pytest.mark.slow
 def test_every_request_method_and_control_has_a_row(editor):
     steps = []
     tables = run(progress=lambda *done: steps.append(done))

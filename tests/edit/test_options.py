@@ -81,6 +81,7 @@ def test_an_edit_of_a_site_is_its_multiplier(name):
         assert relative(run(name)(ablated, TOKENS, scales=untouched).logits, off.logits) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "olmo2"])
 def test_inside_of_jit_and_vmap(name):
     config, params = BUNDLES[name], params_of(name)
@@ -223,6 +224,7 @@ def test_rome_writes_what_it_optimised(name):
     np.testing.assert_allclose(edited.sites["down", 1][at], values.target[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [(1,), (0, 1)], ids=["one", "two"])
 @pytest.mark.parametrize("name", EDITED)
 def test_memit_writes_what_it_optimised(name, layers):
@@ -244,6 +246,7 @@ def test_memit_writes_what_it_optimised(name, layers):
     assert missing < (1e-3 if len(layers) == 1 else 0.25 * before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITED)
 def test_alphaedit_writes_what_it_optimised(name):
     config, params = editable(name)
@@ -284,6 +287,7 @@ DESCENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", DESCENTS)
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_the_edited_model_has_the_loss_that_the_trace_says(name, method):

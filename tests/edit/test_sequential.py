@@ -55,6 +55,7 @@ def run(requests=None, methods: Any = SETTINGS, **options):
     return evaluate_sequential(lab(), requests, methods, measures=SMALL, texts=TEXTS, **options)
 
 
+@pytest.mark.slow
 def test_every_size_is_measured_as_a_loop_by_hand_does(editor):
     requests = capital_requests(6)
     rows = run().rows("edits")

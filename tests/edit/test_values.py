@@ -155,6 +155,7 @@ def test_a_delta_stays_within_its_bound_and_reaches_it(model):
     assert got.loss[-1] < got.loss[0]
 
 
+@pytest.mark.slow
 def test_a_request_that_is_done_no_longer_moves(model):
     params, config = model
     free = optimised(params, [contexts(n) for n in range(3)], config, steps=12)

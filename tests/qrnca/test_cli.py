@@ -54,6 +54,7 @@ def test_tables_and_figures(located, everything):
     assert all((located / "tables" / f"{name}.csv").is_file() for name in everything)
 
 
+@pytest.mark.slow
 def test_suppressing_a_lab_facts_own_neurons_hurts_it(tmp_path):
     """What locating is for: own neurons matter, matched ones do not."""
     lm = jn.load("lab")
