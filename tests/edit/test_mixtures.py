@@ -17,6 +17,8 @@ from jaxneurons.edit.method import MEMIT, ROME, FineTune
 from jaxneurons.edit.teacher_forcing import Additions, run_layers
 from jaxneurons.model import layers
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tiny_config(experts=4, experts_per_token=2, intermediate_size=12)
 WIDTH = CONFIG.neurons_per_layer
 PARAMS, TOKENS = tiny_params(CONFIG), random_tokens(CONFIG, (2, 7))

@@ -40,6 +40,8 @@ from jaxneurons.edit.traced_facts import TracedFact
 from jaxneurons.edit.tracing import _spread
 from jaxneurons.neurons.sets import NeuronSet, site_width
 
+pytestmark = pytest.mark.slow
+
 TOKENS = random_tokens(BUNDLES["gemma2"], (2, 12))
 
 

@@ -22,6 +22,8 @@ from jaxneurons.engine.parametrisation import EXTRA
 from jaxneurons.engine.row_memory import logits_are_most, memory_bound, rows_in_budget
 from jaxneurons.engine.rows import prefill
 
+pytestmark = pytest.mark.slow
+
 LARGE = tiny_config(
     vocab_size=262_144, hidden_size=8, intermediate_size=16, num_layers=2, num_heads=2,
     num_kv_heads=1, head_dim=4, tied=True,

@@ -20,6 +20,8 @@ pytest.importorskip("transformers")
 
 from support.experts import dense_forward
 
+pytestmark = pytest.mark.slow
+
 CONFIG = tiny_config(experts=4, experts_per_token=2, intermediate_size=12, tied=True)
 WIDTH = CONFIG.experts * CONFIG.intermediate_size
 PARAMS = tiny_params(CONFIG)

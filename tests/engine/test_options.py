@@ -21,6 +21,8 @@ from jaxneurons.engine.responses import mean_responses
 from jaxneurons.engine.rows import prefill
 from jaxneurons.neurons.sets import site_width
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = jnp.array([12, 5])
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 

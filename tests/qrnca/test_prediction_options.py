@@ -10,6 +10,8 @@ from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.qrnca.prediction import _read
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_contributions_pass_the_norms_and_the_unembedding(name):
