@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxneurons as jn
-from jaxneurons.model import param_shapes
+from jaxneurons.model import Transformer
 
 MIXTURE = jn.ModelConfig(
     vocab_size=8_192,
@@ -49,24 +49,9 @@ def dense_of(config: jn.ModelConfig) -> jn.ModelConfig:
 
 
 def random_params(config: jn.ModelConfig) -> Any:
-    """Parameters of a plausible size, made on the device."""
-
-    @jax.jit
-    def make(key: jax.Array) -> Any:
-        leaves, tree = jax.tree.flatten(
-            param_shapes(config), is_leaf=lambda shape: isinstance(shape, tuple)
-        )
-        keys = jax.random.split(key, len(leaves))
-        spread = 0.5 / np.sqrt(config.hidden_size)
-        arrays = [
-            jnp.ones(shape)
-            if len(shape) < 3 and shape[-1] == config.hidden_size and shape[0] != config.vocab_size
-            else spread * jax.random.normal(k, shape)
-            for k, shape in zip(keys, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(tree, arrays)
-
-    return make(jax.random.key(0))
+    """Parameters as the model starts with, float32, made on the device."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return jax.jit(lambda key: Transformer(config).init(key, tokens))(jax.random.key(0))["params"]
 
 
 def main() -> None:
@@ -91,8 +76,8 @@ def main() -> None:
                 quadrature=jn.Quadrature("gauss", steps=given.nodes),
             )
         )
-        program = run.lower(random_params(config), tokens, targets).compile()
-        runs[name] = (program, random_params(config))
+        params = random_params(config)
+        runs[name] = (run.lower(params, tokens, targets).compile(), params)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(given.repeats + 1):
         for name, (program, params) in runs.items():

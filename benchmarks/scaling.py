@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxneurons as jn
-from jaxneurons.model import param_shapes
+from jaxneurons.model import Transformer
 
 BASE = jn.ModelConfig(
     vocab_size=49_152,
@@ -92,21 +92,9 @@ def shape_of(base: jn.ModelConfig, setting: Setting) -> jn.ModelConfig:
 
 
 def random_params(config: jn.ModelConfig) -> Any:
-    """Parameters of a plausible size, made on the device."""
-
-    @jax.jit
-    def make(key: jax.Array) -> Any:
-        leaves, tree = jax.tree.flatten(
-            param_shapes(config), is_leaf=lambda shape: isinstance(shape, tuple)
-        )
-        keys = jax.random.split(key, len(leaves))
-        made = [
-            0.02 * jax.random.normal(k, shape, jnp.float32)
-            for k, shape in zip(keys, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(tree, made)
-
-    return make(jax.random.key(0))
+    """Parameters as the model starts with, float32, made on the device."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return jax.jit(lambda key: Transformer(config).init(key, tokens))(jax.random.key(0))["params"]
 
 
 def measure(base: jn.ModelConfig, setting: Setting, *, rule: str, repeats: int) -> dict[str, float]:

@@ -146,12 +146,12 @@ def gguf_biases(names: Container[str]) -> tuple[str, ...]:
     paths = [
         tuple(module.path.split(".")) for module in parameters.TABLE if module.weight == "kernel"
     ]
-    found = (
+    biased = (
         path[-1]
         for path in paths
         if path[0] == LAYERS and tensor_name((*path, "bias"), "gguf").format(i=0) in names
     )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(biased))
 
 
 def stored_names(config: ModelConfig, naming: Naming) -> dict[str, tuple[TensorRule, int | None]]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxneurons.engine.rows import Prefill
+from jaxneurons.engine.rows import Prefill, normed_sites
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.neurons.sets import Site
 
@@ -71,10 +71,8 @@ class Parametrisation(NamedTuple):
 
 def normed_site(site: Site, config: ModelConfig) -> str | None:
     """The site that a norm divides and that grows with the scale of `site`; None: there is none."""
-    if config.post_norms and site in ("up", "gate", "act", "down"):
-        return "down"
-    normed = config.post_norms if site == "o" else site in ("q", "k") and config.qk_norm is not None
-    return site if normed else None
+    grows = "down" if site in ("up", "gate", "act") else site
+    return grows if grows in normed_sites(config) else None
 
 
 def panels_at_first(config: ModelConfig, site: Site) -> int:

@@ -19,10 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxneurons.model import experts, layers, rotary, transformer
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import (
-    Params,
-    params_dtype,
-)
+from jaxneurons.model.parameters import Params, params_dtype
 from jaxneurons.neurons.sets import Site, site_width
 
 Entries = tuple[tuple[int, int], ...]
@@ -89,7 +86,7 @@ def prefill(
         lengths=lengths,
         at=positions,
         cache=transformer.init_cache(config, batch, seq, dtype),
-        capture=tuple(dict.fromkeys(("residual", "o", "down", *_normed(config), *capture))),
+        capture=tuple(dict.fromkeys(("residual", "o", "down", *normed_sites(config), *capture))),
     )
     probability = layers.token_probability(params, out.final, targets, config)
     assert out.cache is not None
@@ -98,7 +95,7 @@ def prefill(
         out.cache,
         seen["residual"],
         {name: _added(params, name, seen[name], config) for name in ("o", "down")},
-        {name: _largest_square(seen[name], name, config) for name in _normed(config)},
+        {name: _largest_square(seen[name], name, config) for name in normed_sites(config)},
         positions,
         targets,
         probability,
@@ -107,7 +104,7 @@ def prefill(
     )
 
 
-def _normed(config: ModelConfig) -> tuple[str, ...]:
+def normed_sites(config: ModelConfig) -> tuple[str, ...]:
     """The sites that a norm follows at once."""
     return ("o", "down") * config.post_norms + ("q", "k") * (config.qk_norm is not None)
 

@@ -249,11 +249,6 @@ class ModelConfig:
         )
 
     @property
-    def every_window(self) -> tuple[int, ...]:
-        """Positions that the queries of each layer see, where layers differ in it or not."""
-        return self.layer_windows or (self.sliding_window or EVERYTHING,) * self.num_layers
-
-    @property
     def query_width(self) -> int:
         """Outputs of the query projection: heads times head_dim."""
         return self.num_heads * self.head_dim

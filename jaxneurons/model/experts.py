@@ -321,8 +321,8 @@ def _run_product(kind: _ProductKind, x: Array, kernels: Array, expert: Array) ->
     outputs = kernels.shape[1 if kind.transposed else 2]
 
     def add_block(index: Array, out: Array) -> Array:
-        own, start, _ = blocks.block(index)
-        kernel = jax.lax.dynamic_index_in_dim(kernels, own, 0, keepdims=False)
+        which, start, _ = blocks.block(index)
+        kernel = jax.lax.dynamic_index_in_dim(kernels, which, 0, keepdims=False)
         part = jax.lax.dynamic_slice_in_dim(rows, start, blocks.size)
         y = part @ (kernel.T if kind.transposed else kernel)
         # What a block that is not full writes behind its rows, the next one writes anew.
@@ -339,13 +339,13 @@ def _run_outer(experts: int, x: Array, y: Array, expert: Array, start: Array) ->
     left, right = x[blocks.order], y[blocks.order]
 
     def add_block(index: Array, total: Array) -> Array:
-        own, first, count = blocks.block(index)
+        which, first, count = blocks.block(index)
         a = jax.lax.dynamic_slice_in_dim(left, first, blocks.size)
         b = jax.lax.dynamic_slice_in_dim(right, first, blocks.size)
         a = jnp.where((jnp.arange(blocks.size) < count)[:, None], a, 0)
         part = jnp.einsum("ri,ro->io", a, b, preferred_element_type=jnp.float32)
-        before = jax.lax.dynamic_index_in_dim(total, own, 0, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(total, before + part, own, 0)
+        before = jax.lax.dynamic_index_in_dim(total, which, 0, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(total, before + part, which, 0)
 
     with blocks.scope:
         total = jax.lax.fori_loop(0, blocks.number, add_block, start.astype(jnp.float32))

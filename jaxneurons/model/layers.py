@@ -185,7 +185,6 @@ def block(
     rotate: Rotate,
     attend: Attend,
     scales: Mapping[str, Array] | None = None,
-    added: Mapping[str, Array] | None = None,
     low_rank: Mapping[str, tuple[Array, Array]] | None = None,
 ) -> tuple[Float[Array, "batch seq hidden"], dict[str, Any]]:
     """One block: attention and gated feed-forward, each around a residual connection.
@@ -197,7 +196,6 @@ def block(
       rotate: applies the rotary embedding to [batch, seq, heads, dim].
       attend: rotated q, rotated k and v to [batch, seq, heads, dim].
       scales: multipliers by site, broadcastable to [batch, seq, width]; absent = untouched.
-      added: what is added to a site's activation, after its multipliers; absent = nothing.
       low_rank: by module ("ffn.down"), factors [input, rank] and [rank, output] whose product is
         added to its kernel, but never formed.
 
@@ -216,16 +214,12 @@ def block(
     activations: dict[str, Any] = {}
 
     def site(name: str, value: Array, routing: experts.Routing | None = None) -> Array:
-        def of(values: Mapping[str, Array]) -> Array:
-            those = values[name].astype(value.dtype)
-            return those if routing is None else routing.pick(those, config.experts)
-
         if scales is not None and name in scales:
-            value = value * of(scales)
-        if added is not None and name in added:
-            value = value + of(added)
-        chosen = None if routing is None else experts.ChosenNeurons(value, routing.experts)
-        activations[name] = value if chosen is None else chosen
+            factor = scales[name].astype(value.dtype)
+            value = value * (factor if routing is None else routing.pick(factor, config.experts))
+        activations[name] = (
+            value if routing is None else experts.ChosenNeurons(value, routing.experts)
+        )
         return value
 
     def linear(group: str, name: str, value: Array) -> Array:

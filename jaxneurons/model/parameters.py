@@ -313,15 +313,12 @@ def outputs_per_token(parameter: Parameter, config: ModelConfig) -> int:
 
 def count_active_parameters(config: ModelConfig) -> int:
     """Values that a token is computed with: of the experts' arrays, those of as many as it runs."""
-    total = 0
-    for parameter in list_parameters(config):
-        whole = "experts" not in parameter.axes[:-1]
-        total += (
-            parameter.size
-            if whole
-            else (parameter.size // config.experts * config.experts_per_token)
-        )
-    return total
+    return sum(
+        parameter.size // config.experts * config.experts_per_token
+        if "experts" in parameter.axes[:-1]
+        else parameter.size
+        for parameter in list_parameters(config)
+    )
 
 
 def count_parameters(config: ModelConfig) -> int:
