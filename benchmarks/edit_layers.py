@@ -6,7 +6,8 @@
 Takes requests whose old answer the model gives (only those can be traced), edits each alone at each
 candidate layer, and holds the measures by layer against what is located by layer: indirect effects
 at the subject's last token, and the sum of the neurons' absolute attributions at the prompt's end.
-Prints tables in Markdown; what is finished in `--out` is not computed again.
+Prints tables in Markdown, which are a section of docs/editing_results.md too
+(`benchmarks/editing.py`); what is finished in `--out` is not computed again.
 """
 
 import argparse
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results_page import markdown
 
 import jaxneurons as jn
 
 Row = dict[str, Any]
 MEASURES = ("efficacy_free", "generalisation_free", "locality_free", "probability_new")
+SHOWN = {"score": "score", "efficacy_free": "free", "probability_new": "p(new)"}
 METHODS = {
     "rome": jn.edit.ROME(),
     "rome-identity": jn.edit.ROME(covariance="identity"),
@@ -33,28 +36,47 @@ def main() -> None:
     parser.add_argument("--requests", default="lab", help="a file of requests, or `lab`")
     parser.add_argument("--method", choices=METHODS, default="rome-identity")
     parser.add_argument(
-        "--count", type=int, default=10, help="requests, of those that can be traced"
+        "--count", type=int, default=20, help="requests, of those that can be traced"
     )
-    parser.add_argument("--among", type=int, default=300, help="requests that are looked through")
+    parser.add_argument("--among", type=int, default=600, help="requests that are looked through")
     parser.add_argument("--samples", type=int, default=4, help="of the noise")
     parser.add_argument("--candidates", type=int, nargs="*", help="layers; default: about ten")
     parser.add_argument("--out", type=Path, required=True, help="run directories")
     options = parser.parse_args()
+    lines = section(
+        jn.load(options.model),
+        options.model,
+        read(options.requests, options.among),
+        options.out,
+        count=options.count,
+        method=options.method,
+        samples=options.samples,
+        candidates=options.candidates,
+    )
+    print("\n".join(lines))
 
-    lm = jn.load(options.model)
-    requests = known(lm, read(options.requests, options.among))[: options.count]
+
+def section(
+    lm: Any,
+    model: str,
+    requests: Sequence[jn.edit.EditRequest],
+    out: Path,
+    *,
+    count: int = 20,
+    method: str = "rome-identity",
+    samples: int = 4,
+    candidates: Sequence[int] | None = None,
+) -> list[str]:
+    """Both tables, in Markdown; what is finished in `out` is not computed again."""
+    requests = known(lm, requests)[:count]
     facts = [
         jn.edit.KnownFact(each.prompt, each.subject, each.ground_truth, id=each.id)
         for each in requests
     ]
-    name = f"{Path(options.model).name}-{options.method}"
-    traced = jn.edit.trace(lm, facts, samples=options.samples, out=options.out / f"{name}-traced")
+    name = f"{Path(model).name}-{method}"
+    traced = jn.edit.trace(lm, facts, samples=samples, out=out / f"{name}-traced")
     chosen = jn.edit.choose_layers(
-        lm,
-        requests,
-        METHODS[options.method],
-        candidates=options.candidates,
-        out=options.out / f"{name}-layers",
+        lm, requests, METHODS[method], candidates=candidates, out=out / f"{name}-layers"
     )
     layers = [int(row["layers"]) for row in chosen.tables.rows("layers")]
     predicted = {
@@ -67,11 +89,41 @@ def main() -> None:
     rows = jn.edit.agreement_table(
         predicted, measures(chosen.tables.rows("requests"), len(facts), layers), layers=layers
     )
-    print(f"## `{options.model}`, {options.method}: {len(facts)} requests\n")
-    print(f"Layers that serve best: {', '.join(map(str, chosen.layers))}.\n")
-    columns = ("layers", "score", "low", "high", *MEASURES, "reached", "as_good")
-    print(markdown(chosen.tables.rows("layers"), columns))
-    print(markdown(rows, tuple(rows[0]) if rows else ()))
+    return [
+        f"## `{model}`: does what is located predict where to edit?\n",
+        f"{len(facts)} requests whose old answer the model gives, each edited alone by {method} at "
+        "each of some layers. Tracing: indirect effect of a restored state at the subject's last "
+        "token. Attribution: sum of a layer's absolute scores at the end of the prompt.\n",
+        *markdown(
+            f"**Edits by layer**; best: {', '.join(map(str, chosen.layers))}",
+            ("layer", "score", "free", "paraphrases, free", "kept, free", "p(new)"),
+            (
+                (
+                    row["layers"],
+                    f"{row['score']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+                    *(cell(row[name]) for name in MEASURES),
+                )
+                for row in chosen.tables.rows("layers")
+            ),
+        ),
+        *markdown(
+            "**Rank correlation over layers** of what is located with what edits do there; and the "
+            "measure at the layer that it names, at the best and at the average layer",
+            ("located by", "measure", "of facts", "of means", "names", "there", "best", "average"),
+            (
+                (
+                    row["predictor"],
+                    SHOWN[row["measure"]],
+                    interval(row["of_facts"], row["low"], row["high"]),
+                    interval(row["of_means"], row["means_low"], row["means_high"]),
+                    str(row["layer"]),
+                    *(cell(row[name]) for name in ("at_predicted", "best", "at_random")),
+                )
+                for row in rows
+                if row["measure"] in SHOWN
+            ),
+        ),
+    ]
 
 
 def read(source: str, count: int) -> list[jn.edit.EditRequest]:
@@ -112,17 +164,12 @@ def measures(rows: Sequence[Row], count: int, layers: Sequence[int]) -> dict[str
     return {"score": three.mean(0), **values}
 
 
-def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Rows as a table in Markdown."""
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(cell(row[name]) for name in columns) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+def cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
-def cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+def interval(value: float, low: float, high: float) -> str:
+    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/editing.py --out runs/editing --data counterfact_3000.json \\
         --write docs/editing_results.md
 
-Runs what `jaxneurons edit evaluate`, `edit sequential` and `edit layers` run, in directories below
-`--out`, where what is finished is not computed again; and takes one edited fact out to PyTorch
-transformers (oracle extra). Without `--data`: the lab model alone.
+Runs what `jaxneurons edit evaluate`, `edit sequential`, `edit layers` and `edit trace` run, in
+directories below `--out`, where what is finished is not computed again; and takes one edited fact
+out to PyTorch transformers (oracle extra). Without `--data`: the lab model alone.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import edit_layers
 from results_page import markdown, spread
 
 import jaxneurons as jn
@@ -22,7 +23,7 @@ import jaxneurons as jn
 Row = dict[str, Any]
 CASES = 100
 SIZES = (1, 10, 100, 1000)
-SEQUENTIAL = ("memit", "accumulate", "alphaedit")
+SEQUENTIAL = ("memit", "accumulate", "alphaedit", "finetune")
 PORTABILITY = ("a question with options", "backwards", "in the other language")
 """What follows from an edited fact of the lab's world, in the order of its requests."""
 
@@ -46,7 +47,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="run directories")
     parser.add_argument("--data", type=Path, help="requests about real facts, as counterfact-edit")
     parser.add_argument("--write", type=Path, help="results file; default: standard output")
-    parser.add_argument("--only", nargs="*", help="sections: evaluate sequential layers export")
+    parser.add_argument(
+        "--only", nargs="*", help="sections: evaluate sequential layers prediction export"
+    )
     options = parser.parse_args()
     models = [("smollm2-135m", options.data)] if options.data else []
     only = f" --only {' '.join(options.only)}" if options.only else ""
@@ -187,14 +190,15 @@ def sequential(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
         out=path,
     )
     rows = tables.rows("sequential")
-    by_key = {(row["method"], row["edits"], row["group"]): row for row in rows}
+    names = ("method", "control", "edits")
+    by_key = {(*(row[name] for name in names), row["group"]): row for row in rows}
     table = []
-    for method, edits in dict.fromkeys((row["method"], row["edits"]) for row in rows):
-        first, last, every = (by_key[method, edits, group] for group in ("first", "last", "all"))
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        first, last, every = (by_key[*key, group] for group in ("first", "last", "all"))
         table.append(
             (
-                method,
-                f"{edits:,}",
+                label(every),
+                f"{every['edits']:,}",
                 spread(first, "efficacy_free", percent),
                 spread(last, "efficacy_free", percent),
                 spread(every, "efficacy_forced", percent),
@@ -207,7 +211,8 @@ def sequential(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
     return [
         f"## `{model}`: one model, edited again and again\n",
         "Ten requests at a time, values optimised after two prefixes beside the prompt; measured "
-        "on the first ten, the last ten and forty of all edits so far.\n",
+        "on the first ten, the last ten and forty of all edits so far. Random: all that was "
+        "changed so far, turned at random.\n",
         *markdown(
             "**After so many edits**, %",
             (
@@ -335,7 +340,18 @@ def points(value: float) -> str:
     return f"{100 * value:+.0f}"
 
 
-SECTIONS = {"evaluate": evaluated, "sequential": sequential, "layers": layers, "export": export}
+def prediction(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
+    """Do causal tracing and attribution say beforehand where edits work?"""
+    return edit_layers.section(lm, model, requests_of(data, 600), out / "edit-layers")
+
+
+SECTIONS = {
+    "evaluate": evaluated,
+    "sequential": sequential,
+    "layers": layers,
+    "prediction": prediction,
+    "export": export,
+}
 
 
 if __name__ == "__main__":

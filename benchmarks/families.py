@@ -1,6 +1,6 @@
 """The table of `docs/families.md`: every family against PyTorch, from the tests' own comparison.
 
-    python benchmarks/families.py [FAMILY ...]
+    python benchmarks/families.py [FAMILY ...] [--write docs/families.md]
 
 Tiny random models in float32, made by transformers: logits at 40 positions, beyond windows and
 original contexts (and at 23, where the length decides), a greedy continuation of 8 tokens. The
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import jax
 import transformers
+from results_page import replace_table
 from support import experts  # pyright: ignore[reportMissingImports]
 from support.families import (  # pyright: ignore[reportMissingImports]
     FAMILIES,
@@ -77,10 +78,18 @@ def worst(case: Iterator[Case], compare: Callable[[Any, Path], Comparison]) -> d
     return table
 
 
+PARAMETERS_ONLY = {"mixtral": "exact parameters, as `llama`", "qwen3_moe": "exact parameters"}
+"""What tests/convert/test_mixtures.py compares of files with experts."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Every family against PyTorch.")
     parser.add_argument("families", nargs="*")
-    chosen = parser.parse_args().families
+    parser.add_argument("--write", type=Path, help="page whose table this replaces; all families")
+    options = parser.parse_args()
+    chosen, page = options.families, options.write
+    if chosen and page:
+        parser.error("--write replaces the whole table: name no families")
     jax.config.update("jax_default_matmul_precision", "highest")
 
     def kept(every: Iterator[Case]) -> Iterator[Case]:
@@ -89,11 +98,15 @@ def main() -> None:
     directories = worst(kept(cases()), compare_directory)
     files = worst(kept(gguf_cases()), compare_gguf)
     print(f"transformers {transformers.__version__}; continuations: {STEPS} of {STEPS} everywhere")
-    print("| family | options | largest difference | from GGUF |\n|---|---|---|---|")
+    table = ["| family | options | largest difference | from GGUF |", "|---|---|---|---|"]
     for family, row in directories.items():
-        gguf = f"{files[family]['difference']:.1e}" if family in files else "none of its own"
+        gguf = PARAMETERS_ONLY.get(family, "none of its own")
+        gguf = f"{files[family]['difference']:.1e}" if family in files else gguf
         options = "; ".join(row["options"])
-        print(f"| {family} | {options} | {row['difference']:.1e} | {gguf} |")
+        table.append(f"| `{family}` | {options} | {row['difference']:.1e} | {gguf} |")
+    if page:
+        replace_table(page, table)
+    print("\n".join(table))
 
 
 if __name__ == "__main__":

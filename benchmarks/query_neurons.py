@@ -63,6 +63,7 @@ STUDIES = (
     Study("lab-languages", "lab", "lab-languages", "multi-choice questions by language"),
     Study("lab-cloze", "lab", "lab-cloze", "texts to be completed by domain", 60, against="lab"),
     Study("facts", "smollm2-135m", "facts", "facts to be completed that the model knows", kinds=54),
+    Study("facts-gemma", "gemma3-270m", "facts", "facts to be completed", kinds=54),
 )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -19,3 +20,18 @@ def spread(row: Mapping[str, Any], name: str, write: Callable[[float], str]) -> 
     if low is None or high is None:
         return write(value)
     return f"{write(value)} ({write(low)} to {write(high)})"
+
+
+def replace_table(page: Path, lines: Sequence[str]) -> None:
+    """Put a table in the place of the one with the same first line, on a page.
+
+    Raises:
+      ValueError: the page has no such table.
+    """
+    text = page.read_text(encoding="utf-8").split("\n")
+    if lines[0] not in text:
+        raise ValueError(f"{page}: no table begins with {lines[0]!r}")
+    start = end = text.index(lines[0])
+    while end < len(text) and text[end].startswith("|"):
+        end += 1
+    page.write_text("\n".join([*text[:start], *lines, *text[end:]]), encoding="utf-8")

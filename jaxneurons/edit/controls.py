@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,6 +32,35 @@ def random_changes(
     return tuple(_random_change(params, change, rng, config) for change in changes)
 
 
+def turned_at_random(base: Params, params: Params, rng: np.random.Generator) -> Params:
+    """Parameters whose difference from others is as large, in random directions.
+
+    What each layer of each parameter writes is turned at random: a kernel's difference keeps its
+    singular values and what it answers to, as a low-rank change does in `random_changes`.
+
+    Args:
+      base: the parameters before all edits.
+      params: those after; only what lies in layers may differ.
+      rng: draws the directions.
+    """
+    before = dict(jax.tree_util.tree_leaves_with_path(base[LAYERS]))
+
+    def turn(path: Any, leaf: Any) -> Any:
+        old = before[path]
+        if leaf is old:
+            return leaf
+        for layer in range(leaf.shape[0]):
+            difference = np.asarray(leaf[layer], np.float64) - np.asarray(old[layer], np.float64)
+            if not difference.any():
+                continue
+            rotation = _random_rotation(difference.shape[-1], difference.shape[-1], rng)
+            turned = np.asarray(old[layer], np.float64) + difference @ rotation
+            leaf = leaf.at[layer].set(jnp.asarray(turned, leaf.dtype))
+        return leaf
+
+    return {**params, LAYERS: jax.tree_util.tree_map_with_path(turn, params[LAYERS])}
+
+
 def change_norm(params: Params, changes: Sequence[Change]) -> float | None:
     """Euclidean norm of what low-rank changes and rows add to kernels; None with multipliers."""
     total = 0.0
@@ -50,8 +81,7 @@ def _random_change(
     if isinstance(change, LowRank):
         right = np.asarray(change.right, np.float64)
         kept, mixed = np.linalg.qr(right.T)  # right = mixed.T @ kept.T
-        turned, signs = np.linalg.qr(rng.normal(size=kept.shape))
-        turned *= np.where(np.diagonal(signs) < 0, -1, 1)  # every direction alike
+        turned = _random_rotation(len(kept), kept.shape[1], rng)
         return dataclasses.replace(change, right=jnp.asarray((turned @ mixed).T, jnp.float32))
     if isinstance(change, Rows):
         moved = _moved(params, change)
@@ -72,6 +102,12 @@ def _random_change(
         pool = free if len(free) >= count else np.arange(width)
         others[members] = rng.choice(pool, size=count, replace=False)
     return dataclasses.replace(change, index=jnp.asarray(others))
+
+
+def _random_rotation(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """Orthonormal columns, every direction alike, [rows, columns]."""
+    turned, signs = np.linalg.qr(rng.normal(size=(rows, columns)))
+    return turned * np.where(np.diagonal(signs) < 0, -1, 1)
 
 
 def _moved(params: Params, change: Rows) -> np.ndarray:

@@ -93,25 +93,29 @@ def show_sequential(rows: Sequence[Row]) -> None:
         table = _table(
             ("edits", "first", "last", "forced", "free", "free, 95 %", "kept", "perplexity")
         )
-        for size in dict.fromkeys(row["edits"] for row in rows if row["method"] == method):
-            group = {
-                row["group"]: row for row in rows if (row["method"], row["edits"]) == (method, size)
-            }
-            whole = group["all"]
-            table.add_row(
-                f"{size:,}",
-                _share(group["first"]["efficacy_free"]),
-                _share(group["last"]["efficacy_free"]),
-                *_both(whole, "efficacy"),
-                _share(whole["locality_free"]),
-                _times(whole["perplexity_ratio"]),
-            )
+        of_method = [row for row in rows if row["method"] == method]
+        for size in dict.fromkeys(row["edits"] for row in of_method):
+            for control in dict.fromkeys(row["control"] for row in of_method):
+                key = (size, control)
+                group = {
+                    row["group"]: row for row in of_method if (row["edits"], row["control"]) == key
+                }
+                whole = group["all"]
+                table.add_row(
+                    control or f"{size:,}",
+                    _share(group["first"]["efficacy_free"]),
+                    _share(group["last"]["efficacy_free"]),
+                    *_both(whole, "efficacy"),
+                    _share(whole["locality_free"]),
+                    _times(whole["perplexity_ratio"]),
+                )
         _show(f"{shown_name(method)}: new answers after so many edits of one model, %", table)
     most = max((row["requests"] for row in rows if row["group"] == "all"), default=FEW)
     console.print(
         "First, last: of the first and the last edits so far, free. Forced, free: of all edits so "
         "far, as many as were measured. Kept: neighbours whose first sentence is the unedited "
-        f"model's. Perplexity: of neutral text, times the unedited.{_about_few(most)}"
+        "model's. Perplexity: of neutral text, times the unedited. Random: all that was changed so "
+        f"far, turned at random.{_about_few(most)}"
     )
 
 

@@ -121,13 +121,16 @@ CURVES = (
     ("fluency", "fluency, bits"),
     ("perplexity_ratio", "perplexity, times the unedited"),
 )
+MODEL_WIDE = ("fluency", "perplexity_ratio")
+"""Measures that are of the model, and hardly differ by group."""
 STYLES = {"first": ":", "last": "--", "all": "-"}
 
 
 def sequential(rows: Rows, source: str) -> Any:
     """Every measure after more and more edits of one model; first, last and all edits."""
     unedited = {row["group"]: row for row in rows if row["method"] == UNEDITED}
-    rows = [row for row in rows if row["method"] != UNEDITED]
+    controls = [row for row in rows if row["control"] and row["group"] == "all"]
+    rows = [row for row in rows if row["method"] != UNEDITED and not row["control"]]
     shown = [(name, label) for name, label in CURVES if any(r[name] is not None for r in rows)]
     if not shown:
         return None
@@ -140,11 +143,17 @@ def sequential(rows: Rows, source: str) -> Any:
         axes.set_axis_off()
     for axes, (name, label) in zip(panels, shown, strict=False):
         for method in methods:
-            # Fluency and perplexity are of the model, and hardly differ by group.
-            groups = ["all"] if name in ("fluency", "perplexity_ratio") else list(STYLES)
+            groups = ["all"] if name in MODEL_WIDE else list(STYLES)
             for group in groups:
                 line = [r for r in rows if (r["method"], r["group"]) == (method, group)]
                 _curve(axes, line, name, _look(method, methods), STYLES[group])
+            random = [row for row in controls if row["method"] == method and row[name] is not None]
+            if random:
+                scale = 1 if name in MODEL_WIDE else 100
+                heights = [scale * row[name] for row in random]
+                colour, mark = _look(method, methods)
+                looks = {"ms": 5, "mfc": "white", "mew": 1}
+                axes.plot([r["edits"] for r in random], heights, mark, color=colour, **looks)
         before = unedited.get("all", {}).get(name)
         if before is not None:
             scale = 100 if label.endswith("%") else 1
@@ -164,7 +173,13 @@ def sequential(rows: Rows, source: str) -> Any:
             axes.tick_params(axis="y", which="minor", labelsize=8)
         describe_axes(axes, x="edits of one model")
         entitle(axes, label, size=10)
-    legend(figure, _keys(methods, bool(unedited)), loc="outside lower center", ncols=4, fontsize=9)
+    legend(
+        figure,
+        _keys(methods, bool(controls), bool(unedited)),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=9,
+    )
     head(figure, f"Edits one after the other, {source} (bands: 95 %, all edits)")
     return figure
 
@@ -172,7 +187,7 @@ def sequential(rows: Rows, source: str) -> Any:
 def _curve(axes: Any, line: Rows, name: str, look: tuple[str, str], style: str) -> None:
     line = [row for row in line if row[name] is not None]
     colour, mark = look
-    scale = 1 if name in ("fluency", "perplexity_ratio") else 100
+    scale = 1 if name in MODEL_WIDE else 100
     sizes = [row["edits"] for row in line]
     whole = style == STYLES["all"]
     axes.plot(
@@ -189,7 +204,7 @@ def _curve(axes: Any, line: Rows, name: str, look: tuple[str, str], style: str) 
         axes.fill_between(sizes, low, high, color=colour, alpha=0.15, lw=0)
 
 
-def _keys(methods: Sequence[str], unedited: bool) -> list[tuple[Any, str]]:
+def _keys(methods: Sequence[str], controls: bool, unedited: bool) -> list[tuple[Any, str]]:
     """Entries of a legend: methods by colour, groups by style."""
     from matplotlib.lines import Line2D
 
@@ -199,6 +214,9 @@ def _keys(methods: Sequence[str], unedited: bool) -> list[tuple[Any, str]]:
         keys.append((Line2D([], [], color=colour, marker=mark, ms=5), method))
     for group, style in STYLES.items():
         keys.append((Line2D([], [], color=GREY, ls=style), f"{group} edits"))
+    if controls:
+        mark = Line2D([], [], color=GREY, marker=MARKS[0], ms=5, ls="", mfc="white", mew=1)
+        keys.append((mark, "turned at random"))
     if unedited:
         keys.append((Line2D([], [], color=GREY, lw=1, ls=(0, (1, 3))), UNEDITED))
     return keys

@@ -30,6 +30,7 @@ from jaxneurons.edit.outcomes import Outcome, measured_row
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.engine.ablation import continuation
 from jaxneurons.engine.likelihood import sentence_loss
+from jaxneurons.engine.logits import logits_at_once
 from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.axis_types import any_axes
@@ -85,15 +86,29 @@ def score_answers(
       config: the model's shape.
     """
 
-    def of_edit(edit: Edits, tokens: Any, lengths: Any, starts: Any, answers: Any) -> Scores:
+    count, rows, width = answers.shape
+    together = logits_at_once(config, rows, each=count * width)
+
+    def of_edit(edit: Edits, *of_rows: Array) -> Scores:
         edited, low_rank = _edited(params, edit, config)
-        at = jnp.minimum(starts[:, None] + jnp.arange(answers.shape[1]), tokens.shape[1] - 1)
-        out = forward(edited, tokens, config=config, lengths=lengths, at=at, low_rank=low_rank)
-        log_p = jax.nn.log_softmax(out.logits, axis=-1)
-        real = answers >= 0
-        chosen = jnp.take_along_axis(log_p, jnp.where(real, answers, 0)[..., None], axis=-1)
-        total = jnp.sum(jnp.where(real, chosen[..., 0], 0), axis=-1)
-        return Scores(total, log_p.argmax(-1).astype(answers.dtype), log_p[:, 0])
+
+        def of_some(tokens: Array, lengths: Array, starts: Array, answers: Array) -> Scores:
+            at = jnp.minimum(starts[:, None] + jnp.arange(width), tokens.shape[1] - 1)
+            out = forward(edited, tokens, config=config, lengths=lengths, at=at, low_rank=low_rank)
+            log_p = jax.nn.log_softmax(out.logits, axis=-1)
+            real = answers >= 0
+            chosen = jnp.take_along_axis(log_p, jnp.where(real, answers, 0)[..., None], axis=-1)
+            total = jnp.sum(jnp.where(real, chosen[..., 0], 0), axis=-1)
+            return Scores(total, log_p.argmax(-1).astype(answers.dtype), log_p[:, 0])
+
+        if together >= rows:
+            return of_some(*of_rows)
+        # Of a large vocabulary, all rows' logits would not fit.
+        return jax.lax.map(
+            lambda row: jax.tree.map(lambda leaf: leaf[0], of_some(*(leaf[None] for leaf in row))),
+            of_rows,
+            batch_size=together,
+        )
 
     return jax.vmap(of_edit)(edits, tokens, lengths, starts, answers)
 

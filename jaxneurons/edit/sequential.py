@@ -17,6 +17,7 @@ import numpy as np
 from jaxneurons.checkpoints.loading import LM
 from jaxneurons.edit.cases import Case, MeasureSettings, answer_width, askable, labels_of
 from jaxneurons.edit.changes import apply
+from jaxneurons.edit.controls import turned_at_random
 from jaxneurons.edit.evaluation import (
     check_methods,
     checked_out,
@@ -32,7 +33,7 @@ from jaxneurons.edit.method import Edit, Settings
 from jaxneurons.edit.outcomes import Outcome, measured_row
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.edit.sequential_state import EditedModel, done_in, from_arrays, to_arrays
-from jaxneurons.edit.summaries import UNEDITED, averages
+from jaxneurons.edit.summaries import RANDOM, UNEDITED, summary_rows
 from jaxneurons.edit.trials import described, for_requests
 from jaxneurons.engine.bootstrap import DRAWS
 from jaxneurons.errors import DataError
@@ -48,9 +49,11 @@ from jaxneurons.storage.tables import Row, Tables
 
 SIZES = (1, 10, 100, 1000)
 GROUPS = ("first", "last", "all")
+CONTROLS = ("", RANDOM)
+COLUMNS = ("method", "control", "edits", "group")
 KEEP = 10.0
 """Seconds of editing after which the edited model is kept; it is also kept at every size."""
-FORMAT, KIND = 1, "sequential"
+FORMAT, KIND = 2, "sequential"
 
 
 @any_axes
@@ -72,6 +75,8 @@ def evaluate_sequential(
 ) -> Tables:
     """Edit one model request after request, and measure it at some sizes.
 
+    Beside every method stands its control: all that its edits changed so far, turned at random.
+
     Args:
       lm: the model; each method begins with it as it is.
       requests: in the order in which they are edited.
@@ -84,14 +89,15 @@ def evaluate_sequential(
       covariance: of keys by layer, of the model before the first edit.
       measures: what is measured.
       texts: neutral ones for perplexity; default: held-out texts that ship with the package.
-      seed: of the sample and of resamples.
+      seed: of the sample, of controls and of resamples.
       out: a directory to write to and to go on in; default: none.
       progress: called with how many edits are done, of how many.
 
     Returns:
-      `sequential`: for each method, number of `edits` and group of requests ("first", "last",
-      "all"), means of all measures with 95 % intervals (bootstrap over the group's requests), all
-      against the unedited model; 0 edits are that model. `edits`: a row for each request measured.
+      `sequential`: for each method, `control` ("" or "random"), number of `edits` and group of
+      requests ("first", "last", "all"), means of all measures with 95 % intervals (bootstrap over
+      the group's requests), all against the unedited model; 0 edits are that model. `edits`: a row
+      for each request measured.
       `facts` says which requests were left out, and why.
 
     Raises:
@@ -154,7 +160,7 @@ def evaluate_sequential(
         "bootstrap_draws": DRAWS,
     }
     rows = [*plan.unedited_rows(), *rows]
-    tables = {"sequential": _summary(rows, seed), "edits": rows}
+    tables = {"sequential": summary_rows(rows, COLUMNS, seed=seed), "edits": rows}
     return write_results(lm, tables, results, seconds, path, name="sequential")
 
 
@@ -255,7 +261,9 @@ class _Plan:
                 self.unedited.update(zip(batch, self.run_cases(self.lm, batch), strict=True))
         return [self.unedited[i] for i in index]
 
-    def rows(self, name: str, edits: int, edited: Sequence[int], params: Params) -> list[Row]:
+    def rows(
+        self, name: str, control: str, edits: int, edited: Sequence[int], params: Params
+    ) -> list[Row]:
         """A row for each group's requests with these parameters."""
         if not edited:
             return []
@@ -270,15 +278,15 @@ class _Plan:
             for i, *pair in zip(index, after, before, strict=True)
         }
         return [
-            {"method": name, "edits": edits, "group": group, "request": self.labels[i]}
-            | measured[i]
+            {"method": name, "control": control, "edits": edits, "group": group}
+            | {"request": self.labels[i], **measured[i]}
             for group, members in groups.items()
             for i in members
         ]
 
     def unedited_rows(self) -> list[Row]:
         """The model before the first edit, on the requests of the largest size."""
-        return self.rows(UNEDITED, 0, range(self.sizes[-1]), self.lm.params)
+        return self.rows(UNEDITED, "", 0, range(self.sizes[-1]), self.lm.params)
 
 
 class _Method:
@@ -291,8 +299,8 @@ class _Method:
     def run(self, report: Callable[[int], None]) -> tuple[list[Row], list[Row]]:
         """Rows at every size, and the requests that were refused."""
         plan = self.plan
-        kept = {size: plan.store.load(self._size(size)) for size in plan.sizes}
-        if any(part is None for part in kept.values()):
+        kept = {size: self._kept(size) for size in plan.sizes}
+        if any(content is None for content in kept.values()):
             state = self._resumed(min(size for size in plan.sizes if kept[size] is None))
             saved = time.monotonic()
             for number, stop in enumerate(plan.stops):
@@ -302,23 +310,40 @@ class _Method:
                         self._keep(state, number)
                         saved = time.monotonic()
                 if stop in kept and kept[stop] is None:
-                    rows = plan.rows(self.name, stop, state.edited, state.params)
-                    content = json.dumps({"rows": rows, "refused": list(state.refused)})
-                    made = {"json": np.array(content)}
-                    plan.store.save(self._size(stop), made)
-                    kept[stop] = made
+                    self._measure(state, stop)
+                    kept[stop] = self._kept(stop)
                 report(stop)
         report(plan.sizes[-1])
-        contents = [json.loads(str(part["json"])) for part in kept.values() if part is not None]
-        return [row for content in contents for row in content["rows"]], contents[-1]["refused"]
+        contents = [content for content in kept.values() if content is not None]
+        rows = [row for content in contents for part in content for row in part["rows"]]
+        return rows, contents[-1][0]["refused"]
+
+    def _kept(self, size: int) -> list[dict[str, Any]] | None:
+        """Rows of the method and of its control at a size, unless they are not all there."""
+        parts = [self.plan.store.load(self._size(size, control)) for control in CONTROLS]
+        if any(part is None for part in parts):
+            return None
+        return [json.loads(str(part["json"])) for part in parts if part is not None]
+
+    def _measure(self, state: EditedModel, size: int) -> None:
+        """Measure the edited model, and its control."""
+        plan = self.plan
+        for control in CONTROLS:
+            params = state.params
+            if control and params is not plan.lm.params:
+                rng = generator(plan.seed, "sequential control", self.name, size)
+                params = turned_at_random(plan.lm.params, params, rng)
+            rows = plan.rows(self.name, control, size, state.edited, params)
+            content = json.dumps({"rows": rows, "refused": list(state.refused)})
+            plan.store.save(self._size(size, control), {"json": np.array(content)})
 
     @property
     def names(self) -> tuple[str, ...]:
         """The parts that hold its rows."""
-        return tuple(map(self._size, self.plan.sizes))
+        return tuple(self._size(size, control) for size in self.plan.sizes for control in CONTROLS)
 
-    def _size(self, size: int) -> str:
-        return f"{self.key}-size-{size:06d}"
+    def _size(self, size: int, control: str) -> str:
+        return f"{self.key}-size-{size:06d}{'-' if control else ''}{control}"
 
     def _edited(self, state: EditedModel, stop: int) -> EditedModel:
         """The model with the requests up to some number edited together."""
@@ -379,14 +404,3 @@ class _Method:
         if not usable:
             return EditedModel(base, 0, (), (), {})
         return from_arrays(max(usable, key=done_in), base)
-
-
-def _summary(rows: Sequence[Row], seed: int) -> list[Row]:
-    """A row for each method, size and group."""
-    table: dict[tuple[str, int, str], list[Row]] = {}
-    for row in rows:
-        table.setdefault((row["method"], row["edits"], row["group"]), []).append(row)
-    return [
-        {"method": method, "edits": edits, "group": group, **averages(members, seed=seed)}
-        for (method, edits, group), members in table.items()
-    ]

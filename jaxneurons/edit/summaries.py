@@ -1,6 +1,7 @@
 """Averages over requests with bootstrap intervals, and paired differences between methods."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,16 +30,22 @@ def averages(rows: Sequence[Row], *, seed: int = 0) -> Row:
     return line
 
 
-def summary_rows(rows: Sequence[Row], *, seed: int = 0) -> list[Row]:
+def summary_rows(
+    rows: Sequence[Row], keys: Sequence[str] = ("method", "control"), *, seed: int = 0
+) -> list[Row]:
     """A row for each method and control: means over requests, with 95 % intervals.
 
     Args:
       rows: of requests, with `method` and `control`.
+      keys: columns whose values stand together.
       seed: of the resampling.
     """
+    table: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        table.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [
-        {"method": method, "control": control, **averages(members, seed=seed)}
-        for (method, control), members in _by_method(rows).items()
+        {**dict(zip(keys, values, strict=True)), **averages(members, seed=seed)}
+        for values, members in table.items()
     ]
 
 

@@ -1,5 +1,7 @@
 """Tables and figures of evaluations, from made-up rows."""
 
+import itertools
+
 import numpy as np
 import pytest
 from support.pictures import coloured, ink
@@ -7,6 +9,7 @@ from support.pictures import coloured, ink
 from jaxneurons.edit import evaluation_views
 from jaxneurons.edit.figures import draw
 from jaxneurons.edit.outcomes import MEASURES
+from jaxneurons.edit.sequential import CONTROLS
 from jaxneurons.edit.summaries import averages, difference_rows, summary_rows
 from jaxneurons.terminal.console import Plain
 
@@ -29,7 +32,7 @@ def edits(count=12, *, portability=True):
 def sequential():
     rng = np.random.default_rng(1)
     rows = []
-    for method in ("unedited", "MEMIT", "AlphaEdit"):
+    for method, control in (("unedited", ""), *itertools.product(("MEMIT", "AlphaEdit"), CONTROLS)):
         for size in (0,) if method == "unedited" else (1, 10, 100):
             for group in ("first", "last", "all"):
                 made = [
@@ -37,7 +40,7 @@ def sequential():
                     | {"failed": "", "perplexity_ratio": 1.0 + size, "fluency": 5.0}
                     for _ in range(8)
                 ]
-                line = {"method": method, "edits": size, "group": group}
+                line = {"method": method, "control": control, "edits": size, "group": group}
                 rows.append({**line, **averages(made)})
     return rows
 
@@ -94,11 +97,9 @@ def test_what_there_are_no_prompts_for_is_not_shown(shown):
 
 def test_sequential_table(shown):
     text = shown(evaluation_views.show_sequential, sequential())
-    assert [line.split()[0] for line in text.splitlines() if line[:4].strip().isdigit()] == [
-        "1",
-        "10",
-        "100",
-    ] * 2
+    first = [line.split()[0] for line in text.splitlines() if line.strip()]
+    sizes = [word for word in first if word.isdigit() or word == "random"]
+    assert sizes == ["1", "random", "10", "random", "100", "random"] * 2
     assert "unedited:" not in text
     assert text.count("fewer than 10 mean little") == 1
 

@@ -11,6 +11,8 @@ from support.edits import capital_requests, lab, low_rank
 
 from jaxneurons.edit import editing, sequential
 from jaxneurons.edit.cases import MeasureSettings
+from jaxneurons.edit.changes import apply
+from jaxneurons.edit.controls import turned_at_random
 from jaxneurons.edit.measures import measure
 from jaxneurons.edit.method import ROME, Edit, Optimisation
 from jaxneurons.edit.outcomes import MEASURES
@@ -72,7 +74,7 @@ def test_every_size_is_measured_as_a_loop_by_hand_does(editor):
         edited = dataclasses.replace(lab(), params=params)
         by_hand = measure(edited, requests[:count], settings=SMALL, unedited=lab(), texts=TEXTS)
         expected = {row["request"]: row for row in by_hand}
-        here = [row for row in rows if row["edits"] == count]
+        here = [row for row in rows if row["edits"] == count and not row["control"]]
         groups = {g: [r["request"] for r in here if r["group"] == g] for g in sequential.GROUPS}
         ids = [r.id for r in requests[:count]]
         assert groups["first"] == ids[:2]
@@ -90,14 +92,17 @@ def test_the_summary_is_the_mean_of_its_group(editor):
     tables = run()
     rows = tables.rows("edits")
     lines = tables.rows("sequential")
-    assert [(r["edits"], r["group"]) for r in lines] == [
-        (edits, group) for edits in (0, 1, 3, 6) for group in sequential.GROUPS
+    assert [(r["edits"], r["control"], r["group"]) for r in lines] == [
+        (edits, control, group)
+        for edits in (0, 1, 3, 6)
+        for control in (sequential.CONTROLS if edits else ("",))
+        for group in sequential.GROUPS
     ]
     for line in lines:
         values = [
             row["locality_kl"]
             for row in rows
-            if (row["edits"], row["group"]) == (line["edits"], line["group"])
+            if all(row[key] == line[key] for key in ("edits", "control", "group"))
         ]
         assert line["locality_kl"] == pytest.approx(np.mean(values))
     assert {r["method"] for r in lines if r["edits"] == 0} == {"unedited"}
@@ -156,8 +161,39 @@ def test_a_refused_request_is_passed_over_and_said(editor):
     assert tables.facts["sizes_left_out"] == [10]
     assert [len(call) for call in CALLS] == [4, 1, 1, 1, 1]
     rows = [row for row in tables.rows("edits") if row["method"] == "mine"]
-    first = [row["request"] for row in rows if row["group"] == "first"]
+    first = [row["request"] for row in rows if row["group"] == "first" and not row["control"]]
     assert first == [requests[0].id, requests[2].id]
+
+
+def test_the_control_of_a_sequence_is_as_large_and_answers_to_the_same(editor):
+    edited, base = lab().params, lab().params
+    for request in capital_requests(4):
+        made = change(edited, request, 2.0)
+        edited = apply(edited, (made,), config=lab().config)
+    turned = turned_at_random(base, edited, np.random.default_rng(0))
+    kernels = [np.asarray(p["layers"]["ffn"]["down"]["kernel"]) for p in (base, edited, turned)]
+    before, there, control = (kernel.astype(np.float64) for kernel in kernels)
+    written, random = there - before, control - before
+    assert np.flatnonzero(random.any((1, 2))).tolist() == [2]
+    singular = [np.linalg.svd(each[2], compute_uv=False)[:4] for each in (written, random)]
+    np.testing.assert_allclose(singular[1], singular[0], rtol=1e-3)
+    # Keys that the edits do not answer to are not answered to; what is written is another thing.
+    keys = np.linalg.svd(written[2])[0][:, 4:]
+    assert np.linalg.norm(keys.T @ random[2]) < 1e-3 * np.linalg.norm(random[2])
+    overlap = (written[2] * random[2]).sum() / np.linalg.norm(written[2]) ** 2
+    assert abs(overlap) < 0.5
+    rest = (jax.tree.leaves(p) for p in (base, edited, turned))
+    assert sum(c is not b for b, _, c in zip(*rest, strict=True)) == 1
+
+
+def test_a_control_is_another_model_too(editor):
+    rows = [row for row in run(sizes=(6,)).rows("edits") if row["edits"] == 6]
+    mine, random = (
+        [row["locality_kl"] for row in rows if row["control"] == control]
+        for control in sequential.CONTROLS
+    )
+    assert min(*mine, *random) > 0
+    assert not np.allclose(mine, random, rtol=1e-2)
 
 
 def test_wrong_arguments(editor, tmp_path):

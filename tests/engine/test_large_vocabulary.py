@@ -9,6 +9,8 @@ import pytest
 from support.models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import Quadrature, integrated_gradients
+from jaxneurons.edit.changes import LowRank
+from jaxneurons.edit.measures import score_answers
 from jaxneurons.engine.last_position import (
     TRIALS,
     Changes,
@@ -137,3 +139,43 @@ def test_likelihood_stays_within_its_own(monkeypatch):
     jax.clear_caches()
     monkeypatch.setattr("jaxneurons.engine.logits.LOGIT_BYTES", 2 * 3 * 4 * config.vocab_size)
     np.testing.assert_allclose(losses(), whole, rtol=1e-6)
+
+
+def scored(config, edits, rows, answers, length=12):
+    """Made-up questions under rank-one edits of a layer, and their edits."""
+    rng = np.random.default_rng(0)
+    changes = [
+        LowRank(
+            "ffn.down",
+            1,
+            jnp.asarray(rng.normal(size=(config.intermediate_size, 1)), jnp.float32),
+            jnp.asarray(rng.normal(size=(1, config.hidden_size)), jnp.float32),
+        )
+        for _ in range(edits)
+    ]
+    change = jax.tree.map(lambda *leaves: jnp.stack(leaves), *changes)
+    starts = rng.integers(1, length - answers, (edits, rows))
+    ids = rng.integers(0, config.vocab_size, (edits, rows, length))
+    wanted = rng.integers(-1, config.vocab_size, (edits, rows, answers))
+    arrays = (ids, starts + answers, starts, wanted)
+    return (change,), *(jnp.asarray(values, jnp.int32) for values in arrays)
+
+
+def test_answers_under_edits_stay_within_theirs(monkeypatch):
+    """All rows' logits at once would be 12 times the budget."""
+    edits, *rows = scored(LARGE, 8, 32, 12, length=16)
+    run = functools.partial(score_answers, config=LARGE)
+    needed = temporaries(run, edits, *rows)
+    kept = 8 * 32 * ROW  # of the next token, which are results
+    assert 8 * 32 * 12 * ROW == 12 * LOGIT_BYTES
+    assert needed < kept + 4 * LOGIT_BYTES
+    config = tiny_config(num_layers=2)
+    params, (edits, *rows) = tiny_params(config), scored(config, 2, 5, 3)
+    whole = score_answers(params, edits, *rows, config=config)
+    jax.clear_caches()
+    monkeypatch.setattr(
+        "jaxneurons.engine.logits.LOGIT_BYTES", 2 * 2 * 3 * 4 * config.vocab_size
+    )  # two rows of five
+    some = score_answers(params, edits, *rows, config=config)
+    for a, b in zip(some, whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
