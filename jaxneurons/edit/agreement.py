@@ -25,6 +25,7 @@ from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import Site
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.storage.progress import Progress
@@ -172,7 +173,7 @@ def attribution_by_layer(
         arrays = (jnp.asarray(x) for x in (batch.tokens, batch.targets, batch.lengths))
         tokens, targets, lengths = arrays
         scores = attribute(lm.params, tokens, targets, lengths=lengths).scores
-        sums = np.abs(np.asarray(scores, np.float64)).sum(-1)
+        sums = np.abs(fetch(scores).astype(np.float64)).sum(-1)
         real = batch.index >= 0
         result[batch.index[real]] = sums[real]
         done += int(real.sum())

@@ -13,6 +13,7 @@ from jaxneurons.edit.measures import score_answers
 from jaxneurons.edit.requests import EditRequest
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
+from jaxneurons.processes.sharing import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,5 +58,5 @@ def answer_probabilities(
         lengths = np.array([[len(ids.prompt) + len(ids.target) for ids in rows]], np.int32)
         starts = np.array([[len(ids.prompt) - 1 for ids in rows]], np.int32)
         scores = score_answers(params, stacked, tokens, lengths, starts, answers, config=config)
-        logs.append(np.asarray(scores.log_probability)[0, : len(batch)])
+        logs.append(fetch(scores.log_probability)[0, : len(batch)])
     return np.exp(np.concatenate(logs).astype(np.float64))

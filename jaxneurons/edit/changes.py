@@ -31,6 +31,7 @@ from jaxneurons.model.parameters import (
     site_widths,
 )
 from jaxneurons.neurons.sets import NeuronSet, Ranking
+from jaxneurons.processes.sharing import fetch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -330,7 +331,7 @@ def _check_indices(at: str, change: Change, sizes: Mapping[str, int]) -> None:
 def _check_finite(at: str, change: Change) -> None:
     for name in ("left", "right", "values", "factor"):
         array = getattr(change, name, None)
-        if array is not None and not np.isfinite(np.asarray(array)).all():
+        if array is not None and not np.isfinite(fetch(array)).all():
             raise DataError(f"{at}{name} holds NaN or infinite numbers: the edit has failed")
 
 

@@ -12,6 +12,7 @@ from jaxneurons.edit.changes import Change, LowRank, Multipliers, Rows
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import LAYERS, Params, get
 from jaxneurons.neurons.sets import site_width
+from jaxneurons.processes.sharing import fetch
 
 
 def random_changes(
@@ -49,12 +50,14 @@ def turned_at_random(base: Params, params: Params, rng: np.random.Generator) -> 
         old = before[path]
         if leaf is old:
             return leaf
+        kept, edited = fetch(old), fetch(leaf)
         for layer in range(leaf.shape[0]):
-            difference = np.asarray(leaf[layer], np.float64) - np.asarray(old[layer], np.float64)
+            unchanged = kept[layer].astype(np.float64)
+            difference = edited[layer].astype(np.float64) - unchanged
             if not difference.any():
                 continue
             rotation = _random_rotation(difference.shape[-1], difference.shape[-1], rng)
-            turned = np.asarray(old[layer], np.float64) + difference @ rotation
+            turned = unchanged + difference @ rotation
             leaf = leaf.at[layer].set(jnp.asarray(turned, leaf.dtype))
         return leaf
 
@@ -113,5 +116,5 @@ def _random_rotation(rows: int, columns: int, rng: np.random.Generator) -> np.nd
 def _moved(params: Params, change: Rows) -> np.ndarray:
     """How far each row is moved, [row, output]."""
     kernel = get(params, (LAYERS, *change.module.split("."), "kernel"))
-    base = np.asarray(kernel[change.layer, np.asarray(change.index)], np.float64)
+    base = fetch(kernel[change.layer, np.asarray(change.index)]).astype(np.float64)
     return np.asarray(change.values, np.float64) - base

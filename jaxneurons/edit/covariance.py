@@ -33,7 +33,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import LAYERS, Params
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import forward
-from jaxneurons.processes.sharing import Unit, open_parts, share_units, spread
+from jaxneurons.processes.sharing import Unit, fetch, open_parts, share_units, spread
 from jaxneurons.prompts.batches import bucket
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.settings import as_path, check_argument, check_number
@@ -288,11 +288,11 @@ def _collect(
         sums = add_keys(sums, params, tokens, lengths, config=config, layers=tuple(layers))
         done += int((lengths - 1).sum())
         if number % KEPT == 0 and parts.path is not None:
-            kept = {"sums": np.asarray(sums), "keys": np.array(done), "batches": np.array(number)}
+            kept = {"sums": fetch(sums), "keys": np.array(done), "batches": np.array(number)}
             parts.save(state, kept)
         if progress is not None:
             progress(done, total)
-    for layer, matrix in zip(layers, np.asarray(sums), strict=True):
+    for layer, matrix in zip(layers, fetch(sums), strict=True):
         parts.save(_part(layer), {"matrix": matrix / np.float32(done)})
     if kept:  # what is finished needs no sums
         parts.save(state, {"sums": np.zeros(0, np.float32)})

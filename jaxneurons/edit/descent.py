@@ -22,6 +22,7 @@ from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.finite import explain
 from jaxneurons.model.parameters import Params
+from jaxneurons.processes.sharing import fetch
 
 
 class Loss(NamedTuple):
@@ -154,12 +155,12 @@ def descend_each(
     history = []
     for _ in range(adam.steps):
         state, loss, went = step(params, state, data, bounds, rate, stop)
-        history.append(np.asarray(loss.answer))
-        if not np.asarray(went).any():
+        history.append(fetch(loss.answer))
+        if not fetch(went).any():
             break
     # The same program reads what came of it: nothing is above NaN, so that no step is taken.
     state, loss, _ = step(params, state, data, bounds, rate, jnp.float32(np.nan))
-    steps = np.asarray(state.steps)
+    steps = fetch(state.steps)
     return _descended(state.variables, history, loss, steps, adam)
 
 
@@ -220,13 +221,13 @@ def descend_together(
     state = _start(start)
     rate = jnp.float32(adam.learning_rate)
     gradient, loss = evaluate(state.variables)
-    history = [np.asarray(loss.answer)]
+    history = [fetch(loss.answer)]
     for step in range(adam.steps):
         if not float(loss.objective.mean()) >= adam.stop:  # NaN is no reason to go on
             break
         state = _move(state, gradient, bounds, rate, objective=objective)
         gradient, loss = evaluate(state.variables)
-        history.append(np.asarray(loss.answer))
+        history.append(fetch(loss.answer))
         if progress is not None:
             progress(step + 1, adam.steps)
     if progress is not None:
@@ -242,9 +243,9 @@ def _descended(
     for number, values in enumerate(history):
         taken = number <= steps
         loss[taken, number] = values[taken]
-    loss[np.arange(len(steps)), steps] = np.asarray(last.answer)
-    objective, logp = np.asarray(last.objective), np.asarray(last.log_probability)
-    return Descended(variables, loss, objective, np.exp(logp), steps)
+    loss[np.arange(len(steps)), steps] = fetch(last.answer)
+    objective, logp = fetch((last.objective, last.log_probability))
+    return Descended(fetch(variables), loss, objective, np.exp(logp), steps)
 
 
 def alone(descended: Descended, row: int) -> Descended:

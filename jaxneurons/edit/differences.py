@@ -23,6 +23,7 @@ from jaxneurons.errors import DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import LAYERS, SITE_AXES, get, list_parameters
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.storage.settings import check_argument
 
 _MOST_RANK = 64
@@ -76,7 +77,7 @@ def _changes(base: LM, edited: LM) -> Iterator[Change]:
             continue  # biases are looked at with their kernels
         module = ".".join(path[1:-1])
         if path[0] != LAYERS or path[-1] != "kernel":
-            if not np.array_equal(np.asarray(before), np.asarray(after)):
+            if not np.array_equal(fetch(before), fetch(after)):
                 raise DataError(
                     f"{'.'.join(path)} differs: a patch holds changes of the layers' kernels only; "
                     "save the edited model instead"

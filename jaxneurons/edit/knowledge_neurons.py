@@ -24,6 +24,7 @@ from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.storage.progress import Progress
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def _difference(
 
 
 def _edit(rows: OutputRows, values: Float[Array, "row hidden"], settings: KnowledgeNeurons) -> Edit:
-    if not np.isfinite(np.asarray(values)).all():
+    values = jnp.asarray(fetch(values))
+    if not jnp.isfinite(values).all():
         raise DataError("the rows' new values are not finite: the model's weights may be damaged")
     return Edit(
         changes=rows.changes(values),

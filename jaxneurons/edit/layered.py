@@ -38,6 +38,7 @@ from jaxneurons.edit.values import Values, check_layers, check_values, find_valu
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.layers import norm_weight
 from jaxneurons.model.parameters import Params
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.storage.progress import Progress
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _keys_and_stream(
         left, right = _stacked(
             updates, members, requests=len(contexts), config=config, last=last, each=each
         )
-        of_batch = jax.device_get(
+        of_batch = fetch(
             _mean_states(params, batch.split, left, right, layer, config=config, each=size)
         )
         keys[members], stream[members], unit[members] = of_batch

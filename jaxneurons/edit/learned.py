@@ -51,6 +51,7 @@ from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.neurons.sets import NeuronSet
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts.answers import encode_prompt
 from jaxneurons.prompts.batches import bucket
 from jaxneurons.storage.progress import Progress
@@ -337,7 +338,7 @@ class _Plan:
             rows = output_rows(self.sets[i], self.config)
             at = (row, rows.layer - self.first, _slots(rows))
             index[at] = rows.index
-            norms = np.linalg.norm(np.asarray(rows.values(self.params)), axis=-1)
+            norms = np.linalg.norm(fetch(rows.values(self.params)), axis=-1)
             unit[at] = norms / np.sqrt(self.config.hidden_size)
         return PlacedRows(jnp.asarray(index), jnp.asarray(unit))
 
@@ -351,7 +352,7 @@ class _Plan:
 
     def _row_changes(self, change: Any, neurons: NeuronSet) -> tuple[Rows, ...]:
         rows = output_rows(neurons, self.config)
-        old = rows.values(self.params)
+        old = jnp.asarray(fetch(rows.values(self.params)))
         unit = jnp.linalg.norm(old, axis=-1, keepdims=True) / np.sqrt(self.config.hidden_size)
         return rows.changes(old + change[rows.layer - self.first, _slots(rows)] * unit)
 

@@ -16,6 +16,7 @@ from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.errors import DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.neurons.sets import NeuronSet, Site
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts.answers import encode_query
 from jaxneurons.prompts.batches import plan
 from jaxneurons.storage.progress import Progress
@@ -83,7 +84,7 @@ def locate_neurons(
             site=site,
             quadrature=quadrature,
         )
-        for scores, index in zip(np.asarray(attribution.scores), batch.index.tolist(), strict=True):
+        for scores, index in zip(fetch(attribution.scores), batch.index.tolist(), strict=True):
             if index < 0:
                 continue
             if not np.isfinite(scores).all():

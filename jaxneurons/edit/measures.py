@@ -37,6 +37,7 @@ from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.generation import NO_TOKEN, greedy
 from jaxneurons.model.transformer import LowRankTerms, Params, forward
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.storage.tables import Row
 
 _MOST_BYTES, _MOST_EDITS = 1 << 30, 8
@@ -185,13 +186,13 @@ def run_cases(
     outcomes: dict[int, Outcome] = {}
     loss = None
     if changes is None and neutral is not None:
-        loss = float(text_loss(lm.params, (), *neutral, config=lm.config)[0])
+        loss = float(fetch(text_loss(lm.params, (), *neutral, config=lm.config))[0])
     chunk = ChunkSize(most, what="edits")
 
     def some(index: list[int], stacked: Edits) -> list[Outcome]:
         losses = None if loss is None else np.full(len(index), loss)
         if losses is None and neutral is not None:
-            losses = np.asarray(text_loss(lm.params, stacked, *neutral, config=lm.config))
+            losses = fetch(text_loss(lm.params, stacked, *neutral, config=lm.config))
         return _run_batch(lm, [cases[i] for i in index], stacked, settings, width, losses)
 
     def in_parts(size: int, index: list[int], stacked: Edits) -> list[Outcome]:
@@ -250,19 +251,17 @@ def _run_batch(
     losses: np.ndarray | None,
 ) -> list[Outcome]:
     config, params = lm.config, lm.params
-    scores = jax.device_get(
-        score_answers(params, edits, *scored_rows(cases, width=width), config=config)
-    )
+    scores = fetch(score_answers(params, edits, *scored_rows(cases, width=width), config=config))
     steps = settings.steps + width
     long = max(settings.fluency_tokens, steps)
     rows = prompt_rows([[case.questions[0].prompt] for case in cases])
-    first = np.asarray(generate_edited(params, edits, *rows, config=config, steps=long))
+    first = fetch(generate_edited(params, edits, *rows, config=config, steps=long))
     others = [[q.prompt for q in case.questions[1:]] for case in cases]
     rest = None
     if any(others):
         filled = [prompts or [cases[i].questions[0].prompt] for i, prompts in enumerate(others)]
         rows = prompt_rows(filled)
-        rest = np.asarray(generate_edited(params, edits, *rows, config=config, steps=steps))
+        rest = fetch(generate_edited(params, edits, *rows, config=config, steps=steps))
     made = []
     for number, case in enumerate(cases):
         count = len(case.questions)

@@ -28,6 +28,7 @@ from jaxneurons.edit.passes import Split, above, before_subject, from_subject
 from jaxneurons.model import layers
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
+from jaxneurons.processes.sharing import fetch
 
 Place = Literal["down", "residual"]
 """Where a value stands: what the down projection writes, or the stream after its layer."""
@@ -61,7 +62,7 @@ def optimise_batch(
             for name in ("learning_rate", "kl_factor", "weight_decay", "clamp", "stop")
         )
     )
-    return jax.device_get(
+    return fetch(
         optimise_values(
             params,
             batch.split,

@@ -36,6 +36,7 @@ from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig, config_values
 from jaxneurons.neurons.sets import NeuronSet, Ranking
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.storage.printable import counted
 from jaxneurons.storage.settings import check_argument
 from jaxneurons.storage.store import digest, null_for_nan
@@ -312,11 +313,11 @@ def _on_host(change: Change) -> Change:
 
 
 def _float(array: Any) -> np.ndarray:
-    return np.asarray(array).astype(np.float32)
+    return fetch(array).astype(np.float32)
 
 
 def _int(array: Any) -> np.ndarray:
-    return np.asarray(array).astype(np.int32)
+    return fetch(array).astype(np.int32)
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.generation import NO_TOKEN, sample
 from jaxneurons.model.parameters import Params
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts.answers import encode_prompt
 from jaxneurons.storage.settings import check_argument, check_number
 
@@ -77,7 +78,7 @@ def generate_prefixes(
             config=config,
             steps=max(lengths),
         )
-        for row, opening, drawn in zip(rows, of_row, np.asarray(tokens), strict=True):
+        for row, opening, drawn in zip(rows, of_row, fetch(tokens), strict=True):
             if row >= count:
                 break
             ids = [*openings[opening], *map(int, drawn)]

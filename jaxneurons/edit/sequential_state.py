@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.model.parameters import LAYERS, Params
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.storage.tables import Row
 
 
@@ -66,7 +67,7 @@ def _changed(base: Params, params: Params) -> list[tuple[str, int, np.ndarray]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params[LAYERS]):
         if leaf is before[path]:
             continue
-        old, new = np.asarray(before[path]), np.asarray(leaf)
+        old, new = fetch(before[path]), fetch(leaf)
         changed += [
             (jax.tree_util.keystr(path), layer, new[layer])
             for layer in range(len(new))

@@ -40,6 +40,7 @@ from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
 from jaxneurons.processes import sharing as processes
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import TokenPrompt
 from jaxneurons.storage.progress import Progress
@@ -218,7 +219,7 @@ def _leave_out_wrong(lm: LM, encoded: dict[int, TracedFact], left_out: dict[int,
     places = list(encoded)
     prompts = [TokenPrompt(encoded[i].prompt, encoded[i].answer) for i in places]
     for batch in batches.plan(prompts):
-        right = np.asarray(
+        right = fetch(
             _answers_right(lm.params, batch.tokens, batch.lengths, batch.targets, config=lm.config)
         )
         for row, member in enumerate(batch.index.tolist()):
@@ -245,7 +246,7 @@ def _spread(params: Params, encoded: Mapping[int, TracedFact], config: ModelConf
     """Standard deviation of all entries of the embeddings of the facts' subjects, as they enter."""
     ids = [i for fact in encoded.values() for i in fact.prompt[slice(*fact.subject)]]
     embeddings = layers.embed(params, jnp.asarray(ids), config)
-    return float(np.asarray(embeddings, np.float32).std())
+    return float(fetch(embeddings).astype(np.float32).std())
 
 
 _restored_probabilities = jax.jit(
@@ -273,9 +274,9 @@ def _batch(
         lm.params, prompts, config=lm.config, kinds=settings.kinds, window=settings.window
     )
     return {
-        "clean": np.asarray(p.clean),
-        "noised": np.asarray(p.noised).mean(0),
-        "restored": np.moveaxis(np.asarray(p.restored).mean(0), -1, 0),
+        "clean": fetch(p.clean),
+        "noised": fetch(p.noised).mean(0),
+        "restored": np.moveaxis(fetch(p.restored).mean(0), -1, 0),
     }
 
 

@@ -12,9 +12,20 @@ import numpy as np
 import pytest
 from support.fixtures import multi_choice, write_lm, write_queries
 from support.known import write_relations
-from support.worker import edits, ends, free_port, launch, locate, spread_values, start, study
+from support.worker import (
+    edits,
+    ends,
+    every_method,
+    free_port,
+    launch,
+    locate,
+    spread_values,
+    start,
+    study,
+)
 
 import jaxneurons
+from jaxneurons.neurons import read_neurons
 from jaxneurons.storage.tables import read_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore::jaxneurons.qrnca.caveats.CaveatWarning")
@@ -152,14 +163,58 @@ def test_a_model_on_the_devices_of_two(inputs, alone, tmp_path):
     for line, other in zip(lines(run), lines(alone), strict=True):
         assert line["neurons"] == other["neurons"]
         np.testing.assert_allclose(line["naica"], other["naica"], rtol=0, atol=1e-5)
-    for row, other in zip(
-        *(read_tables(o / "tables")["changes"] for o in (run, alone)), strict=True
-    ):
+    nearly_equal(*(read_tables(o / "tables")["changes"] for o in (run, alone)))
+
+
+def nearly_equal(rows, expected):
+    """Rows of a table, whose numbers may be rounded otherwise."""
+    assert len(rows) == len(expected) > 0
+    for row, other in zip(rows, expected, strict=True):
         for name, value in row.items():
             numbers = isinstance(value, float) and isinstance(other[name], float)
             assert value == (
                 pytest.approx(other[name], rel=1e-3, abs=2e-4) if numbers else other[name]
-            )
+            ), name
+
+
+@pytest.mark.slow
+def test_a_study_of_a_model_on_the_devices_of_two(relations, tmp_path):
+    job, alone = relations
+    out = tmp_path / "run"
+    done(start([("study", {**job, "out": str(out), "mesh": "1x4"})] * 2))
+    tables, expected = read_tables(out / "tables"), read_tables(alone / "tables")
+    assert tables.keys() == expected.keys()
+    for name, rows in expected.items():
+        nearly_equal(tables[name], rows)
+    for path in (alone / "neurons").iterdir():
+        mine, theirs = (read_neurons(p) for p in (out / "neurons" / path.name, path))
+        assert mine == theirs
+
+
+@pytest.mark.slow
+def test_edits_of_a_model_on_the_devices_of_two(inputs, tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    edits(inputs["model"], alone)
+    done(start([("edits", {"model": inputs["model"], "out": str(out), "mesh": "1x4"})] * 2))
+    for name in ("", "-sequence"):
+        one, two = (read_tables(Path(f"{place}{name}") / "tables") for place in (alone, out))
+        for table, rows in one.items():
+            nearly_equal(two[table], rows)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::jaxneurons.edit.covariance.SingularCovarianceWarning")
+def test_every_method_on_the_devices_of_two(inputs, tmp_path):
+    alone, out = tmp_path / "alone.npz", tmp_path / "two.npz"
+    every_method(inputs["model"], alone)
+    done(start([("every_method", {"model": inputs["model"], "out": str(out), "mesh": "1x4"})] * 2))
+    one, two = np.load(alone), np.load(out)
+    assert one.keys() == two.keys() >= {"rome", "memit", "alphaedit", "finetune", "rows"}
+    np.testing.assert_array_equal(two["base"], one["base"])
+    for name in one.keys() - {"base"}:
+        scale = 1 if "probability" in name else np.abs(one[name] - one["base"]).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(two[name], one[name], atol=1e-3 * scale, rtol=0, err_msg=name)
 
 
 def killed(tmp_path, victim, count=2):

@@ -34,14 +34,14 @@ def locate(model, queries, out, *, stages=True, mesh=None):
         qrnca.predict(run, out=out)
 
 
-def study(model, relations, out):
+def study(model, relations, out, *, mesh=None):
     """A study of relations with the analyses that each keep parts of their own."""
     import jaxneurons
     from jaxneurons import relspec
     from jaxneurons.prompts.relations import read_relations
     from jaxneurons.relspec.stages import plot
 
-    lm = jaxneurons.load(model)
+    lm = jaxneurons.load(model, mesh=mesh)
     settings = relspec.RelSpecConfig(k=24, minimum=5, minimum_right=1, seeds=2, sweep_seeds=1)
     whole = relspec.Study(lm, read_relations(relations), settings=settings, out=out)
     whole.collect()
@@ -50,14 +50,14 @@ def study(model, relations, out):
     plot(out)
 
 
-def edits(model, out):
+def edits(model, out, *, mesh=None):
     """Edits by two methods, each alone and one after the other, in directories of their own."""
     from support.tiny_edits import REQUESTS
 
     import jaxneurons
     from jaxneurons import edit
 
-    lm = jaxneurons.load(model)
+    lm = jaxneurons.load(model, mesh=mesh)
     methods = {
         f"layer {layer}": edit.KnowledgeNeurons(jaxneurons.NeuronSet.of(act=[(layer, 3)]))
         for layer in (0, 1)
@@ -66,6 +66,47 @@ def edits(model, out):
     common = {"measures": measures, "texts": ()}
     edit.evaluate(lm, REQUESTS, methods, out=out, **common)
     edit.evaluate_sequential(lm, REQUESTS, methods, sizes=(1, 3), out=f"{out}-sequence", **common)
+
+
+def every_method(model, out, *, mesh=None):
+    """The down kernels that each method makes of a model's, and how probable the answers are."""
+    import jax
+    from support.tiny_edits import REQUESTS
+
+    import jaxneurons
+    from jaxneurons import edit
+    from jaxneurons.processes.sharing import fetch
+
+    lm = jaxneurons.load(model, mesh=mesh)
+    text = [request.prompt for request in REQUESTS] * 8
+    covariance = edit.collect_covariance(lm, [0, 1], text=text)
+    neurons = jaxneurons.NeuronSet.of(act=[(0, 3), (1, 5)])
+    few = edit.Optimisation(steps=2, stop=0.0, prefixes=1)
+    methods = {
+        "rome": edit.ROME(layer=1, optimisation=few),
+        "memit": edit.MEMIT(layers=(0, 1), optimisation=few),
+        "alphaedit": edit.AlphaEdit(layers=(0, 1), optimisation=few),
+        "finetune": edit.FineTune(layer=1, steps=2),
+        "rows": edit.LearnedNeurons(neurons, steps=2),
+        "multipliers": edit.LearnedNeurons(neurons, learn="multipliers", steps=2),
+        "surgery": edit.KnowledgeNeurons(neurons),
+    }
+    values = {"base": fetch(lm.params["layers"]["ffn"]["down"]["kernel"])}
+    for name, settings in methods.items():
+        made = edit.edit(
+            lm.params,
+            REQUESTS,
+            config=lm.config,
+            tokenizer=lm.tokenizer,
+            settings=settings,
+            covariance=covariance,
+        )
+        edited = edit.apply(lm.params, made.changes, config=lm.config)
+        values[name] = fetch(edited["layers"]["ffn"]["down"]["kernel"])
+        if made.trace is not None:
+            values[f"{name}, probability"] = np.asarray(made.trace.probability)
+    if jax.process_index() == 0:
+        np.savez(out, **values)
 
 
 def spread(model, queries, out):
@@ -130,6 +171,15 @@ def hold(team, out, ill):
     team.wait("who never comes")
 
 
+JOBS = {
+    "locate": locate,
+    "study": study,
+    "edits": edits,
+    "every_method": every_method,
+    "spread": spread,
+}
+
+
 def work(job: Mapping[str, Any]) -> None:
     from jaxneurons.processes import join
 
@@ -138,7 +188,7 @@ def work(job: Mapping[str, Any]) -> None:
         if what == "hold":
             hold(team, **how)
         elif what != "nothing":
-            {"locate": locate, "study": study, "edits": edits, "spread": spread}[what](**how)
+            JOBS[what](**how)
     print(f"process {team.index} is done")
 
 
