@@ -1,12 +1,13 @@
 """The real programs compiled for TPU pods that are not there, beside what `plan` predicts of them.
 
-    python benchmarks/ahead_of_time.py [--only SETTING ...] [--out FILE]
+    python benchmarks/ahead_of_time.py [--only SETTING ...] [--out FILE] [--write docs/pod.md]
 
 needs the extra `tpu-plan` (libtpu) and, for each setting, some minutes and a few GiB. Each
 is compiled in a process of its own; a line of the file is what came of it, and settings that the
 file has are not compiled again. Without `--only` all of them, the smallest first.
 
 Bytes are of one device: the compiler's analysis of the program against `plan`'s prediction.
+`--write` puts a table of all lines of the file in the place of that of a page.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from results_page import replace_table
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
     # model, target, mesh, preset, job, rule, prompts at once, program
@@ -88,10 +91,29 @@ def compile_one(name):
     return row
 
 
+def table(rows):
+    """Lines of a table in Markdown: what fits, and how near the prediction is."""
+    lines = [
+        "| model, target | mesh, sharding | program | on a device, of | predicted | collectives |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rule = f", `{row['rule']}`" if row["rule"] else ""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
+        lines.append(
+            f"| {row['model']}, {row['target']} | {row['mesh']}, {row['sharding']} | "
+            f"`{row['program']}`{rule}, {row['prompts']} prompts | {row['peak'] / 1e9:.2f} of "
+            f"{row['memory'] / 1e9:.1f} GB | {row['predicted_peak'] / 1e9:.2f} GB | "
+            f"{kinds or 'not printed'} |"
+        )
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("ahead_of_time.jsonl"))
+    parser.add_argument("--write", type=Path, help="a page with such a table")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -117,6 +139,9 @@ def main():
         if not done.returncode:
             with arguments.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
+    if arguments.write:
+        replace_table(arguments.write, table(rows))
 
 
 if __name__ == "__main__":
