@@ -22,7 +22,7 @@ import jaxneurons as jn
 
 Row = dict[str, Any]
 MEASURES = ("efficacy_free", "generalisation_free", "locality_free", "probability_new")
-SHOWN = {"score": "score", "efficacy_free": "free", "probability_new": "p(new)"}
+SHOWN = {"score": "mean of three", "efficacy_free": "free", "probability_new": "p(new)"}
 METHODS = {
     "rome": jn.edit.ROME(),
     "rome-identity": jn.edit.ROME(covariance="identity"),
@@ -93,7 +93,8 @@ def section(
         f"## `{model}`: does what is located predict where to edit?\n",
         f"{len(facts)} requests whose old answer the model gives, each edited alone by {method} at "
         "each of some layers. Tracing: indirect effect of a restored state at the subject's last "
-        "token. Attribution: sum of a layer's absolute scores at the end of the prompt.\n",
+        "token. Attribution: sum of a layer's absolute scores at the end of the prompt. Mean of "
+        "three: of the new answer, of paraphrases and of neighbours kept, in free generation.\n",
         *markdown(
             f"**Edits by layer**; best: {', '.join(map(str, chosen.layers))}",
             ("layer", "score", "free", "paraphrases, free", "kept, free", "p(new)"),

@@ -342,7 +342,8 @@ def points(value: float) -> str:
 
 def prediction(lm: Any, model: str, data: Path | None, out: Path) -> list[str]:
     """Do causal tracing and attribution say beforehand where edits work?"""
-    return edit_layers.section(lm, model, requests_of(data, 600), out / "edit-layers")
+    requests = requests_of(data, 600 if data else None)
+    return edit_layers.section(lm, model, requests, out / "edit-layers")
 
 
 SECTIONS = {
