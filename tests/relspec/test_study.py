@@ -2,26 +2,22 @@
 
 import csv
 import dataclasses
-import functools
 import inspect
 import io
 import json
 import shutil
 
-import jax
-import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 from support.fixtures import write_lm
 from support.known import KINDS, WORDINGS, write_relations
-from support.models import compiled
 from support.pictures import ink
+from support.study_checks import check_accuracies, check_neurons
 
 import jaxneurons
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons.sets import FFN, NeuronSet, read_neurons
-from jaxneurons.prompts.matching import any_answers
 from jaxneurons.prompts.relations import Triple, read_relations
 from jaxneurons.relspec import analyses, drops, figures, stages
 from jaxneurons.relspec.method import RelSpecConfig
@@ -109,75 +105,12 @@ def test_everything_is_written(whole):
             assert len(list(csv.DictReader(file))) == len(rows) > 0
 
 
-def test_accuracies_against_a_plain_loop(whole, lm):
-    """One prompt at a time, no cache, neurons read back from their files."""
-    step = compiled(
-        lambda tokens, scales: (
-            jaxneurons.forward(lm.params, tokens, config=lm.config, scales=scales)
-            .logits[0, 0]
-            .argmax()
-        )
-    )
-
-    def right(prompt, scales):
-        ids = list(lm.tokenizer(prompt.text)["input_ids"])
-        length = len(ids)
-        (wanted,) = prompt.objects
-        needed = len(lm.tokenizer(f"{prompt.text} {wanted}")["input_ids"]) - length
-        for _ in range(max(2, needed + 1)):
-            padded = jnp.asarray([ids], jnp.int32)
-            ids.append(int(step(padded, scales)))
-        text, *ended = lm.tokenizer.decode(ids[length:]).split("</s>")
-        return any_answers(text, prompt.objects, ended=bool(ended))
-
-    rows = tables(whole)["ablation"]
-    for off in whole.known[:2]:
-        neurons = read_neurons(whole.out / "neurons" / f"{off}.csv")
-        assert len(neurons) == 24
-        scales = {
-            site: jnp.asarray(values)[:, None, None]
-            for site, values in neurons.scales(lm.config, sites=FFN).items()
-        }
-        for name in whole.known:
-            prompts = whole.prompts[name].evaluation
-            (row,) = (
-                r for r in rows if (r["off"], r["relation"], r["evaluation"]) == (off, name, "eva")
-            )
-            assert row["prompts"] == len(prompts) == 12
-            assert row["right_before"] == 12  # made of what it says
-            assert row["right"] == sum(right(prompt, scales) for prompt in prompts)
-            assert row["drop"] == pytest.approx((12 - row["right"]) / 12)
+def test_accuracies_against_a_plain_loop(whole):
+    check_accuracies(whole, tables(whole)["ablation"], facts=12)
 
 
 def test_the_neurons_are_those_of_highest_average_precision(whole):
-    from sklearn.metrics import average_precision_score
-
-    name = whole.known[1]
-    prompts = [one for of_relation in whole.prompts.values() for one in of_relation.validated]
-    positives = np.array([one.relation == name for one in prompts])
-    tokens = whole.encode(prompts)
-    responses = {site: [] for site in FFN}
-    run = jax.jit(
-        functools.partial(jaxneurons.forward, config=whole.lm.config, capture=FFN, reduce="mean")
-    )
-    for ids in tokens:
-        out = run(whole.lm.params, jnp.asarray([ids], jnp.int32))
-        for site in FFN:
-            responses[site].append(np.asarray(out.activations[site][:, 0]))
-    # Three relations of twelve are all negatives that there are.
-    best = []
-    for site in FFN:
-        values = np.array(responses[site])
-        for layer in range(values.shape[1]):
-            for index in range(values.shape[2]):
-                score = average_precision_score(positives, values[:, layer, index])
-                best.append((score, site, layer, index))
-    scores = {(site, layer, index): score for score, site, layer, index in best}
-    chosen = read_neurons(whole.out / "neurons" / f"{name}.csv")
-    lowest = min(scores[site, *neuron] for site, neuron in chosen)
-    others = [score for key, score in scores.items() if (key[0], key[1:]) not in chosen]
-    assert len(chosen) == 24
-    assert max(others) <= lowest + 1e-5
+    check_neurons(whole)
 
 
 def test_tables_agree_with_each_other(whole):

@@ -28,17 +28,20 @@ def said(lm, texts, steps=8):
     return [lm.tokenizer.decode(one) for one in found]
 
 
-def write_relations(directory, lm, *, facts=24, names=tuple(WORDINGS), unknown=0):
+def write_relations(directory, lm, *, facts=24, names=tuple(WORDINGS), unknown=0, tries=12):
     """Relation files in the format of LRE whose first wording the model answers.
 
-    `unknown`: so many facts of the first relation have another answer.
+    `unknown`: so many facts of the first relation have another answer; `tries`: subjects that are
+    asked of for each fact that is wanted.
     """
     directory.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     letters = list("abcdefghijklmnopqrstuvwxyz")
     for name in names:
         plain, other = WORDINGS[name]
-        subjects = list(dict.fromkeys("".join(rng.choice(letters, 4)) for _ in range(12 * facts)))
+        subjects = list(
+            dict.fromkeys("".join(rng.choice(letters, 4)) for _ in range(tries * facts))
+        )
         samples = []
         for subject, text in zip(
             subjects, said(lm, [plain.replace("{}", s) for s in subjects]), strict=True
