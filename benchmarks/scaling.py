@@ -162,10 +162,20 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ax.loglog(row["values"], values, "o-")
             ax.set_title(f"exponent {slope:.2f}")
             ax.set_xlabel(row["factor"])
+            ax.set_xticks(row["values"], [f"{value:g}" for value in row["values"]], minor=False)
+            ax.set_xticks([], minor=True)
+            ends = [min(values), max(values)]
+            ax.set_yticks(
+                ends,
+                [f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in ends],
+                minor=False,
+            )
+            ax.set_yticks([], minor=True)
+            ax.spines[["top", "right"]].set_visible(False)
             if column == 0:
                 ax.set_ylabel(f"{name}, {unit}")
     drawn.tight_layout()
-    drawn.savefig(path, dpi=150)
+    drawn.savefig(path, dpi=100)
     plt.close(drawn)
 
 
