@@ -139,8 +139,8 @@ def main():
         if not done.returncode:
             with arguments.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
     if arguments.write:
+        rows = [json.loads(line) for line in arguments.out.read_text().splitlines()]
         replace_table(arguments.write, table(rows))
 
 

@@ -1,4 +1,4 @@
-"""Every table of QRNCA, as a results file: the lab model's world, and facts that SmolLM2 knows.
+"""Every table of QRNCA, as a results file: the lab model's world, and facts of real models.
 
     python benchmarks/query_neurons.py --out runs/query_neurons --write docs/query_neurons.md
 

@@ -149,15 +149,13 @@ def sequential(rows: Rows, source: str) -> Any:
                 _curve(axes, line, name, _look(method, methods), STYLES[group])
             random = [row for row in controls if row["method"] == method and row[name] is not None]
             if random:
-                scale = 1 if name in MODEL_WIDE else 100
-                heights = [scale * row[name] for row in random]
+                heights = [_scale(name) * row[name] for row in random]
                 colour, mark = _look(method, methods)
                 looks = {"ms": 5, "mfc": "white", "mew": 1}
                 axes.plot([r["edits"] for r in random], heights, mark, color=colour, **looks)
         before = unedited.get("all", {}).get(name)
         if before is not None:
-            scale = 100 if label.endswith("%") else 1
-            axes.axhline(scale * before, color=GREY, lw=1, ls=(0, (1, 3)))
+            axes.axhline(_scale(name) * before, color=GREY, lw=1, ls=(0, (1, 3)))
         axes.set_xscale("log")
         sizes = sorted({row["edits"] for row in rows})
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
@@ -184,10 +182,15 @@ def sequential(rows: Rows, source: str) -> Any:
     return figure
 
 
+def _scale(name: str) -> int:
+    """Shares are shown in per cent."""
+    return 1 if name in MODEL_WIDE else 100
+
+
 def _curve(axes: Any, line: Rows, name: str, look: tuple[str, str], style: str) -> None:
     line = [row for row in line if row[name] is not None]
     colour, mark = look
-    scale = 1 if name in MODEL_WIDE else 100
+    scale = _scale(name)
     sizes = [row["edits"] for row in line]
     whole = style == STYLES["all"]
     axes.plot(

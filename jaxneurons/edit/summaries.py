@@ -12,6 +12,9 @@ from jaxneurons.storage.tables import Row
 UNEDITED, RANDOM = "unedited", "random"
 """The method that changes nothing; the control of a method (of no control, "")."""
 
+KEYS = ("method", "control")
+"""Columns whose values stand together, where edits are made one by one."""
+
 
 def spread(values: Iterable[float | None], name: str, *, seed: int) -> Row:
     """A mean with the ends of its interval, as `name`, `name_low`, `name_high`; None if empty."""
@@ -30,9 +33,7 @@ def averages(rows: Sequence[Row], *, seed: int = 0) -> Row:
     return line
 
 
-def summary_rows(
-    rows: Sequence[Row], keys: Sequence[str] = ("method", "control"), *, seed: int = 0
-) -> list[Row]:
+def summary_rows(rows: Sequence[Row], keys: Sequence[str] = KEYS, *, seed: int = 0) -> list[Row]:
     """A row for each method and control: means over requests, with 95 % intervals.
 
     Args:
@@ -40,12 +41,9 @@ def summary_rows(
       keys: columns whose values stand together.
       seed: of the resampling.
     """
-    table: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        table.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [
         {**dict(zip(keys, values, strict=True)), **averages(members, seed=seed)}
-        for values, members in table.items()
+        for values, members in _grouped(rows, keys).items()
     ]
 
 
@@ -55,7 +53,7 @@ def difference_rows(rows: Sequence[Row], *, seed: int = 0) -> list[Row]:
     Against "random", the method's own control, and "unedited", the model as it was; over the
     requests that have both numbers.
     """
-    table = _by_method(rows)
+    table = _grouped(rows, KEYS)
     unedited = {row["request"]: row for row in table.get((UNEDITED, ""), [])}
     differences = []
     for (method, control), members in table.items():
@@ -77,8 +75,9 @@ def difference_rows(rows: Sequence[Row], *, seed: int = 0) -> list[Row]:
     return differences
 
 
-def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    table: dict[tuple[str, str], list[Row]] = {}
+def _grouped(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows by their values in some columns, in the order in which these come."""
+    table: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        table.setdefault((row["method"], row["control"]), []).append(row)
+        table.setdefault(tuple(row[key] for key in keys), []).append(row)
     return table
