@@ -85,6 +85,13 @@ class ContextBatch(NamedTuple):
     ends: Int[Array | np.ndarray, "request context"]
     targets: Int[Array | np.ndarray, "request token"]
 
+    def some(self, first: int, end: int) -> "ContextBatch":
+        """The requests from the first to the one before `end`, of the same padded shape."""
+        each = self.ends.shape[1]
+        split = Split(*(array[first * each : end * each] for array in self.split))
+        ends, targets = self.ends[first:end], self.targets[first:end]
+        return ContextBatch(self.members[first:end], split, ends, targets)
+
 
 def batches(contexts: Sequence[Contexts], size: int) -> list[ContextBatch]:
     """Requests sorted by shape in batches of `size`, of few padded shapes."""

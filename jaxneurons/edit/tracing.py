@@ -33,6 +33,7 @@ from jaxneurons.edit.restoring import (
 )
 from jaxneurons.edit.traced_facts import POSITIONS, TracedFact, encode_fact, noised_prompts, plan
 from jaxneurons.engine import bootstrap
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.engine.rows import prefill
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model import layers
@@ -269,15 +270,20 @@ def _batch(
         normal = np.random.default_rng([settings.seed, i]).standard_normal(shape)
         return (settings.noise * spread * normal).astype(np.float32)
 
-    prompts = noised_prompts([encoded[i] for i in members], [draw(i) for i in members])
-    p = _restored_probabilities(
-        lm.params, prompts, config=lm.config, kinds=settings.kinds, window=settings.window
-    )
-    return {
-        "clean": fetch(p.clean),
-        "noised": fetch(p.noised).mean(0),
-        "restored": np.moveaxis(fetch(p.restored).mean(0), -1, 0),
-    }
+    def of_facts(first: int, end: int) -> dict[str, np.ndarray]:
+        some = members[first:end]
+        prompts = noised_prompts([encoded[i] for i in some], [draw(i) for i in some])
+        p = _restored_probabilities(
+            lm.params, prompts, config=lm.config, kinds=settings.kinds, window=settings.window
+        )
+        return {
+            "clean": fetch(p.clean),
+            "noised": fetch(p.noised).mean(0),
+            "restored": np.moveaxis(fetch(p.restored).mean(0), -1, 0),
+        }
+
+    count = len(members)
+    return ChunkSize(count, what="facts").run_rows(of_facts, count, axis=0)
 
 
 def _effects(

@@ -9,6 +9,7 @@ the key is a mean of, so that `v* - k* K` is the delta and nothing else.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from jaxneurons.edit.method import Optimisation, Trace
 from jaxneurons.edit.optimising import Optimised, Place, optimise_batch
 from jaxneurons.edit.prefixes import generate_prefixes
 from jaxneurons.edit.requests import EditRequest
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
@@ -96,9 +98,20 @@ def find_values(
     contexts = encode_contexts(tokenizer, requests, prefixes, config=config)
     rows: list[Any] = [None] * len(requests)
     done = 0
-    for batch in batches(contexts, batch_size(contexts, config)):
-        result = optimise_batch(
-            params, batch, config=config, layer=layer, place=place, optimisation=optimisation
+    size = batch_size(contexts, config)
+    optimise = functools.partial(
+        *(optimise_batch, params),
+        config=config,
+        layer=layer,
+        place=place,
+        optimisation=optimisation,
+    )
+    chunk = ChunkSize(size, what="requests")
+    for batch in batches(contexts, size):
+        result = chunk.run_rows(
+            lambda first, end, whole=batch: optimise(whole.some(first, end)),
+            len(batch.members),
+            axis=0,
         )
         for n, i in enumerate(batch.members.tolist()):
             if i >= 0:

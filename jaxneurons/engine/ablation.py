@@ -15,16 +15,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxneurons.checkpoints.loading import LM
+from jaxneurons.engine.device_memory import prompts_here
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model import finite
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.device_share import spread_batch
 from jaxneurons.model.generation import NO_TOKEN, greedy
-from jaxneurons.model.sharding import spread_batch
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import FFN, NeuronSet, check_site, site_width, stack_scales
-from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.answers import encode_prompt
 from jaxneurons.storage.printable import counted
@@ -115,6 +116,7 @@ def ablated(
         check_ids(prompt, config.vocab_size)
     shape = shape or default_shape()
     plan = batches.by_length(prompts, shape.prompts)
+    chunk = ChunkSize(shape.prompts, what="prompts")
     sites = tuple(dict.fromkeys([*sites, *(site for members in sets for site in members.codes)]))
     for start in range(0, len(sets), shape.sets):
         group = list(sets[start : start + shape.sets])
@@ -123,10 +125,9 @@ def ablated(
         generated = np.zeros((len(group), len(prompts), steps), np.int32)
         on_device = jax.device_put(scales)
         for batch in plan:
-            tokens, lengths = spread_batch(params, (batch.tokens, batch.lengths), config=config)
-            ids = generate_ablated(params, tokens, lengths, on_device, config=config, steps=steps)
             count = len(batch.index)
-            ids = fetch(ids)[: len(group), :count]
+            ids = _generated(params, batch, on_device, config=config, steps=steps, chunk=chunk)
+            ids = ids[: len(group), :count]
             if lost := _first_lost(ids):
                 number, row = lost
                 of_set = {site: values[number] for site, values in scales.items()}
@@ -139,6 +140,29 @@ def ablated(
             if progress is not None:
                 progress(ids.shape[0] * count)
         yield from enumerate(generated, start)
+
+
+def _generated(
+    params: Params,
+    batch: batches.PromptBatch,
+    scales: dict[str, Array],
+    *,
+    config: ModelConfig,
+    steps: int,
+    chunk: ChunkSize,
+) -> np.ndarray:
+    """`generate_ablated` of a batch, in parts where memory does not hold all of it."""
+
+    def of_rows(first: int, end: int) -> Array:
+        rows = (batch.tokens[first:end], batch.lengths[first:end])
+        rows = spread_batch(params, rows, config=config)
+        return generate_ablated(params, *rows, scales, config=config, steps=steps)
+
+    count, tokens = batch.tokens.shape
+    # Where prompts are long, the sets come one after the other.
+    sets = 1 if tokens > batches.LENGTH_TOKENS else max(map(len, scales.values()))
+    fit = prompts_here(params, config, prompts=sets * count, tokens=tokens + steps) // sets
+    return np.asarray(chunk.run_rows(of_rows, count, axis=1, most=max(1, fit)))
 
 
 def _first_lost(ids: np.ndarray) -> tuple[int, ...]:
@@ -191,6 +215,7 @@ def generate(
     tokens = _encoded(lm, prompts, steps)
     _check_scales(scales, lm.config, len(prompts))
     texts = [""] * len(prompts)
+    chunk = ChunkSize(default_shape().prompts, what="prompts")
     for batch in batches.by_length(tokens, _shape(1, len(prompts)).prompts):
         count = len(batch.index)
         rows = np.concatenate([batch.index, np.repeat(batch.index[:1], len(batch.tokens) - count)])
@@ -198,17 +223,24 @@ def generate(
             site: values[rows] if values.ndim == 3 else values
             for site, values in (scales or {}).items()
         }
-        rows = spread_batch(lm.params, (batch.tokens, batch.lengths), config=lm.config)
-        ids = fetch(
-            _greedy(
-                lm.params,
-                rows[0],
+
+        def of_rows(
+            first: int, end: int, batch: batches.PromptBatch = batch, here: Scales = here
+        ) -> Array:
+            rows = (batch.tokens[first:end], batch.lengths[first:end])
+            some, lengths = spread_batch(lm.params, rows, config=lm.config)
+            scales = {s: v[first:end] if v.ndim == 3 else v for s, v in here.items()}
+            return _greedy(
+                *(lm.params, some),
                 config=lm.config,
-                lengths=rows[1],
+                lengths=lengths,
                 steps=steps,
-                scales=here or None,
+                scales=scales or None,
             )
-        )[:count]
+
+        filled, width = batch.tokens.shape
+        fit = prompts_here(lm.params, lm.config, prompts=filled, tokens=width + steps)
+        ids = np.asarray(chunk.run_rows(of_rows, filled, axis=0, most=fit))[:count]
         if lost := _first_lost(ids):
             (row,) = lost
             of_row = {s: v[row] if v.ndim == 3 else v for s, v in here.items()}

@@ -39,6 +39,14 @@ class LastPosition(NamedTuple):
     targets: Int[Array, "batch answer"]
 
 
+def last_rows(last: LastPosition, first: int, end: int) -> LastPosition:
+    """Some of the prompts, from the first to the one before `end`."""
+    if (first, end) == (0, len(last.targets)):
+        return last
+    cut = LastPosition(*(array[first:end] for array in last))
+    return cut._replace(k=last.k[:, first:end], v=last.v[:, first:end])
+
+
 def last_position(pre: Prefill) -> LastPosition:
     """The last prompt position of a prefill."""
     return LastPosition(

@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxneurons.engine.device_memory import prompts_here
 from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError, DataError, WriteError
 from jaxneurons.model import finite
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.sharding import spread_batch
+from jaxneurons.model.device_share import spread_batch
 from jaxneurons.model.token_ids import check_ids
 from jaxneurons.model.transformer import Params, forward
 from jaxneurons.neurons.sets import check_site, site_width
-from jaxneurons.processes.sharing import fetch, spread
+from jaxneurons.processes.sharing import spread
 from jaxneurons.processes.team import ALONE, Processes, current
 from jaxneurons.prompts import batches
 from jaxneurons.prompts.batches import PromptBatch
@@ -194,7 +195,7 @@ class ResponseStore:
     ) -> None:
         """Take the responses of a batch and write them."""
         batch = self._plan[number]
-        means = fetch(self._means(params, batch, tuple(arrays), chunk))
+        means = self._means(params, batch, tuple(arrays), chunk)
         self._check(params, batch, means)
         self._write(number, len(batch.index), arrays, means)
 
@@ -202,20 +203,15 @@ class ResponseStore:
         self, params: Params, batch: PromptBatch, sites: tuple[str, ...], chunk: ChunkSize
     ) -> Mapping[str, Any]:
         """`mean_responses` of a batch, in parts where memory does not hold all of it."""
-        count = len(batch.tokens)
+        count, tokens = batch.tokens.shape
 
         def of_rows(start: int, end: int) -> Mapping[str, Any]:
             rows = (batch.tokens[start:end], batch.lengths[start:end])
             rows = spread_batch(params, rows, config=self.config)
             return mean_responses(params, *rows, config=self.config, sites=sites)
 
-        def in_parts(size: int) -> Mapping[str, Any]:
-            if size >= count:
-                return of_rows(0, count)
-            parts = [fetch(of_rows(i, i + size)) for i in range(0, count, size)]
-            return {site: np.concatenate([p[site] for p in parts], axis=1) for site in sites}
-
-        return chunk.run(in_parts)
+        fit = prompts_here(params, self.config, prompts=count, tokens=tokens)
+        return chunk.run_rows(of_rows, count, axis=1, most=fit)
 
     def _check(self, params: Params, batch: PromptBatch, means: Mapping[str, Any]) -> None:
         """Raise `DataError` for the first prompt of a batch whose responses are not finite."""

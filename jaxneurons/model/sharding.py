@@ -17,11 +17,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import numpy as np
-from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxneurons.errors import ConfigError, near_matches
@@ -36,8 +34,6 @@ from jaxneurons.model.parameters import (
 )
 from jaxneurons.storage.printable import counted
 from jaxneurons.storage.settings import check_fields
-
-Batch = TypeVar("Batch")
 
 MESH_AXES = ("data", "model")
 """The axes of every mesh that this library makes."""
@@ -199,12 +195,12 @@ def partition_specs(
         if len(set(used)) < len(used):
             raise ConfigError(
                 f"rules split the parameter axes {parameter.axes} over the mesh axes "
-                f"{tuple(_entry(names) for names in wanted)}: the same mesh axis twice; set one of "
-                "the rules to None"
+                f"{tuple(as_entry(names) for names in wanted)}: the same mesh axis twice; set one "
+                "of the rules to None"
             )
         return PartitionSpec(
             *(
-                None if parts[name] % _devices(names, sizes) else _entry(names)
+                None if parts[name] % devices_along(names, sizes) else as_entry(names)
                 for name, names in zip(parameter.axes, wanted, strict=True)
             )
         )
@@ -249,7 +245,7 @@ def undivided(
     result = []
     for name, axis in axes(config).items():
         names = rules.mesh_axes(name)
-        devices = _devices(names, sizes)
+        devices = devices_along(names, sizes)
         arrays = tuple(".".join(p.path) for p in list_parameters(config) if name in p.axes)
         if axis.parts % devices and arrays:
             result.append(Undivided(name, axis.parts, names, devices, arrays))
@@ -267,8 +263,8 @@ def whole_parameters(
     odd = undivided(config, sizes, rules)
     result = {}
     for parameter in list_parameters(config):
-        names = [name for entry in get(specs, parameter.path) for name in _names(entry)]
-        if _devices(names, sizes) > 1:
+        names = [name for entry in get(specs, parameter.path) for name in entry_axes(entry)]
+        if devices_along(names, sizes) > 1:
             continue
         reasons = [
             f"{entry.axis} ({entry.parts}) cannot be divided over {entry.devices} devices"
@@ -314,46 +310,7 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules = ShardingRules()) -> NamedS
       ConfigError: a rule names an axis that the mesh has not.
     """
     check_rules(rules, mesh.shape)
-    return NamedSharding(auto_mesh(mesh), PartitionSpec(_entry(rules.mesh_axes("batch"))))
-
-
-def spread_batch(params: Params, batch: Batch, *, config: ModelConfig) -> Batch:
-    """Arrays whose first axis is prompts, split over the axes of the parameters' mesh.
-
-    Over those that split no heads, feed-forward neurons, vocabulary or layers, as far as they
-    divide the prompts: then no two devices run the same prompt with the same part of the model.
-    Without a mesh, and inside of a trace, the arrays are what they were.
-
-    Args:
-      params: the model's parameters, wherever they lie.
-      batch: arrays, in any nesting.
-      config: the model's shape.
-    """
-    embedding = get(params, ("embed", "embedding"))
-    sharding = None if isinstance(embedding, Tracer) else getattr(embedding, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
-        return batch
-    taken = {
-        axis
-        for parameter in list_parameters(config)
-        for name, entry in zip(
-            parameter.axes, get(params, parameter.path).sharding.spec, strict=False
-        )
-        if name != "hidden"
-        for axis in _names(entry)
-    }
-    free = [axis for axis in sharding.mesh.axis_names if axis not in taken]
-
-    def split(array: Any) -> Any:
-        if isinstance(array, Tracer) or not np.ndim(array):
-            return array
-        names: list[str] = []
-        for axis in free:
-            if len(array) % _devices([*names, axis], sharding.mesh.shape) == 0:
-                names.append(axis)
-        return jax.device_put(array, NamedSharding(sharding.mesh, PartitionSpec(_entry(names))))
-
-    return jax.tree.map(split, batch)
+    return NamedSharding(auto_mesh(mesh), PartitionSpec(as_entry(rules.mesh_axes("batch"))))
 
 
 def check_rules(rules: ShardingRules, sizes: Mapping[str, int]) -> None:
@@ -373,16 +330,16 @@ def auto_mesh(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
-def _devices(names: Sequence[str], sizes: Mapping[str, int]) -> int:
+def devices_along(names: Sequence[str], sizes: Mapping[str, int]) -> int:
     """Devices along some axes of a mesh together."""
     return math.prod(sizes[name] for name in names)
 
 
-def _entry(names: Sequence[str]) -> MeshAxes:
+def as_entry(names: Sequence[str]) -> MeshAxes:
     """Mesh axes as a `PartitionSpec` has them."""
     return None if not names else names[0] if len(names) == 1 else tuple(names)
 
 
-def _names(entry: MeshAxes) -> tuple[str, ...]:
+def entry_axes(entry: MeshAxes) -> tuple[str, ...]:
     """Mesh axes of an entry of a `PartitionSpec`."""
     return (entry,) if isinstance(entry, str) else entry or ()

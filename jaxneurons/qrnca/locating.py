@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxneurons.checkpoints.loading import LM
+from jaxneurons.engine.device_memory import LEAST_ROW_BYTES, ROW_BYTES, prompts_for, rows_here
 from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.axis_types import any_axes
@@ -181,6 +182,11 @@ def _joined(
     )
 
 
+def row_memory() -> ChunkSize:
+    """Bytes that the rows of a batch may take."""
+    return ChunkSize(ROW_BYTES, what="bytes of rows", least=LEAST_ROW_BYTES)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Work:
     """Attributing batches of prompts, those aside that are finished.
@@ -190,14 +196,14 @@ class _Work:
       settings: hyper-parameters.
       store: where finished batches are.
       caches: where keys and values of prompts are kept.
-      rows: what memory holds of them.
+      rows: bytes that rows may take, fewer once memory has run out; prompts are halved with them.
     """
 
     lm: LM
     settings: QRNCAConfig
     store: Parts
     caches: Caches
-    rows: ChunkSize = dataclasses.field(default_factory=qrnca.row_memory)
+    rows: ChunkSize = dataclasses.field(default_factory=row_memory)
 
     def attribute(
         self,
@@ -239,13 +245,30 @@ class _Work:
     ) -> dict[str, np.ndarray]:
         start = time.perf_counter()
         lm, settings = self.lm, self.settings
-        pre = qrnca.run_prompts(lm.params, batch, config=lm.config, site=settings.site)
-        scores = qrnca.attribute_batch(
-            lm.params, batch, pre, config=lm.config, settings=settings, rows=self.rows
+        count, tokens = batch.tokens.shape
+        fit = rows_here(
+            lm.params, lm.config, prompts=count, tokens=tokens, answers=batch.targets.shape[1]
         )
-        if not spread(lm.params):  # each process has but some of the heads
-            kept = prompts_of(pre, site=settings.site, seq=batch.tokens.shape[1])
-            self.caches.keep(number, batch, kept)
+
+        def in_parts(row_bytes: int) -> dict[int, PromptScores]:
+            size = prompts_for(row_bytes, count)
+            scores: dict[int, PromptScores] = {}
+            for first in range(0, count, size):
+                part = batches.Batch(*(array[first : first + size] for array in batch))
+                pre = qrnca.run_prompts(lm.params, part, config=lm.config, site=settings.site)
+                scores |= qrnca.attribute_batch(
+                    *(lm.params, part, pre),
+                    config=lm.config,
+                    settings=settings,
+                    memory_budget=row_bytes,
+                )
+                # In several processes each has but some of the heads.
+                if size == count and not spread(lm.params):
+                    kept = prompts_of(pre, site=settings.site, seq=tokens)
+                    self.caches.keep(number, batch, kept)
+            return scores
+
+        scores = self.rows.run(in_parts, most=fit)
         computed.append(number)
         return pack(scores, time.perf_counter() - start)
 

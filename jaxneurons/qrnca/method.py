@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxneurons.engine.attribution import Attribution, attribute
+from jaxneurons.engine.device_memory import ROW_BYTES
 from jaxneurons.engine.last_position import last_position, scaled_answers, unchanged
-from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.engine.quadrature import Quadrature
 from jaxneurons.engine.rows import Prefill, prefill
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.model.config import ModelConfig
+from jaxneurons.model.device_share import spread_batch
 from jaxneurons.model.finite import NotFiniteError, explain
 from jaxneurons.model.parameters import Params
-from jaxneurons.model.sharding import spread_batch
 from jaxneurons.neurons.sets import Neuron, NeuronSet, Site
 from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts.answers import TargetForm
@@ -188,11 +188,6 @@ class _Answered(NamedTuple):
     activation: jax.Array
 
 
-def row_memory() -> ChunkSize:
-    """Bytes that the rows of a batch may take, fewer once memory has run out."""
-    return ChunkSize(1 << 30, what="bytes of rows", least=1 << 20)
-
-
 @functools.partial(jax.jit, static_argnames=("config", "settings", "memory_budget"))
 def _attribute(
     params: Params,
@@ -249,23 +244,20 @@ def attribute_batch(
     *,
     config: ModelConfig,
     settings: QRNCAConfig,
-    rows: ChunkSize | None = None,
+    memory_budget: int = ROW_BYTES,
 ) -> dict[int, PromptScores]:
     """Attribution of a batch of prompts that `run_prompts` has run, by their index in the plan.
 
     Source: section "neuron attribution" of the paper; the coarse threshold is applied here, so
-    that the scores of all neurons need not be kept. `rows` says, and learns, what memory holds.
+    that the scores of all neurons need not be kept. Rows take `memory_budget` bytes at most.
 
     Raises:
       NotFiniteError: scores of a prompt that are not finite: float16 overflows in some models.
     """
-    attribution, answered = fetch(
-        (rows or row_memory()).run(
-            lambda budget: _attribute(
-                params, batch, pre, config=config, settings=settings, memory_budget=budget
-            )
-        )
+    on_device = _attribute(
+        params, batch, pre, config=config, settings=settings, memory_budget=memory_budget
     )
+    attribution, answered = fetch(on_device)
     results = {}
     for row, index in enumerate(batch.index.tolist()):
         if index < 0:

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxneurons.engine.last_position import Answers, changes, scaled_answers
+from jaxneurons.engine.last_position import (
+    Answers,
+    Changes,
+    changes,
+    last_rows,
+    scaled_answers,
+)
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import ConfigError, DataError, near_matches
 from jaxneurons.neurons.controls import activation_matched, generator
 from jaxneurons.neurons.sets import NeuronSet, Ranking
@@ -299,16 +306,18 @@ def _run_batch(
         [row[trial] if trial < len(row) else UNTOUCHED for row in rows]
         for trial in range(max(map(len, rows)))
     ]
-    answers = fetch(
-        scaled_answers(
-            run.lm.params,
-            prompts.last,
-            changes(by_trial, site=site),
+    change = changes(by_trial, site=site)
+
+    def of_rows(first: int, end: int) -> Answers:
+        return scaled_answers(
+            *(run.lm.params, last_rows(prompts.last, first, end)),
+            Changes(*(array[:, first:end] for array in change)),
             config=config,
             site=site,
-            options=jnp.asarray(batch.options),
+            options=jnp.asarray(batch.options[first:end]),
         )
-    )
+
+    answers = fetch(ChunkSize(len(rows), what="prompts").run_rows(of_rows, len(rows), axis=1))
     _check_finite(run, plan, batch, answers)
     right = answers.first
     if batch.options.shape[1]:

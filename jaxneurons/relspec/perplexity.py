@@ -16,7 +16,7 @@ from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.errors import DataError
 from jaxneurons.model import finite
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.sharding import spread_batch
+from jaxneurons.model.device_share import spread_batch
 from jaxneurons.model.transformer import Params, Scales
 from jaxneurons.neurons.sets import NeuronSet, stack_scales
 from jaxneurons.processes.sharing import fetch, share_parts, spread

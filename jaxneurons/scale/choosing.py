@@ -124,7 +124,7 @@ def _candidates(
             continue
         seen = set()
         for divisor in DIVISORS:
-            chunks = _chunks(job, config, work, target, placement, divisor)
+            chunks = _chunks(job, config, work, target, placement, divisor, itemsize)
             if chunks in seen:
                 continue
             seen.add(chunks)
@@ -137,11 +137,19 @@ def _candidates(
 
 
 def _chunks(
-    job: Job, config: ModelConfig, work: Work, target: Target, placement: Placement, divisor: int
+    job: Job,
+    config: ModelConfig,
+    work: Work,
+    target: Target,
+    placement: Placement,
+    divisor: int,
+    itemsize: int,
 ) -> Chunks:
-    """Of every part of the mesh what one device does by default, divided; no more than there is."""
+    """Of every part of the mesh what one device runs at once, divided; no more than there is."""
     parts, local = batch_parts(job, placement), on_one_device(config, placement)
-    chunks = default_chunks(job, local, work, platform=target.device.platform)
+    kept = held(config, placement, itemsize)
+    room = int(target.fill * target.device.memory) - kept.resting - kept.gathered
+    chunks = default_chunks(job, local, work, platform=target.device.platform, room=max(0, room))
     prompts = min(max(1, chunks.prompts // divisor), -(-work.prompts // parts))
     return Chunks(
         parts * prompts,
@@ -162,4 +170,4 @@ def _least(
         return kept.resting + kept.gathered
 
     best = min(placements(config, target.count), key=size)
-    return best, _chunks(job, config, work, target, best, DIVISORS[-1])
+    return best, _chunks(job, config, work, target, best, DIVISORS[-1], itemsize)

@@ -13,6 +13,12 @@ from jax.typing import DTypeLike
 
 from jaxneurons.engine.ablation import default_shape, generate_ablated
 from jaxneurons.engine.attribution import integrated_gradients
+from jaxneurons.engine.device_memory import (
+    ROW_BYTES,
+    prompts_for,
+    prompts_that_fit,
+    row_bytes_that_fit,
+)
 from jaxneurons.engine.last_position import Changes, last_position, scaled_answers, trials_at_once
 from jaxneurons.engine.parametrisation import panels_at_first
 from jaxneurons.engine.quadrature import PANEL_NODES, Quadrature
@@ -44,7 +50,7 @@ def default_chunks(
     work: Work,
     *,
     platform: str,
-    memory_budget: int = 1 << 30,
+    room: int,
 ) -> Chunks:
     """What the library runs at once on one device if nothing else is said.
 
@@ -53,22 +59,31 @@ def default_chunks(
       config: the model's shape.
       work: how much of it.
       platform: cpu, gpu or tpu.
-      memory_budget: bytes that the rows of an attribution may take.
+      room: bytes of the device beside the parameters.
     """
-    shape = default_shape(platform)
+    shape, sets, rows_take = default_shape(platform), 1, ROW_BYTES
     if job in ("locate", "evaluate"):
         counted = max(work.tokens, ANSWER_TOKENS * work.answers)
         prompts = default_batch_size(platform)
         if counted > PLAN_TOKENS:
             prompts = _power_of_two(max(1, prompts * PLAN_TOKENS // counted))
+        rows_take = row_bytes_that_fit(
+            config, room, prompts=prompts, tokens=bucket(work.tokens), answers=work.answers
+        )
+        prompts = prompts_for(rows_take, prompts)
     elif job == "edit":
         prompts = requests_at_once(config, work, platform)
     else:
         prompts = ROWS if job == "responses" else shape.prompts
         if work.tokens > LENGTH_TOKENS:
             prompts = _power_of_two(max(1, prompts * LENGTH_TOKENS // bucket(work.tokens, 4)))
+        else:
+            sets = 1 if job == "responses" else shape.sets
+        tokens = bucket(work.tokens, 4)
+        fit = prompts_that_fit(config, room, prompts=sets * prompts, tokens=tokens)
+        prompts = max(1, fit // sets)
     keys = bucket(work.tokens) + work.answers - 1
-    rows = rows_in_budget(config, keys, memory_budget, platform=platform)
+    rows = rows_in_budget(config, keys, rows_take, platform=platform)
     trials = min(trials_at_once(config, prompts), work.sets)
     return Chunks(prompts, max(rows, 1), min(shape.sets, work.sets), trials)
 

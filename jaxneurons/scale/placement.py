@@ -12,8 +12,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.parameters import Parameter, axes, get, list_parameters
-from jaxneurons.model.sharding import MESH_AXES, PRESETS, ShardingRules, partition_specs
+from jaxneurons.model.device_share import SPLIT, model_of_parts
+from jaxneurons.model.parameters import Parameter, get, list_parameters
+from jaxneurons.model.sharding import (
+    MESH_AXES,
+    PRESETS,
+    ShardingRules,
+    partition_specs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,31 +106,8 @@ def _devices(spec: object, sizes: Mapping[str, int]) -> int:
 
 
 def on_one_device(config: ModelConfig, placement: Placement) -> ModelConfig:
-    """The model that a device computes: its heads, neurons and rows of the vocabulary.
-
-    Key and value heads that the devices do not divide stay whole on each, as far as its query heads
-    are divided by them.
-    """
-    parts = {name: axis.parts for name, axis in axes(config).items()}
-    local = {name: _share(parts[name], placement.parts(name)) for name in SPLIT}
-    kv_heads = local["kv_heads"]
-    while local["heads"] % kv_heads:
-        kv_heads -= 1
-    return dataclasses.replace(
-        config,
-        num_heads=local["heads"],
-        num_kv_heads=kv_heads,
-        intermediate_size=local["intermediate"],
-        vocab_size=local["vocab"],
-    )
-
-
-SPLIT = ("vocab", "intermediate", "heads", "kv_heads")
-"""Axes by which the work is split, and not only what is stored."""
-
-
-def _share(parts: int, devices: int) -> int:
-    return parts // devices if parts % devices == 0 else parts
+    """The model that a device computes: see `model_of_parts`."""
+    return model_of_parts(config, {name: placement.parts(name) for name in SPLIT})
 
 
 def layer_bytes(parameters: tuple[Parameter, ...], itemsize: int) -> int:

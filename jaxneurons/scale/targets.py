@@ -8,6 +8,7 @@ import math
 import os
 import re
 
+from jaxneurons.engine.device_memory import FILL, device_memory, machine_memory
 from jaxneurons.errors import ConfigError, close_matches, near_matches
 from jaxneurons.storage.settings import check_fields
 
@@ -97,7 +98,7 @@ class Target:
     @property
     def fill(self) -> float:
         """Share of the memory that a plan may take: the rest is for what it does not foresee."""
-        return 0.9
+        return FILL
 
 
 def parse_target(text: str) -> Target:
@@ -160,12 +161,7 @@ def _cubes(most: int) -> list[tuple[int, int, int]]:
 
 
 def _cpu(name: str, count: int) -> Target:
-    cores = max(1, (os.cpu_count() or 1))
-    memory = (
-        int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        if hasattr(os, "sysconf")
-        else 8 * GIB
-    )
+    cores, memory = max(1, (os.cpu_count() or 1)), machine_memory()
     device = Device(
         "cpu",
         "cpu",
@@ -192,11 +188,8 @@ def _here() -> Target:
             f"this machine has {kind!r}, whose peak is not known here; name a target like it: "
             + ", ".join(DEVICES)
         )
-    device = DEVICES[name]
-    stated = (devices[0].memory_stats() or {}).get("bytes_limit")
-    if stated:
-        device = dataclasses.replace(device, memory=int(stated))
-    return Target(HERE, device, len(devices))
+    memory = device_memory(jax.local_devices()[0])
+    return Target(HERE, dataclasses.replace(DEVICES[name], memory=memory), len(devices))
 
 
 _TPUS = {"tpu v4": "v4", "tpu v5 lite": "v5e", "tpu v5": "v5p", "tpu v6 lite": "v6e"}

@@ -1,13 +1,15 @@
 """Memory that runs out: less is run at once, with a warning, and the same comes out."""
 
+import functools
 import re
 
+import jax
 import numpy as np
 import pytest
 from support.models import tiny_config, tiny_params
 
 import jaxneurons
-from jaxneurons.engine import SmallerChunkWarning, responses
+from jaxneurons.engine import SmallerChunkWarning, ablate, ablation, generate, responses
 from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.engine.responses import ResponseStore, mean_responses
 
@@ -169,3 +171,118 @@ def test_measures_go_on_with_fewer_edits(monkeypatch):
         assert one["generated"] == other["generated"]
         assert one["probability_new"] == pytest.approx(other["probability_new"], rel=1e-4)
         assert one["locality_kl"] == pytest.approx(other["locality_kl"], rel=1e-3, abs=1e-7)
+
+
+def test_generations_go_on_with_fewer_prompts(monkeypatch):
+    lm = jaxneurons.load("lab")
+    prompts = ["the city of", "a", "the river in the", "some people"]
+    sets = {"some": jaxneurons.NeuronSet.of(up=[(1, 3), (2, 5)])}
+    scales = np.ones((4, lm.config.num_layers, lm.config.intermediate_size), np.float32)
+    scales[2:, 1] = 0
+    whole = ablate(lm, prompts, sets, steps=3), generate(lm, prompts, scales={"up": scales})
+    calls = failing_above(monkeypatch, ablation, "generate_ablated", 1)
+    with pytest.warns(SmallerChunkWarning) as warned:
+        parts = ablate(lm, prompts, sets, steps=3)
+    assert [re.search(r"\d prompts at once", str(w.message))[0][0] for w in warned] == ["4", "2"]
+    assert calls == [4, 2, 1, 1, 1, 1]
+    calls = failing_above(monkeypatch, ablation, "_greedy", 2)
+    with pytest.warns(SmallerChunkWarning):
+        assert (parts, generate(lm, prompts, scales={"up": scales})) == whole
+    assert calls[-2:] == [2, 2]
+
+
+def test_trials_go_on_with_fewer_prompts(monkeypatch):
+    from jaxneurons.qrnca import trials
+
+    lm = jaxneurons.load("lab")
+    queries = jaxneurons.qrnca.bundled_queries("lab-cloze")[::160]
+    settings = jaxneurons.qrnca.QRNCAConfig(prompts=1)
+    run = jaxneurons.qrnca.locate(lm, queries, settings=settings)
+    whole = jaxneurons.qrnca.evaluate(run)
+    scaled, calls = trials.scaled_answers, []
+
+    def limited(params, last, *arguments, **options):
+        calls.append(len(last.targets))
+        if calls[-1] > 2:
+            raise ExhaustedError
+        return scaled(params, last, *arguments, **options)
+
+    monkeypatch.setattr(trials, "scaled_answers", limited)
+    again = jaxneurons.qrnca.locate(lm, queries, settings=settings)
+    with pytest.warns(SmallerChunkWarning):
+        parts = jaxneurons.qrnca.evaluate(again)
+    assert calls[0] > 2
+    assert calls[-1] == 2
+    for name in whole:
+        for one, other in zip(whole.rows(name), parts.rows(name), strict=True):
+            for key, value in one.items():
+                if isinstance(value, float):
+                    assert other[key] == pytest.approx(value, rel=1e-3, abs=1e-6, nan_ok=True)
+                else:
+                    assert other[key] == value
+
+
+@pytest.mark.slow
+def test_tracing_goes_on_with_fewer_facts(monkeypatch):
+    from jaxneurons.edit import lab_requests, trace, tracing
+    from jaxneurons.edit.requests import KnownFact
+
+    lm = jaxneurons.load("lab")
+    facts = [
+        KnownFact(request.prompt, request.subject, request.ground_truth)
+        for request in lab_requests(8)
+    ]
+    whole = trace(lm, facts, samples=2)
+    restored, calls = tracing._restored_probabilities, []
+
+    def limited(params, prompts, **options):
+        calls.append(len(prompts.tokens))
+        if calls[-1] > 1:
+            raise ExhaustedError
+        return restored(params, prompts, **options)
+
+    monkeypatch.setattr(tracing, "_restored_probabilities", limited)
+    with pytest.warns(SmallerChunkWarning, match="facts at once"):
+        parts = trace(lm, facts, samples=2)
+    assert max(calls) > 1
+    assert calls[-1] == 1
+    for name in ("effects", "facts"):
+        for one, other in zip(whole.rows(name), parts.rows(name), strict=True):
+            assert one.keys() == other.keys()
+            for key, value in one.items():
+                wanted = pytest.approx(value, abs=1e-5) if isinstance(value, float) else value
+                assert other[key] == wanted
+
+
+def test_values_are_found_with_fewer_requests(monkeypatch):
+    from jaxneurons.edit import Optimisation, lab_requests, values
+    from jaxneurons.edit.values import find_values
+
+    lm = jaxneurons.load("lab")
+    requests = lab_requests(3)
+    find = functools.partial(
+        *(find_values, lm.params, requests),
+        config=lm.config,
+        tokenizer=lm.tokenizer,
+        layer=2,
+        place="residual",
+        optimisation=Optimisation(steps=3, prefixes=2),
+    )
+    whole = find()
+    optimise, calls = values.optimise_batch, []
+
+    def limited(params, batch, **options):
+        calls.append(len(batch.members))
+        if calls[-1] > 1:
+            raise ExhaustedError
+        return optimise(params, batch, **options)
+
+    monkeypatch.setattr(values, "optimise_batch", limited)
+    with pytest.warns(SmallerChunkWarning, match="requests at once"):
+        parts = find()
+    assert calls[0] > 1
+    assert calls[-len(requests) :] == [1] * len(requests)
+    for one, other in zip(jax.tree.leaves(whole.trace), jax.tree.leaves(parts.trace), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(parts.delta, whole.delta, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(parts.keys, whole.keys, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from support.models import compiled, random_tokens, tiny_config, tiny_params
 
 from jaxneurons import ConfigError, Quadrature, forward, integrated_gradients
+from jaxneurons.model.device_share import spread_batch
 from jaxneurons.model.sharding import (
     PRESETS,
     ShardingRules,
@@ -21,7 +22,6 @@ from jaxneurons.model.sharding import (
     partition_specs,
     resolve_rules,
     shard_params,
-    spread_batch,
     undivided,
     whole_parameters,
 )
