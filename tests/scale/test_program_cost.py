@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxneurons.scale.program_cost import Buffer, arena, cost
+from jaxneurons.scale.arena import Buffer, arena
+from jaxneurons.scale.program_cost import cost
 
 F32 = jnp.float32
 
