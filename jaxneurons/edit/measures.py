@@ -28,10 +28,10 @@ from jaxneurons.edit.changes import Change, apply
 from jaxneurons.edit.low_rank_terms import low_rank_terms, stacked_terms
 from jaxneurons.edit.outcomes import Outcome, measured_row
 from jaxneurons.edit.requests import EditRequest
-from jaxneurons.engine.ablation import continuation
 from jaxneurons.engine.likelihood import sentence_loss
 from jaxneurons.engine.logits import logits_at_once
 from jaxneurons.engine.out_of_memory import ChunkSize
+from jaxneurons.engine.texts import continuation
 from jaxneurons.errors import ConfigError
 from jaxneurons.model.axis_types import any_axes
 from jaxneurons.model.config import ModelConfig

@@ -13,8 +13,8 @@ from jaxneurons import NeuronSet, forward
 from jaxneurons import edit as ed
 from jaxneurons.edit.differences import diff
 from jaxneurons.edit.method import KnowledgeNeurons, LearnedNeurons
-from jaxneurons.engine.ablation import generate
 from jaxneurons.engine.readout import words
+from jaxneurons.engine.texts import generate
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -9,7 +9,8 @@ from support.models import compiled, tiny_config, tiny_params
 
 import jaxneurons
 from jaxneurons import forward
-from jaxneurons.engine.ablation import Shape, ablate, ablated, generate
+from jaxneurons.engine.ablation import Shape, ablated
+from jaxneurons.engine.texts import ablate, generate
 from jaxneurons.errors import ConfigError, DataError
 from jaxneurons.neurons.controls import random_neurons
 from jaxneurons.neurons.sets import FFN, SITES, NeuronSet, stack_scales

@@ -9,7 +9,7 @@ import pytest
 from support.models import tiny_config, tiny_params
 
 import jaxneurons
-from jaxneurons.engine import SmallerChunkWarning, ablate, ablation, generate, responses
+from jaxneurons.engine import SmallerChunkWarning, ablate, ablation, generate, responses, texts
 from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.engine.responses import ResponseStore, mean_responses
 
@@ -185,7 +185,7 @@ def test_generations_go_on_with_fewer_prompts(monkeypatch):
         parts = ablate(lm, prompts, sets, steps=3)
     assert [re.search(r"\d prompts at once", str(w.message))[0][0] for w in warned] == ["4", "2"]
     assert calls == [4, 2, 1, 1, 1, 1]
-    calls = failing_above(monkeypatch, ablation, "_greedy", 2)
+    calls = failing_above(monkeypatch, texts, "_greedy", 2)
     with pytest.warns(SmallerChunkWarning):
         assert (parts, generate(lm, prompts, scales={"up": scales})) == whole
     assert calls[-2:] == [2, 2]
