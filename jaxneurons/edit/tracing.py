@@ -131,8 +131,9 @@ def trace(
         )
     planned = plan(encoded, size)
     done, rows, numbers = 0, [], {}
+    chunk = ChunkSize(size, what="facts")
     jobs = {
-        number: functools.partial(_batch, lm, encoded, members, spread, settings)
+        number: functools.partial(_batch, lm, encoded, members, spread, settings, chunk)
         for number, members in enumerate(planned)
     }
     together = processes.spread(lm.params)
@@ -261,6 +262,7 @@ def _batch(
     members: Sequence[int],
     spread: float,
     settings: _Settings,
+    chunk: ChunkSize,
 ) -> dict[str, np.ndarray]:
     """Probabilities of a batch's facts, means over samples; `restored` is [fact, kind, ...]."""
 
@@ -282,8 +284,7 @@ def _batch(
             "restored": np.moveaxis(fetch(p.restored).mean(0), -1, 0),
         }
 
-    count = len(members)
-    return ChunkSize(count, what="facts").run_rows(of_facts, count, axis=0)
+    return chunk.run_rows(of_facts, len(members), axis=0)
 
 
 def _effects(

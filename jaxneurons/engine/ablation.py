@@ -148,8 +148,8 @@ def _generated(
     count, tokens = batch.tokens.shape
     # Where prompts are long, the sets come one after the other.
     sets = 1 if tokens > batches.LENGTH_TOKENS else max(map(len, scales.values()))
-    fit = prompts_here(params, config, prompts=sets * count, tokens=tokens + steps) // sets
-    return np.asarray(chunk.run_rows(of_rows, count, axis=1, most=max(1, fit)))
+    fit, parts = prompts_here(params, config, prompts=count, tokens=tokens + steps, sets=sets)
+    return np.asarray(chunk.run_rows(of_rows, count, axis=1, most=fit, parts=parts))
 
 
 def first_lost(ids: np.ndarray) -> tuple[int, ...]:

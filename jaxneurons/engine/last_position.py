@@ -43,8 +43,8 @@ def last_rows(last: LastPosition, first: int, end: int) -> LastPosition:
     """Some of the prompts, from the first to the one before `end`."""
     if (first, end) == (0, len(last.targets)):
         return last
-    cut = LastPosition(*(array[first:end] for array in last))
-    return cut._replace(k=last.k[:, first:end], v=last.v[:, first:end])
+    k, v, *of_prompts = last
+    return LastPosition(k[:, first:end], v[:, first:end], *(a[first:end] for a in of_prompts))
 
 
 def last_position(pre: Prefill) -> LastPosition:

@@ -210,8 +210,8 @@ class ResponseStore:
             rows = spread_batch(params, rows, config=self.config)
             return mean_responses(params, *rows, config=self.config, sites=sites)
 
-        fit = prompts_here(params, self.config, prompts=count, tokens=tokens)
-        return chunk.run_rows(of_rows, count, axis=1, most=fit)
+        fit, parts = prompts_here(params, self.config, prompts=count, tokens=tokens)
+        return chunk.run_rows(of_rows, count, axis=1, most=fit, parts=parts)
 
     def _check(self, params: Params, batch: PromptBatch, means: Mapping[str, Any]) -> None:
         """Raise `DataError` for the first prompt of a batch whose responses are not finite."""

@@ -86,8 +86,8 @@ def generate(
             )
 
         filled, width = batch.tokens.shape
-        fit = prompts_here(lm.params, lm.config, prompts=filled, tokens=width + steps)
-        ids = np.asarray(chunk.run_rows(of_rows, filled, axis=0, most=fit))[:count]
+        fit, parts = prompts_here(lm.params, lm.config, prompts=filled, tokens=width + steps)
+        ids = np.asarray(chunk.run_rows(of_rows, filled, axis=0, most=fit, parts=parts))[:count]
         if lost := first_lost(ids):
             (row,) = lost
             of_row = {s: v[row] if v.ndim == 3 else v for s, v in here.items()}

@@ -5,7 +5,7 @@ Read from the arrays' own shardings, so that whoever lays parameters out says it
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -124,3 +124,64 @@ def _prompt_axes(params: Params, config: ModelConfig, mesh: Mesh) -> list[str]:
         for axis in entry_axes(entry)
     }
     return [axis for axis in mesh.axis_names if axis not in taken]
+
+
+class Held(NamedTuple):
+    """Parameters on one device, in bytes.
+
+    Attributes:
+      resting: its share of all of them.
+      gathered: the largest module that is put together from all devices' shares to be used: a
+        layer, or an embedding; 0 where none is.
+      moved: what it receives when every parameter is used once.
+    """
+
+    resting: int
+    gathered: int
+    moved: int
+
+
+def held_by(
+    config: ModelConfig,
+    specs: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    itemsize: int,
+) -> Held:
+    """What a device holds of a model's parameters.
+
+    Args:
+      config: the model's shape.
+      specs: a `PartitionSpec` of each parameter, nested as they are.
+      sizes: devices along each axis of the mesh.
+      itemsize: bytes of a value.
+    """
+    resting = moved = layer = others = 0
+    for parameter in list_parameters(config):
+        entries = [entry_axes(entry) for entry in get(specs, parameter.path)]
+        share = parameter.size // devices_along([n for names in entries for n in names], sizes)
+        resting += share
+        hidden = [
+            n
+            for axis, names in zip(parameter.axes, entries, strict=False)
+            if axis == "hidden"
+            for n in names
+        ]
+        whole = devices_along(hidden, sizes) * share
+        if whole == share:
+            continue
+        moved += whole - share
+        if parameter.per_layer:
+            layer += whole // config.num_layers
+        else:
+            others = max(others, whole)
+    return Held(resting * itemsize, max(layer, others) * itemsize, moved * itemsize)
+
+
+def held_here(params: Params, config: ModelConfig) -> Held:
+    """What each device holds of parameters, wherever they lie."""
+    mesh = _mesh_of(params)
+    leaves = jax.tree.leaves(params)
+    if mesh is None:
+        return Held(sum(leaf.nbytes for leaf in leaves), 0, 0)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+    return held_by(config, specs, mesh.shape, max(leaf.dtype.itemsize for leaf in leaves))

@@ -154,6 +154,11 @@ def plan(prompts: Sequence[TokenPrompt], batch_size: int | None = None) -> list[
     return batches
 
 
+def some(batch: Batch, first: int, end: int) -> Batch:
+    """Some rows of a batch, from the first to the one before `end`."""
+    return Batch(*(array[first:end] for array in batch))
+
+
 def counts(batches: Sequence[Batch]) -> list[int]:
     """Prompts of each batch, without the rows that fill its shape."""
     return [int((batch.index >= 0).sum()) for batch in batches]

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 
+from jaxneurons.engine.device_memory import prompts_here
+from jaxneurons.engine.out_of_memory import ChunkSize
 from jaxneurons.errors import DataError
 from jaxneurons.model.config import ModelConfig
 from jaxneurons.model.parameters import Params
@@ -106,9 +109,18 @@ def _log_probabilities(
 ) -> list[float]:
     """Log-probability of each whole answer."""
     logps = np.zeros(len(prompts))
-    for batch in batches.plan(prompts, batch_size):
-        pre = run_prompts(params, batch, config=config, site=site)
-        p = np.maximum(np.asarray(pre.probability, np.float64), np.finfo(np.float64).tiny)
+    planned = batches.plan(prompts, batch_size)
+    chunk = ChunkSize(max((len(batch.index) for batch in planned), default=1), what="prompts")
+    for batch in planned:
+
+        def of_rows(first: int, end: int, batch: batches.Batch = batch) -> Array:
+            part = batches.some(batch, first, end)
+            return run_prompts(params, part, config=config, site=site).probability
+
+        count, tokens = batch.tokens.shape
+        fit, parts = prompts_here(params, config, prompts=count, tokens=tokens)
+        p = chunk.run_rows(of_rows, count, axis=0, most=fit, parts=parts)
+        p = np.maximum(np.asarray(p, np.float64), np.finfo(np.float64).tiny)
         real = batch.index >= 0
         logps[batch.index[real]] = np.log(p).sum(-1)[real]
     return logps.tolist()

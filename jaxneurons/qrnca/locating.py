@@ -43,7 +43,7 @@ from jaxneurons.qrnca.files import (
 )
 from jaxneurons.qrnca.joining import join
 from jaxneurons.qrnca.method import PromptScores, QRNCAConfig
-from jaxneurons.qrnca.prompt_cache import Caches, prompts_of
+from jaxneurons.qrnca.prompt_cache import Caches, Prompts, joined, prompts_of
 from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import Parts, RunDirectory, digest, write_json_lines
@@ -63,7 +63,8 @@ def locate(
     """Find the query-relevant neurons of every query.
 
     Batches are planned before anything runs and, with `out`, saved as they finish; the same call
-    after a stop does the rest and writes the same files. (Timings in run.json aside.)
+    after a stop does the rest and writes the same files. (Timings in run.json aside; where less
+    memory is there, so that less is run at once, scores are rounded otherwise.)
 
     Args:
       lm: the model.
@@ -246,15 +247,16 @@ class _Work:
         start = time.perf_counter()
         lm, settings = self.lm, self.settings
         count, tokens = batch.tokens.shape
-        fit = rows_here(
+        fit, parts = rows_here(
             lm.params, lm.config, prompts=count, tokens=tokens, answers=batch.targets.shape[1]
         )
 
         def in_parts(row_bytes: int) -> dict[int, PromptScores]:
-            size = prompts_for(row_bytes, count)
+            size = prompts_for(row_bytes, count, parts)
             scores: dict[int, PromptScores] = {}
+            kept: list[Prompts] = []
             for first in range(0, count, size):
-                part = batches.Batch(*(array[first : first + size] for array in batch))
+                part = batches.some(batch, first, first + size)
                 pre = qrnca.run_prompts(lm.params, part, config=lm.config, site=settings.site)
                 scores |= qrnca.attribute_batch(
                     *(lm.params, part, pre),
@@ -262,10 +264,10 @@ class _Work:
                     settings=settings,
                     memory_budget=row_bytes,
                 )
-                # In several processes each has but some of the heads.
-                if size == count and not spread(lm.params):
-                    kept = prompts_of(pre, site=settings.site, seq=tokens)
-                    self.caches.keep(number, batch, kept)
+                kept.append(prompts_of(pre, site=settings.site, seq=tokens))
+            # In several processes each has but some of the heads.
+            if self.caches.path is not None and not spread(lm.params):
+                self.caches.keep(number, batch, joined(kept))
             return scores
 
         scores = self.rows.run(in_parts, most=fit)

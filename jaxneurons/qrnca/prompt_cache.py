@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxneurons.engine.last_position import LastPosition, last_position
 from jaxneurons.engine.rows import Prefill
+from jaxneurons.processes.sharing import fetch
 from jaxneurons.prompts.batches import Batch
 from jaxneurons.storage.store import digest
 
@@ -50,6 +51,15 @@ def prompts_of(pre: Prefill, *, site: str, seq: int) -> Prompts:
     return Prompts(
         last._replace(k=last.k[:, :, :seq], v=last.v[:, :, :seq]), pre.captured[site][:, :, 0]
     )
+
+
+def joined(parts: Sequence[Prompts]) -> Prompts:
+    """The prompts of all parts, in order, on the host where there are several."""
+    if len(parts) == 1:
+        return parts[0]
+    fetched = [fetch(part) for part in parts]
+    axes = Prompts(LastPosition(1, 1, 0, 0, 0, 0), 1)  # pyright: ignore[reportArgumentType]
+    return jax.tree.map(lambda axis, *arrays: np.concatenate(arrays, axis), axes, *fetched)
 
 
 def default_limit(path: str | os.PathLike[str]) -> int:

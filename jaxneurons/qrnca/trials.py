@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxneurons.engine.device_memory import prompts_here
 from jaxneurons.engine.last_position import (
     Answers,
     Changes,
@@ -29,7 +30,7 @@ from jaxneurons.prompts import batches
 from jaxneurons.qrnca.baselines import MATCHED, METHODS, method_sets
 from jaxneurons.qrnca.method import run_prompts
 from jaxneurons.qrnca.pcr import FACTORS, unrelated_queries
-from jaxneurons.qrnca.prompt_cache import Caches, Prompts, prompts_of
+from jaxneurons.qrnca.prompt_cache import Caches, Prompts, joined, prompts_of
 from jaxneurons.qrnca.run import Run
 from jaxneurons.storage.progress import Progress
 from jaxneurons.storage.store import digest
@@ -259,10 +260,13 @@ def _parts(
     """The part of each batch: `p` and `right` [1 + trial, row], and `seconds`."""
     names = [f"trials-{plan.key}-{number:05d}" for number in range(len(planned))]
     caches = Caches(run.path)
+    chunk = ChunkSize(max((len(batch.index) for batch in planned), default=1), what="prompts")
     share_parts(
         run.store,
         {
-            name: functools.partial(_run_batch, run, plan, batch, caches.ahead([(number, batch)]))
+            name: functools.partial(
+                _run_batch, run, plan, batch, caches.ahead([(number, batch)]), chunk
+            )
             for number, (name, batch) in enumerate(zip(names, planned, strict=True))
         },
         together=spread(run.lm.params),
@@ -278,7 +282,8 @@ def _parts(
     kept = caches.ahead(missing)
     parts, done = [], 0
     for name, batch in zip(names, planned, strict=True):
-        parts.append(run.store.part(name, functools.partial(_run_batch, run, plan, batch, kept)))
+        make = functools.partial(_run_batch, run, plan, batch, kept, chunk)
+        parts.append(run.store.part(name, make))
         done += int((batch.index >= 0).sum())
         if progress is not None:
             progress(done, len(run.encoded))
@@ -286,15 +291,37 @@ def _parts(
 
 
 def _run_batch(
-    run: Run, plan: Plan, batch: batches.Batch, kept: Iterator[Prompts | None]
+    run: Run,
+    plan: Plan,
+    batch: batches.Batch,
+    kept: Iterator[Prompts | None],
+    chunk: ChunkSize,
 ) -> dict[str, np.ndarray]:
     """The part of a batch, whose prompts are the next of `kept`."""
     start = time.perf_counter()
     prompts = next(kept)
     config, site = run.lm.config, run.settings.site
+    count, tokens = batch.tokens.shape
+    fit, parts = prompts_here(run.lm.params, config, prompts=count, tokens=tokens)
     if prompts is None:
-        pre = run_prompts(run.lm.params, batch, config=config, site=site)
-        prompts = prompts_of(pre, site=site, seq=batch.tokens.shape[1])
+        prompts = chunk.run(
+            lambda size: joined(
+                [
+                    prompts_of(
+                        run_prompts(
+                            *(run.lm.params, batches.some(batch, first, first + size)),
+                            config=config,
+                            site=site,
+                        ),
+                        site=site,
+                        seq=tokens,
+                    )
+                    for first in range(0, count, size)
+                ]
+            ),
+            most=fit,
+            least=parts,
+        )
     active = np.abs(fetch(prompts.active).astype(np.float32)).swapaxes(0, 1)
     owners = run.owners()
     rows: list[list[tuple[NeuronSet, float]]] = [
@@ -317,7 +344,7 @@ def _run_batch(
             options=jnp.asarray(batch.options[first:end]),
         )
 
-    answers = fetch(ChunkSize(len(rows), what="prompts").run_rows(of_rows, len(rows), axis=1))
+    answers = fetch(chunk.run_rows(of_rows, count, axis=1, most=fit, parts=parts))
     _check_finite(run, plan, batch, answers)
     right = answers.first
     if batch.options.shape[1]:

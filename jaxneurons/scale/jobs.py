@@ -79,7 +79,7 @@ def default_chunks(
             prompts = _power_of_two(max(1, prompts * LENGTH_TOKENS // bucket(work.tokens, 4)))
         else:
             sets = 1 if job == "responses" else shape.sets
-        tokens = bucket(work.tokens, 4)
+        tokens = bucket(work.tokens, 4) + (0 if job == "responses" else work.generated)
         fit = prompts_that_fit(config, room, prompts=sets * prompts, tokens=tokens)
         prompts = max(1, fit // sets)
     keys = bucket(work.tokens) + work.answers - 1

@@ -8,12 +8,10 @@ table of parameters.
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from jaxneurons.model.config import ModelConfig
-from jaxneurons.model.device_share import SPLIT, model_of_parts
-from jaxneurons.model.parameters import Parameter, get, list_parameters
+from jaxneurons.model.device_share import SPLIT, Held, held_by, model_of_parts
+from jaxneurons.model.parameters import Parameter
 from jaxneurons.model.sharding import (
     MESH_AXES,
     PRESETS,
@@ -61,48 +59,10 @@ class Placement:
         return math.prod(self.sizes[name] for name in self.rules.mesh_axes(axis))
 
 
-class Held(NamedTuple):
-    """Parameters on one device, in bytes.
-
-    Attributes:
-      resting: its share of all of them.
-      gathered: the largest module that is put together from all devices' shares to be used: a
-        layer, or an embedding; 0 where none is.
-      moved: what it receives when every parameter is used once.
-    """
-
-    resting: int
-    gathered: int
-    moved: int
-
-
 def held(config: ModelConfig, placement: Placement, itemsize: int) -> Held:
     """What a device holds of a model's parameters of `itemsize` bytes each."""
     specs = partition_specs(config, placement.sizes, placement.rules)
-    hidden = placement.rules.mesh_axes("hidden")
-    resting = moved = layer = others = 0
-    for parameter in list_parameters(config):
-        spec = get(specs, parameter.path)
-        share = parameter.size // _devices(spec, placement.sizes)
-        resting += share
-        whole = _devices([n for n in _names(spec) if n in hidden], placement.sizes) * share
-        if whole == share:
-            continue
-        moved += whole - share
-        if parameter.per_layer:
-            layer += whole // config.num_layers
-        else:
-            others = max(others, whole)
-    return Held(resting * itemsize, max(layer, others) * itemsize, moved * itemsize)
-
-
-def _names(spec: object) -> list[str]:
-    entries = list(spec)  # pyright: ignore[reportCallIssue, reportArgumentType, reportUnknownVariableType]
-    return [n for e in entries if e is not None for n in ((e,) if isinstance(e, str) else e)]
-
-
-def _devices(spec: object, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[name] for name in _names(spec))
+    return held_by(config, specs, placement.sizes, itemsize)
 
 
 def on_one_device(config: ModelConfig, placement: Placement) -> ModelConfig:

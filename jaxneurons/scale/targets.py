@@ -188,8 +188,11 @@ def _here() -> Target:
             f"this machine has {kind!r}, whose peak is not known here; name a target like it: "
             + ", ".join(DEVICES)
         )
-    memory = device_memory(jax.local_devices()[0])
-    return Target(HERE, dataclasses.replace(DEVICES[name], memory=memory), len(devices))
+    stated = device_memory(jax.local_devices()[0])
+    device = DEVICES[name]
+    if stated is not None:
+        device = dataclasses.replace(device, memory=stated)
+    return Target(HERE, device, len(devices))
 
 
 _TPUS = {"tpu v4": "v4", "tpu v5 lite": "v5e", "tpu v5": "v5p", "tpu v6 lite": "v6e"}

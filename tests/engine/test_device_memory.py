@@ -9,9 +9,9 @@ from support.meshes import EVEN, MESHES, ODD, inputs
 from support.models import tiny_config
 
 import jaxneurons
-from jaxneurons.engine import ablate, device_memory, memory_bound, responses
+from jaxneurons.engine import ablate, ablation, device_memory, memory_bound, responses
 from jaxneurons.engine.device_memory import (
-    LEAST_ROW_BYTES,
+    LEAST_PLANNED,
     ROW_BYTES,
     machine_memory,
     prompts_for,
@@ -69,8 +69,8 @@ def test_halved_until_the_bound_is_within_the_room_and_no_further(room, prompts,
 
     size = row_bytes_that_fit(SMALL, room, prompts=prompts, tokens=tokens)
     assert size.bit_count() == 1
-    assert LEAST_ROW_BYTES <= size <= ROW_BYTES
-    assert bound(size) <= room or size == LEAST_ROW_BYTES
+    assert LEAST_PLANNED <= size <= ROW_BYTES
+    assert bound(size) <= room or size == LEAST_PLANNED
     assert size == ROW_BYTES or bound(2 * size) > room
     assert 1 <= prompts_for(size, prompts) <= prompts
     fit = prompts_that_fit(SMALL, room, prompts=prompts, tokens=tokens)
@@ -90,14 +90,14 @@ def test_what_a_device_computes_and_holds_is_what_the_plan_says(config, mesh, pr
     assert local == on_one_device(config, placement)
     if config == EVEN:  # else axes of the mesh that split nothing have prompts too
         assert parts == batch_parts("locate", placement)
-    kept = held(config, placement, 4).resting
-    target = parse_target("here")
-    assert room_beside(params) == int(target.fill * target.device.memory) - kept
+    kept, target = held(config, placement, 4), parse_target("here")
+    memory = int(target.fill * target.device.memory)
+    assert room_beside(params, config) == memory - kept.resting - kept.gathered
 
 
 def memory(monkeypatch, lm, room):
     """Let a device have so much room beside the model."""
-    monkeypatch.setattr(device_memory, "room_beside", lambda params: room)
+    monkeypatch.setattr(device_memory, "room_beside", lambda params, config: room)
     values = sum(leaf.nbytes for leaf in jax.tree.leaves(lm.params))
     there = -(-(room + values) // device_memory.FILL)
     monkeypatch.setattr("jaxneurons.scale.targets.machine_memory", lambda: int(there))
@@ -147,13 +147,47 @@ def test_responses_and_generations_of_fewer_prompts(monkeypatch, lm):
     monkeypatch.setattr(responses, "mean_responses", watched)
     stores[1].fill(lm.params, ["up"])
     assert max(taken) < len(prompts)
+    generated, ids_of = [], ablation.generate_ablated
+
+    def seen(params, tokens, *arguments, **options):
+        generated.append(len(tokens))
+        return ids_of(params, tokens, *arguments, **options)
+
+    monkeypatch.setattr(ablation, "generate_ablated", seen)
     for layer in range(lm.config.num_layers):
         one, other = (store.read("up", layer) for store in stores)
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
     assert (ablate(lm, prompts, sets, steps=3), jaxneurons.generate(lm, prompts, steps=3)) == said
+    assert max(generated) < len(prompts)
 
 
 def test_a_batch_is_whole_where_there_is_room(lm):
     shape = {"prompts": 8, "tokens": 64}
-    assert rows_here(lm.params, lm.config, **shape) == ROW_BYTES
-    assert prompts_here(lm.params, lm.config, **shape) == 8
+    assert rows_here(lm.params, lm.config, **shape) == (ROW_BYTES, 1)
+    assert prompts_here(lm.params, lm.config, **shape) == (8, 1)
+
+
+@pytest.mark.parametrize("prompts", [1, 6, 8, 32])
+@pytest.mark.parametrize("parts", [1, 4, 8])
+def test_a_device_never_runs_more_prompts_for_being_given_fewer_rows(prompts, parts):
+    each = -(-prompts // parts)
+    size = ROW_BYTES
+    while size >= 1 << 20:
+        taken = prompts_for(size, prompts, parts)
+        assert taken == prompts or taken % parts == 0
+        assert -(-taken // parts) == max(1, each * size // ROW_BYTES)
+        size //= 2
+
+
+def test_a_device_that_says_nothing_of_its_memory(monkeypatch, lm):
+    class Accelerator:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return None
+
+    assert device_memory.device_memory(Accelerator()) is None
+    monkeypatch.setattr(device_memory, "device_memory", lambda device, sharing=1: None)
+    assert room_beside(lm.params, lm.config) is None
+    assert rows_here(lm.params, lm.config, prompts=8, tokens=2048) == (ROW_BYTES, 1)
+    assert prompts_here(lm.params, lm.config, prompts=512, tokens=2048) == (512, 1)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import jax
 import numpy as np
@@ -40,6 +41,49 @@ def test_halved_until_it_fits():
     assert tried == [100, 50, 25, 12]
     assert chunk.run(function) == 12  # and not tried with more again
     assert tried[4:] == [12]
+
+
+def test_what_failed_halves_later_calls_by_as_much_and_no_more():
+    def function(size):
+        if size > limit:
+            raise ExhaustedError
+        return size
+
+    chunk, limit = ChunkSize(64, what="prompts"), 1
+    with pytest.warns(SmallerChunkWarning):
+        assert chunk.run(function, most=2) == 1  # long prompts
+    limit = 64
+    assert chunk.run(function) == 32  # short ones
+    assert chunk.run(function, most=8) == 4
+
+
+@pytest.mark.parametrize(("count", "parts", "limit"), [(8, 1, 2), (8, 4, 4), (6, 2, 3), (1, 1, 1)])
+def test_rows_in_parts_that_the_devices_divide(count, parts, limit):
+    rows, sizes = np.arange(3 * count).reshape(3, count), []
+
+    def function(first, end):
+        sizes.append(end - first)
+        if end - first > limit:
+            raise ExhaustedError
+        return {"rows": rows[:, first:end]}
+
+    chunk = ChunkSize(32, what="prompts")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = chunk.run_rows(function, count, axis=1, parts=parts)
+    np.testing.assert_array_equal(made["rows"], rows)
+    assert sizes[0] == count  # not more than there is
+    assert [size % parts for size in sizes] == [0] * len(sizes)
+    assert len(caught) == sum(size > limit for size in sizes)
+
+
+def test_fewer_rows_than_devices_are_not_tried():
+    def function(first, end):
+        raise ExhaustedError
+
+    with pytest.raises(ExhaustedError), pytest.warns(SmallerChunkWarning) as warned:
+        ChunkSize(8, what="prompts").run_rows(function, 8, axis=0, parts=4)
+    assert len(warned) == 1
 
 
 def test_the_least_is_tried_and_then_the_error_is_the_callers():
@@ -207,12 +251,18 @@ def test_trials_go_on_with_fewer_prompts(monkeypatch):
             raise ExhaustedError
         return scaled(params, last, *arguments, **options)
 
+    def no_more(params, batch, **options):
+        if len(batch.tokens) > 2:
+            raise ExhaustedError
+        return prompts(params, batch, **options)
+
+    prompts = trials.run_prompts
+    monkeypatch.setattr(trials, "run_prompts", no_more)
     monkeypatch.setattr(trials, "scaled_answers", limited)
     again = jaxneurons.qrnca.locate(lm, queries, settings=settings)
     with pytest.warns(SmallerChunkWarning):
         parts = jaxneurons.qrnca.evaluate(again)
-    assert calls[0] > 2
-    assert calls[-1] == 2
+    assert set(calls) == {2}  # the prompts had come to no more before
     for name in whole:
         for one, other in zip(whole.rows(name), parts.rows(name), strict=True):
             for key, value in one.items():

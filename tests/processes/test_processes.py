@@ -214,7 +214,9 @@ def test_every_method_on_the_devices_of_two(inputs, tmp_path):
     for name in one.keys() - {"base"}:
         scale = 1 if "probability" in name else np.abs(one[name] - one["base"]).max()
         assert scale > 0, name
-        np.testing.assert_allclose(two[name], one[name], atol=1e-3 * scale, rtol=0, err_msg=name)
+        # Beside the change, the rounding of what it is added to.
+        atol = 1e-3 * scale + 4e-7 * np.abs(one[name]).max()
+        np.testing.assert_allclose(two[name], one[name], atol=atol, rtol=0, err_msg=name)
 
 
 def killed(tmp_path, victim, count=2):
