@@ -155,8 +155,9 @@ def test_a_model_on_the_devices_of_two(inputs, alone, tmp_path):
     values, expected = np.load(out), spread_values(lm)
     assert values["whole"]
     for name, array in expected.items():
-        scale = np.abs(array).max()
-        np.testing.assert_allclose(values[name], array, atol=1e-5 * max(1, scale), rtol=0)
+        # On one device float32 is up to 6e-6 off float64's scores here, and 1e-4 off its logits.
+        atol = {"logits": 1e-5 * np.abs(array).max(), "scores": 2e-5}[name]
+        np.testing.assert_allclose(values[name], array, atol=atol, rtol=0)
     (said,) = jaxneurons.generate(lm, ["The capital of France is"], steps=3)
     assert [Path(f"{out}-{number}.txt").read_text() for number in range(2)] == [said] * 2
     run = Path(f"{out}-run")
