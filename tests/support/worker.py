@@ -86,7 +86,7 @@ def every_method(model, out, *, mesh=None):
         "rome": edit.ROME(layer=1, optimisation=few),
         "memit": edit.MEMIT(layers=(0, 1), optimisation=few),
         "alphaedit": edit.AlphaEdit(layers=(0, 1), optimisation=few),
-        "finetune": edit.FineTune(layer=1, steps=2),
+        "finetune": edit.FineTune(layer=1, steps=2, learning_rate=0.05),
         "rows": edit.LearnedNeurons(neurons, steps=2),
         "multipliers": edit.LearnedNeurons(neurons, learn="multipliers", steps=2),
         "surgery": edit.KnowledgeNeurons(neurons),
@@ -144,7 +144,11 @@ def spread_values(lm):
     def run(params):
         return jaxneurons.forward(params, jnp.asarray(tokens), config=lm.config).logits
 
-    logits = jax.jit(run)(lm.params)
+    # Kernels of variance 1 amplify float32's rounding beyond what is compared.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, array: 0.3 * array if path[-1].key == "kernel" else array, lm.params
+    )
+    logits = jax.jit(run)(params)
 
     def attribute(params):
         return jaxneurons.integrated_gradients(
@@ -158,7 +162,7 @@ def spread_values(lm):
             quadrature=jaxneurons.Quadrature("gauss", 3),
         ).scores
 
-    return {"logits": logits, "scores": jax.jit(attribute)(lm.params)}
+    return {"logits": logits, "scores": jax.jit(attribute)(params)}
 
 
 def hold(team, out, ill):
