@@ -127,14 +127,13 @@ def test_the_arrays_of_a_call_that_failed_are_gone():
         assert ChunkSize(4, what="prompts").run(function) == [True, True]
 
 
-def failing_above(monkeypatch, module, name, size, axis=1):
+def failing_above(monkeypatch, module, name, size, rows=lambda arguments: len(arguments[1])):
     """Let a function of a module run out of memory on more than so many rows."""
     function, calls = getattr(module, name), []
 
     def limited(*arguments, **options):
-        rows = len(arguments[axis])
-        calls.append(rows)
-        if rows > size:
+        calls.append(rows(arguments))
+        if calls[-1] > size:
             raise ExhaustedError
         return function(*arguments, **options)
 
@@ -205,7 +204,7 @@ def test_measures_go_on_with_fewer_edits(monkeypatch):
     ]
     whole = jaxneurons.edit.measure(lm, requests, changes, settings=settings)
     # Parameters before the edits, changes, tokens: the first axis is that of edits.
-    calls = failing_above(monkeypatch, measures, "score_answers", 1, axis=2)
+    calls = failing_above(monkeypatch, measures, "score_answers", 1, lambda a: len(a[2]))
     with pytest.warns(SmallerChunkWarning) as warned:
         parts = jaxneurons.edit.measure(lm, requests, changes, settings=settings)
     assert re.search("edits at once", str(warned[0].message))
@@ -243,22 +242,8 @@ def test_trials_go_on_with_fewer_prompts(monkeypatch):
     settings = jaxneurons.qrnca.QRNCAConfig(prompts=1)
     run = jaxneurons.qrnca.locate(lm, queries, settings=settings)
     whole = jaxneurons.qrnca.evaluate(run)
-    scaled, calls = trials.scaled_answers, []
-
-    def limited(params, last, *arguments, **options):
-        calls.append(len(last.targets))
-        if calls[-1] > 2:
-            raise ExhaustedError
-        return scaled(params, last, *arguments, **options)
-
-    def no_more(params, batch, **options):
-        if len(batch.tokens) > 2:
-            raise ExhaustedError
-        return prompts(params, batch, **options)
-
-    prompts = trials.run_prompts
-    monkeypatch.setattr(trials, "run_prompts", no_more)
-    monkeypatch.setattr(trials, "scaled_answers", limited)
+    calls = failing_above(monkeypatch, trials, "scaled_answers", 2, lambda a: len(a[1].targets))
+    failing_above(monkeypatch, trials, "run_prompts", 2, lambda a: len(a[1].tokens))
     again = jaxneurons.qrnca.locate(lm, queries, settings=settings)
     with pytest.warns(SmallerChunkWarning):
         parts = jaxneurons.qrnca.evaluate(again)
@@ -283,15 +268,8 @@ def test_tracing_goes_on_with_fewer_facts(monkeypatch):
         for request in lab_requests(8)
     ]
     whole = trace(lm, facts, samples=2)
-    restored, calls = tracing._restored_probabilities, []
-
-    def limited(params, prompts, **options):
-        calls.append(len(prompts.tokens))
-        if calls[-1] > 1:
-            raise ExhaustedError
-        return restored(params, prompts, **options)
-
-    monkeypatch.setattr(tracing, "_restored_probabilities", limited)
+    function = "_restored_probabilities"
+    calls = failing_above(monkeypatch, tracing, function, 1, lambda a: len(a[1].tokens))
     with pytest.warns(SmallerChunkWarning, match="facts at once"):
         parts = trace(lm, facts, samples=2)
     assert max(calls) > 1
@@ -319,15 +297,7 @@ def test_values_are_found_with_fewer_requests(monkeypatch):
         optimisation=Optimisation(steps=3, prefixes=2),
     )
     whole = find()
-    optimise, calls = values.optimise_batch, []
-
-    def limited(params, batch, **options):
-        calls.append(len(batch.members))
-        if calls[-1] > 1:
-            raise ExhaustedError
-        return optimise(params, batch, **options)
-
-    monkeypatch.setattr(values, "optimise_batch", limited)
+    calls = failing_above(monkeypatch, values, "optimise_batch", 1, lambda a: len(a[1].members))
     with pytest.warns(SmallerChunkWarning, match="requests at once"):
         parts = find()
     assert calls[0] > 1
