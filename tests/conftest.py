@@ -4,6 +4,7 @@ import gc
 import inspect
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Tiny models: compiling takes most of the time. Tests of the real one compile as users do.
 jax.config.update("jax_disable_most_optimizations", True)
+
+QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false"
+"""XLA's older emitters of fused operations: a tiny model compiles in a third of the time."""
 
 WORTH_KEEPING = 0.2
 """Seconds: what compiles faster is compiled anew."""
@@ -47,11 +51,26 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    compile_quickly()
     share_programs(config)
     given = config.getoption("data")
     for folder, pattern in FORMATS.values() if given is not None else []:
         if not any((given / folder).glob(pattern)):
             raise pytest.UsageError(f"--data: there is no {pattern} in {given / folder}")
+
+
+def compile_quickly():
+    """For this process and those that it starts, where XLA knows how; else it would end them."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if QUICK_TO_COMPILE.partition("=")[0] in flags:  # the caller's choice, or that of all workers
+        return
+    flags = f"{flags} {QUICK_TO_COMPILE}".strip()
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    started = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"], env=environment, capture_output=True
+    )
+    if started.returncode == 0:
+        os.environ["XLA_FLAGS"] = flags
 
 
 def share_programs(config):
@@ -106,12 +125,13 @@ def settings_check_themselves():
 
 @pytest.fixture(autouse=True)
 def compiled_as_for_users(request):
-    """Tests of the real models, which are run for longer than they are compiled."""
-    real = any(request.node.get_closest_marker(name) for name in ("smollm2", "gemma3"))
-    if real:
+    """Tests of the real models and others that run for longer than they are compiled."""
+    marks = ("smollm2", "gemma3", "optimised")
+    long = any(request.node.get_closest_marker(name) for name in marks)
+    if long:
         jax.config.update("jax_disable_most_optimizations", False)
     yield
-    if real:
+    if long:
         jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -16,6 +16,7 @@ from support.models import compiled, random_tokens, tiny_config, tiny_params
 from jaxneurons import SITES, ConfigError, Quadrature, RopeConfig, forward, integrated_gradients
 from jaxneurons.engine.quadrature import PANEL_NODES, nodes_and_weights
 from jaxneurons.engine.row_memory import rows_in_budget
+from jaxneurons.engine.rows import evaluate, prefill, sweep
 
 
 @functools.cache
@@ -422,37 +423,42 @@ FACT = (
 )
 
 
-@pytest.mark.slow
-@pytest.mark.smollm2
-def test_smollm2_adaptive_is_complete_on_varied_prompts(smollm2, samples):
-    of = real_attribution(smollm2, Quadrature())
-    for ids, answer in prompts_and_answers(smollm2, samples):
-        out = of(ids, answer)
-        assert out.gap.max() < 1e-3
-        assert np.median(out.gap) < 1e-5
-        assert out.nodes.sum() <= 16 * smollm2.config.num_layers
+def finely(lm):
+    """Scores by 256 nodes of layer 0, whose path has a step, and by 32 of the others."""
+    (x, w), (many, weights) = nodes_and_weights("gauss", 32), nodes_and_weights("gauss", 256)
+    options = {"config": lm.config, "site": "up"}
 
+    @jax.jit
+    def run(params, tokens, targets, lengths):
+        pre = prefill(params, tokens, targets, config=lm.config, lengths=lengths)
+        scores = sweep(params, pre, x, w, rows=300, **options)[1][0, 0]
+        alpha = jnp.asarray(many, jnp.float32)[None, None]
+        gradient = evaluate(params, pre, jnp.zeros(alpha.shape, jnp.int32), alpha, **options)[1]
+        return scores.at[0].set(jnp.einsum("mw,m->w", gradient[0, 0], weights.astype(np.float32)))
 
-def adaptive_against_gauss(lm, prompts):
-    adaptive = real_attribution(lm, Quadrature())
-    fine = real_attribution(lm, Quadrature("gauss", steps=256))
-    for ids, answer in prompts:
-        yield difference(adaptive(ids, answer).scores, fine(ids, answer).scores)
+    def of(ids, answer):
+        return run(lm.params, padded(ids), jnp.array([[answer]]), jnp.array([len(ids)]))
+
+    return of
 
 
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_adaptive_equals_256_nodes(smollm2, samples):
-    prompts = prompts_and_answers(smollm2, samples)
-    for apart in adaptive_against_gauss(smollm2, [prompts[0], prompts[5]]):
-        assert apart.max() < 1e-3
+    ids, answer = prompts_and_answers(smollm2, samples)[5]
+    scores = real_attribution(smollm2, Quadrature("gauss", steps=256))(ids, answer).scores
+    adaptive = real_attribution(smollm2, Quadrature())(ids, answer).scores
+    assert difference(adaptive, scores).max() < 1e-3
+    assert difference(finely(smollm2)(ids, answer), scores).max() < 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_smollm2_adaptive_equals_256_nodes_on_varied_prompts(smollm2, samples):
-    worst = [
-        apart.max()
-        for apart in adaptive_against_gauss(smollm2, prompts_and_answers(smollm2, samples))
-    ]
-    assert max(worst) < 1e-3, worst
+def test_smollm2_adaptive_is_complete_and_exact_on_varied_prompts(smollm2, samples):
+    adaptive, fine = real_attribution(smollm2, Quadrature()), finely(smollm2)
+    for ids, answer in prompts_and_answers(smollm2, samples):
+        out = adaptive(ids, answer)
+        assert out.gap.max() < 1e-3
+        assert np.median(out.gap) < 1e-5
+        assert out.nodes.sum() <= 16 * smollm2.config.num_layers
+        assert difference(out.scores, fine(ids, answer)).max() < 1e-3

@@ -188,6 +188,7 @@ def test_training_learns_and_what_is_written_loads(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_it_knows_what_it_was_told_and_nothing_else(lm):
     found = examine(lm.params, lm.config, lm.tokenizer, WORLD)
     for language in ("en", VALDIC):
