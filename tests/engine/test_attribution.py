@@ -445,11 +445,13 @@ def finely(lm):
 @pytest.mark.slow
 @pytest.mark.smollm2
 def test_smollm2_adaptive_equals_256_nodes(smollm2, samples):
-    ids, answer = prompts_and_answers(smollm2, samples)[5]
-    scores = real_attribution(smollm2, Quadrature("gauss", steps=256))(ids, answer).scores
-    adaptive = real_attribution(smollm2, Quadrature())(ids, answer).scores
-    assert difference(adaptive, scores).max() < 1e-3
-    assert difference(finely(smollm2)(ids, answer), scores).max() < 1e-4
+    adaptive, fine = real_attribution(smollm2, Quadrature()), finely(smollm2)
+    gauss = real_attribution(smollm2, Quadrature("gauss", steps=256))
+    prompts = prompts_and_answers(smollm2, samples)
+    for ids, answer in (prompts[0], prompts[5]):
+        scores = gauss(ids, answer).scores
+        assert difference(adaptive(ids, answer).scores, scores).max() < 1e-3
+        assert difference(fine(ids, answer), scores).max() < 1e-4
 
 
 @pytest.mark.slow
